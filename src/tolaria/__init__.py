@@ -1,0 +1,81 @@
+"""tolaria: keeps a PyTorch training run alive.
+
+The flow of one step, and the file of each stage:
+
+    observe -> judge -> snapshot | rollback -> recover -> report        (governor.py joins them)
+
+Public names are resolved on first use, so that `tolaria --help` answers without importing torch. Nothing runs at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tolaria.config import GovernorConfig
+    from tolaria.errors import (
+        BudgetExceeded,
+        CaptureInProgress,
+        InvalidConfig,
+        NoSnapshot,
+        PhaseError,
+        QuiesceTimeout,
+        RetryBudgetExceeded,
+        RollbackFailed,
+        SafetyError,
+        SlotsBusy,
+        SnapshotRejected,
+        StaleGradients,
+        StateMismatch,
+        TolariaError,
+        TolariaInternalError,
+        UnsupportedState,
+        UsageError,
+    )
+    from tolaria.governor import TolariaGovernor
+    from tolaria.judge import Detector, any_of, collapse, default_detector, loss_spike, non_finite
+    from tolaria.records import Capabilities, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
+    from tolaria.report import RollbackReport, SnapshotInfo
+
+_HOMES = {
+    "config": ("GovernorConfig",),
+    "errors": (
+        "BudgetExceeded",
+        "CaptureInProgress",
+        "InvalidConfig",
+        "NoSnapshot",
+        "PhaseError",
+        "QuiesceTimeout",
+        "RetryBudgetExceeded",
+        "RollbackFailed",
+        "SafetyError",
+        "SlotsBusy",
+        "SnapshotRejected",
+        "StaleGradients",
+        "StateMismatch",
+        "TolariaError",
+        "TolariaInternalError",
+        "UnsupportedState",
+        "UsageError",
+    ),
+    "governor": ("TolariaGovernor",),
+    "judge": ("Detector", "any_of", "collapse", "default_detector", "loss_spike", "non_finite"),
+    "records": ("Capabilities", "Health", "Incident", "Statistics", "StepResult", "Verdict", "VitalSigns"),
+    "report": ("RollbackReport", "SnapshotInfo"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tolaria' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tolaria.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

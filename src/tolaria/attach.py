@@ -1,0 +1,188 @@
+"""ATTACH: makes forwards and optimizer steps of the governed objects sections, and leaves no other trace on them.
+
+Methods are replaced on the *instance* by a bound method of the same name. That choice is what keeps copies clean:
+`copy.deepcopy` re-binds a bound method to the copy, which this code then recognises as not governed; pickle stores it as
+"attribute `forward` of that object", which resolves to the class's own method wherever it is loaded. Module hooks or a
+global registry would be copied along, or would slow every module of the process.
+
+Under `torch.compile` the original is traced and nothing of the section: pass the compiled module to the governor, or
+wrap the call in `using()`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils import _pytree
+
+from tolaria import protocol
+from tolaria.driver import Driver
+from tolaria.errors import StaleGradients, TolariaError
+from tolaria.protocol import SectionKind
+from tolaria.state.train_state import TrainState
+
+
+def current_backward() -> int:
+    """Number of the autograd graph task that runs on this thread; -1 outside of a backward pass."""
+    return torch._C._current_graph_task_id()
+
+
+class Sections:
+    """Opens sections around what the governed objects do, and keeps the epoch of every gradient.
+
+    Args:
+        driver: Runs the section protocol.
+        state: Whose gradients are dropped by a veto.
+        timeout_s: How long a section waits for a submission that holds the gate.
+        strict: Raise on stale gradients instead of dropping them.
+        at_boundary: Called when the calling thread has left its outermost section, outside of a backward pass.
+        on_stale: Called after stale gradients were dropped.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        state: TrainState,
+        timeout_s: float,
+        strict: bool,
+        at_boundary: Callable[[], None],
+        on_stale: Callable[[], None],
+    ) -> None:
+        self._driver, self._state = driver, state
+        self._timeout_s, self._strict = timeout_s, strict
+        self._at_boundary, self._on_stale = at_boundary, on_stale
+        self._detach: list[Callable[[], None]] = []
+        self.is_open = True
+
+    # ------------------------------------------------------------ sections
+
+    @contextmanager
+    def section(self, kind: SectionKind) -> Iterator[int]:
+        """A section of the calling thread; yields its epoch. A write that raises marks the train state as torn."""
+        depth = self._driver.depth()
+        outermost = depth == 0 and current_backward() == -1
+        if outermost:
+            self._at_boundary()
+        try:
+            yield self._driver.open_section(kind, current_backward() != -1, self._timeout_s)
+        except TolariaError:
+            raise  # ours come before or after a write, never in the middle of one
+        except BaseException:
+            if kind is SectionKind.WRITE:
+                self._driver.change(lambda s: (protocol.mark_torn(s), None))
+            raise
+        finally:
+            self._driver.close_section(depth)
+        if outermost:
+            self._at_boundary()
+
+    def run_forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward launch: readers see one epoch, and gradients that flow back through the result carry it."""
+        with self.section(SectionKind.FORWARD) as epoch:
+            result = call(*args, **kwargs)
+            if torch.is_grad_enabled():
+                self._follow(result, epoch)
+            return result
+
+    def run_step(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An optimizer step: refused when its gradients began before a rollback."""
+        token = current_backward()
+        with self.section(SectionKind.WRITE):
+            if protocol.are_gradients_stale(self._driver.state, token):
+                self._refuse_stale(token)
+                return None
+            result = call(*args, **kwargs)
+            self._driver.change(lambda s: protocol.forget_gradients(s, token))
+            return result
+
+    def _refuse_stale(self, token: int) -> None:
+        self._state.drop_gradients()
+        self._driver.change(lambda s: protocol.forget_gradients(s, token))
+        self._on_stale()
+        if self._strict:
+            raise StaleGradients(
+                "stepping the optimizer",
+                "the backward that made these gradients began before the last rollback, expected one that began after it",
+                "They were dropped. Run forward and backward again; register other writers with using().",
+            )
+
+    def _follow(self, result: Any, epoch: int) -> None:
+        driver = self._driver
+
+        def reached(_: torch.Tensor) -> None:
+            token = current_backward()
+            if driver.change(lambda s: protocol.begin_backward(s, token, epoch)):
+                # runs when this backward is complete, after every gradient was accumulated
+                torch.autograd.Variable._execution_engine.queue_callback(
+                    lambda: driver.change(lambda s: protocol.end_backward(s, token))
+                )
+
+        for tensor in _pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(reached)
+
+    # ------------------------------------------------------------ attaching
+
+    def attach_module(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        """Make `forward` and the other named methods of `module` forward sections."""
+        for name in ("forward", *names):
+            self._replace(module, name, self.run_forward)
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Make `optimizer.step` a write section. Schedulers may wrap it before or after."""
+        self._replace(optimizer, "step", self.run_step)
+
+    def detach(self) -> None:
+        """Put every method back. One that somebody else has wrapped since stays, and passes calls straight through."""
+        self.is_open = False
+        while self._detach:
+            self._detach.pop()()
+
+    def _replace(self, owner: Any, name: str, run: Callable[..., Any]) -> None:
+        previous = vars(owner).get(name)
+        bound = previous if previous is not None else getattr(owner, name)
+        method = _governed(weakref.ref(owner), weakref.ref(self), bound, run.__name__)
+        method.__name__ = name  # what pickle stores
+        vars(owner)[name] = types.MethodType(method, owner)
+        owner_ref = weakref.ref(owner)
+
+        def detach() -> None:
+            live = owner_ref()
+            if live is None or getattr(vars(live).get(name), "__func__", None) is not method:
+                return
+            if previous is None:
+                del live.__dict__[name]
+            else:
+                live.__dict__[name] = previous
+
+        self._detach.append(detach)
+
+
+def _governed(
+    owner: weakref.ref[Any], sections: weakref.ref[Sections], bound: Callable[..., Any], run: str
+) -> Callable[..., Any]:
+    """A function that runs `bound` inside a section when called on `owner`, and plainly when called on a copy."""
+    # not the bound method itself: it would keep the owner alive, and a copy must call its own
+    plain = bound.__func__ if isinstance(bound, types.MethodType) else None
+
+    @functools.wraps(plain if plain is not None else bound)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return plain(self, *args, **kwargs) if plain is not None else bound(*args, **kwargs)
+
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        live = sections()
+        if live is None or not live.is_open or owner() is not self:
+            return call(*args, **kwargs)
+        return getattr(live, run)(call, args, kwargs)
+
+    return method

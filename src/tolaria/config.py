@@ -1,0 +1,117 @@
+"""What a user can choose. One frozen record; every value is checked before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tolaria.errors import InvalidConfig
+
+RngPolicy = Literal["restore", "fork", "keep"]
+Mode = Literal["act", "observe"]
+OnVeto = Literal["rollback", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GovernorConfig:
+    """Settings of one governor. The defaults need no tuning for a loop that uses `watch` and `step`.
+
+    Attributes:
+        mode: ``"act"`` rolls back by itself; ``"observe"`` judges and logs and touches nothing.
+        cadence: Optimizer steps between automatic snapshots.
+        probation: Healthy steps that must follow a snapshot before it is certified.
+        slots: Snapshots held at once, each as large as the train state. None: as many as cadence and probation need,
+            2 + ceil(probation / cadence).
+        keep_batches: Delivered batches that `watch` keeps for a replay. None: twice what a rollback can need.
+        rng: Global random state (Python, NumPy, torch): ``"restore"`` it with the rest, ``"fork"`` it (re-key, so that
+            no draw repeats), or ``"keep"`` it as it runs. None: restore with one live governor in the process, keep
+            as soon as there are several.
+        on_veto: What follows a non-finite gradient once its step was refused: ``"rollback"`` (exact) or ``"keep"`` (go
+            on from the refused step; BatchNorm statistics and random state have moved).
+        check_weights_every: Look for non-finite weights every that many steps (and before every snapshot).
+        strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
+        max_retries: Rollbacks allowed within `retry_window` steps before `RetryBudgetExceeded` ends the run.
+        retry_window: Length of that window, in optimizer steps.
+        cool_lr: Factor on the learning rate after the second incident within 1,000 steps; 1.0 leaves it alone.
+        cool_steps: Steps over which the learning rate returns to its schedule, linearly.
+        gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
+        ledger: Path of a JSON-lines file, one line per incident; None writes none.
+        on_incident: Called with each `Incident` on the thread that rolled back; errors in it are logged, not raised.
+    """
+
+    mode: Mode = "act"
+    cadence: int = 10
+    probation: int = 10
+    slots: int | None = None
+    keep_batches: int | None = None
+    rng: RngPolicy | None = None
+    on_veto: OnVeto = "rollback"
+    check_weights_every: int = 1
+    strict: bool = False
+    max_retries: int = 20
+    retry_window: int = 1000
+    cool_lr: float = 1.0
+    cool_steps: int = 100
+    gate_timeout_s: float = 60.0
+    ledger: str | None = None
+    on_incident: Callable[[Any], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._choice("mode", ("act", "observe"))
+        self._choice("rng", ("restore", "fork", "keep", None))
+        self._choice("on_veto", ("rollback", "keep"))
+        for name in ("cadence", "check_weights_every", "max_retries", "retry_window", "cool_steps"):
+            self._at_least(name, 1)
+        self._at_least("probation", 0)
+        for name in ("slots", "keep_batches"):
+            if getattr(self, name) is not None:
+                self._at_least(name, 1)
+        if not 0.0 < self.cool_lr <= 1.0:
+            raise self._bad("cool_lr", "a factor in (0, 1]")
+        if not self.gate_timeout_s > 0.0:
+            raise self._bad("gate_timeout_s", "a positive number of seconds")
+        if self.slots is not None and self.slots < self._fewest_slots:
+            raise self._bad(
+                "slots",
+                f"at least {self._fewest_slots} with probation={self.probation}: the last certified snapshot, one in "
+                "probation, and one to write into",
+            )
+
+    @property
+    def _fewest_slots(self) -> int:
+        return 3 if self.probation else 2
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the ring: the number asked for, or what cadence and probation need."""
+        return self.slots or 2 + math.ceil(self.probation / self.cadence)
+
+    @property
+    def effective_cadence(self) -> int:
+        """`cadence`, stretched until no snapshot in probation would have to be overwritten in a ring of `num_slots`."""
+        if not self.probation:
+            return self.cadence
+        return max(self.cadence, math.ceil(self.probation / (self.num_slots - 2)))
+
+    @property
+    def num_kept_batches(self) -> int:
+        """Steps a rollback can reach back to (probation plus two cadences), twice."""
+        return self.keep_batches or 2 * (self.probation + 2 * self.effective_cadence)
+
+    def _choice(self, name: str, allowed: tuple[object, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise self._bad(name, "one of " + ", ".join(repr(value) for value in allowed))
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._bad(name, f"a whole number of at least {least}")
+
+    def _bad(self, name: str, expected: str) -> InvalidConfig:
+        return InvalidConfig(
+            "building GovernorConfig",
+            f"{name}={getattr(self, name)!r}, expected {expected}",
+            "Correct the value; nothing was attached.",
+        )

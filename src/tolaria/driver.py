@@ -1,0 +1,133 @@
+"""The driver: performs the protocol's operations on a real machine. One per governor.
+
+It owns the host state, the lock and condition variable behind `Change` and `Await`, and a table from operation to
+call. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tolaria.device import Device
+from tolaria.errors import QuiesceTimeout, TolariaInternalError
+from tolaria.protocol import (
+    Await,
+    CaptureHost,
+    Change,
+    Check,
+    Copy,
+    HostState,
+    Inspect,
+    Op,
+    Protocol,
+    Reserve,
+    RestoreHost,
+    SectionKind,
+    Survey,
+    Synchronize,
+    close_section,
+    drive,
+    open_section,
+)
+from tolaria.shield import Shield
+from tolaria.snapshot import Vault
+
+
+class Driver:
+    """Runs protocols on the calling thread.
+
+    Args:
+        state: The initial host state.
+        vault: Performs what concerns the train state and slot memory.
+        devices: Ports by name.
+
+    Threads: any number may run protocols at once; the protocols order themselves through the host state.
+    """
+
+    def __init__(self, state: HostState, vault: Vault, devices: dict[str, Device]) -> None:
+        self.state = state
+        self._changed = threading.Condition(threading.Lock())
+        self._table: dict[type[Any], Callable[[Any], Any]] = {
+            Change: self._change,
+            Survey: vault.survey,
+            Reserve: vault.reserve,
+            CaptureHost: vault.capture_host,
+            Check: vault.check,
+            Inspect: vault.inspect,
+            RestoreHost: vault.restore_host,
+            Copy: vault.copy,
+            Synchronize: lambda op: devices[op.device].synchronize(),
+        }
+
+    def submit(self, protocol: Protocol) -> Any:
+        """Run a snapshot, seal or rollback. Signals are held back, except while it waits for open sections."""
+        with Shield() as shield:
+            return drive(protocol, lambda op: self.perform(op, shield))
+
+    def change(self, function: Callable[[HostState], tuple[HostState, Any]]) -> Any:
+        """Apply one atomic change outside of a protocol."""
+        return self._change(Change("change", function))
+
+    def open_section(self, kind: SectionKind, in_autograd: bool, timeout_s: float) -> int:
+        """Open a section for the calling thread; returns the epoch. Pair with `close_section` in a `finally`."""
+        return drive(open_section(threading.get_ident(), kind, in_autograd, timeout_s), self.perform)
+
+    def depth(self) -> int:
+        """Sections that the calling thread has open."""
+        return self.state.gate.depth(threading.get_ident())
+
+    def close_section(self, to_depth: int) -> None:
+        """Close sections of the calling thread until `to_depth` are left; survives one interrupt half-way."""
+        try:
+            drive(close_section(threading.get_ident(), to_depth), self.perform)
+        except KeyboardInterrupt:
+            drive(close_section(threading.get_ident(), to_depth), self.perform)
+            raise
+
+    def perform(self, op: Op, shield: Shield | None = None) -> Any:
+        """Perform one operation."""
+        if isinstance(op, Await):
+            if shield is None:
+                return self._await(op)
+            with shield.interruptible():
+                return self._await(op)
+        call = self._table.get(type(op))
+        if call is None:
+            raise TolariaInternalError(
+                "running the protocol", f"this machine's driver has no call for {op}", "Please report this."
+            )
+        return call(op)
+
+    def _change(self, op: Change) -> Any:
+        with self._changed:
+            self.state, result = op.function(self.state)
+            self._changed.notify_all()
+        return result
+
+    def _await(self, op: Await) -> tuple[Any, float]:
+        """Answers (result, seconds waited)."""
+        with self._changed:
+            answer = op.function(self.state)
+            if answer is not None:
+                self.state, result = answer
+                self._changed.notify_all()
+                return result, 0.0
+            started = time.monotonic()
+            while answer is None:
+                left = None if op.timeout_s is None else op.timeout_s - (time.monotonic() - started)
+                if left is not None and left <= 0:
+                    raise QuiesceTimeout(
+                        op.label,
+                        f"not possible within {op.timeout_s:g} s: sections open in threads "
+                        f"{[thread for thread, _ in self.state.gate.sections]}, submitting thread "
+                        f"{self.state.gate.owner}; expected them to end",
+                        "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
+                    )
+                self._changed.wait(left)
+                answer = op.function(self.state)
+            self.state, result = answer
+            self._changed.notify_all()
+        return result, time.monotonic() - started

@@ -1,0 +1,657 @@
+"""`TolariaGovernor`: the only file that knows every stage. observe -> judge -> snapshot | rollback -> recover -> report."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tolaria import judge, observe, recover, ring, update
+from tolaria.config import GovernorConfig
+from tolaria.coordinate import world_size
+from tolaria.errors import (
+    PhaseError,
+    RetryBudgetExceeded,
+    SlotsBusy,
+    SnapshotRejected,
+    UnsupportedState,
+    UsageError,
+)
+from tolaria.feed import Feed, Rewind
+from tolaria.keeper import Keeper, Target
+from tolaria.protocol import SectionKind
+from tolaria.records import Capabilities, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
+from tolaria.state import rng
+from tolaria.state.train_state import TrainState
+
+When = Literal["boundary"]
+Verify = Literal["before"]
+Grads = Literal["capture", "drop"]
+
+_NO_REWIND = Rewind(0, 0, "", False)
+_ROUTINE_SCALER_SKIPS = 20
+
+_live: weakref.WeakSet[TolariaGovernor] = weakref.WeakSet()
+_fork_hook_installed = False
+
+
+def _close_in_child() -> None:
+    """After a fork the child has no copy of our threads' progress: its governors stand aside without touching a lock."""
+    for governor in list(_live):
+        governor._abandon()
+
+
+class TolariaGovernor:
+    """Keeps last-known-good snapshots of a train state, judges every step, and rolls back in place when one panics.
+
+    Args:
+        model: The module whose parameters and buffers are governed. Its `forward` becomes a section.
+        optimizer: One optimizer or several; `step` of each becomes a section.
+        scheduler: One LR scheduler or several, stepped by `step` after each applied optimizer step. A
+            `ReduceLROnPlateau` is stepped with `metric` (or the loss where none is given).
+        scaler: The `torch.amp.GradScaler` in use.
+        config: Settings.
+        coordinator: Reserved for agreement between ranks; not handled yet.
+        detector: Judges the vital signs; `tolaria.judge.default_detector()` unless given.
+        sections: Names of further methods of `model` that launch forwards, for example ``("evaluate_actions",)``.
+
+    Raises:
+        UsageError: The model is governed already.
+        UnsupportedState: A tensor or set-up that cannot be restored exactly yet.
+        BudgetExceeded: Parameters and buffers alone do not fit into the slots asked for.
+
+    Threads: every method may be called from any thread. Signals (Ctrl-C) that arrive while a snapshot or rollback is
+    being submitted are delivered right after it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        scheduler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
+        config: GovernorConfig | None = None,
+        coordinator: Any = None,
+        detector: judge.Detector[Any] | None = None,
+        sections: tuple[str, ...] = (),
+    ) -> None:
+        self.config = config or GovernorConfig()
+        self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
+        self._update = update.Update(_as_list(optimizer), _as_list(scheduler), scaler)
+        self._detector = detector or judge.default_detector()
+        self._judgement = self._detector.init()
+        self._recovery = recover.RecoveryState()
+        self._statistics = Statistics()
+        self._count_lock = threading.Lock()
+        self._ledger = Ledger(self.config.ledger, self.config.on_incident)
+        self._completed = 0  # optimizer steps in the past of the present state
+        self._tick = 0  # steps judged, undone ones included
+        self._last_automatic = 0  # `_completed` at the last automatic snapshot
+        self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=4096)  # (step, its batches)
+        self._position = 0  # of the data, at the snapshot restored last
+        self._closed = False
+        if self.is_disabled:
+            return
+        if coordinator is not None:
+            raise UnsupportedState(
+                "attaching the governor",
+                "a coordinator was given, and agreement between ranks is not handled yet",
+                'Use one process, or mode="observe".',
+            )
+        if any(model is governor.model for governor in _live):
+            raise UsageError(
+                "attaching the governor",
+                "this model is governed already, expected one governor per model",
+                "Use the first one, or close() it.",
+            )
+        self.model = model
+        self._keeper = Keeper(
+            TrainState(model, self._update.optimizers, self._update.schedulers, scaler),
+            self.config,
+            lambda: self._rng_policy != "keep",
+            self._read_journal,
+            self._write_journal,
+            lambda: self._count(stale_vetoes=1),
+        )
+        self._feed = Feed(
+            self.config.num_kept_batches, self._keeper.accelerators, lambda: self._rng_policy != "keep"
+        )
+        _install_fork_hook()
+        _live.add(self)
+        if self.config.mode == "act":
+            self._keeper.attach(model, self._update.optimizers, sections)
+
+    # ------------------------------------------------------------ the loop
+
+    def register(self, name: str, obj: Any) -> None:
+        """Capture and restore one more thing from the next snapshot on.
+
+        Args:
+            name: For messages; unique.
+            obj: A module (EMA, target network) or optimizer (both restored in place), anything with `state_dict` and
+                `load_state_dict`, a `torch.Generator`, or a (getter, setter) pair.
+
+        Raises:
+            UsageError: The name is taken or the object has no readable state. Snapshots taken before cannot be restored
+                any more (`StateMismatch`), so register before the first one.
+        """
+        if self.is_disabled:
+            return
+        self._require_open(f"registering {name!r}")
+        self._keeper.state.register(name, obj)
+
+    def watch(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Deliver the batches of `loader`, and after a rollback those that its recovery wants again.
+
+        Takes the first snapshot before the first batch. At the end of the loader the last step has been judged.
+        """
+        if self.is_disabled:
+            yield from loader
+            return
+        self._require_open("watching a loader")
+        if self.config.mode == "act" and ring.newest_good(self._keeper.ring) is None:
+            self._take_first()
+        yield from self._feed.deliver(loader, lambda: None)
+
+    def step(
+        self,
+        *,
+        loss: observe.Loss,
+        clip: float | None = None,
+        metric: float | None = None,
+        closure: Any = None,
+        **signs: torch.Tensor | float,
+    ) -> StepResult:
+        """One optimizer step under guard: veto, optimizer, scheduler, observe, judge, then snapshot or rollback.
+
+        Call once per optimizer step, after `backward`; all batches delivered since the last call belong to it.
+        Gradients are set to None afterwards.
+
+        Args:
+            loss: Scalar tensor or float; a sequence for accumulated micro-batches (judged by their mean). None with
+                `closure`: what the closure returns is judged.
+            clip: Clip the gradient norm to this value (after unscaling).
+            metric: The caller's own figure of merit, higher is better; also handed to a `ReduceLROnPlateau`.
+            closure: For optimizers that evaluate the loss themselves (LBFGS).
+            **signs: Further vital signs by name.
+
+        Returns:
+            The verdict, whether the state was rolled back, whether the optimizer step was not applied.
+
+        Raises:
+            PhaseError: Called from inside a section or a backward.
+            RetryBudgetExceeded: The panics do not end; the state is the last good one.
+            NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
+        """
+        if self.is_disabled:
+            self._update.plain(clip, metric, loss, closure)
+            return StepResult(verdict=Verdict(Health.HEALTHY, self._completed), rolled_back=False, skipped=False)
+        self._require_boundary("stepping")
+        self._keeper.run_requests()
+        acting = self.config.mode == "act"
+        parameters = list(self._keeper.state.parameters())
+        factor = recover.learning_rate_factor(
+            self._recovery, self._tick, self.config.cool_lr, self.config.cool_steps
+        )
+        done = self._update.run(parameters, loss, clip, metric, closure, factor if acting else 1.0, may_veto=acting)
+        if done.vetoed:
+            self._count(vetoes=1)
+        step = self._completed + 1
+        judged_gradients = not (done.vetoed and self.config.on_veto == "keep")
+        vital = VitalSigns(
+            step=step,
+            loss=done.loss,
+            grad_norm=done.grad_norm if judged_gradients else None,
+            nonfinite_gradients=done.nonfinite_gradients if judged_gradients else 0,
+            nonfinite_weights=(
+                observe.num_nonfinite(parameters) if step % self.config.check_weights_every == 0 else None
+            ),
+            metric=metric,
+            extra={name: observe.read_sign(value) for name, value in signs.items()},
+        )
+        verdict = self._judge(vital)
+        if done.scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
+            verdict = Verdict(
+                Health.PANIC, step, "GradScaler skips every step", step, {"skips": float(done.scaler_skips)}
+            )
+        skipped = done.vetoed or done.scaler_skips > 0
+        return self._conclude(vital, verdict, skipped)
+
+    def observe(self, *, loss: observe.Loss = None, **signs: torch.Tensor | float) -> Verdict:
+        """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots."""
+        if self.is_disabled:
+            return Verdict(Health.HEALTHY, self._completed)
+        self._require_boundary("observing")
+        parameters = list(self._keeper.state.parameters())
+        norm, bad_grads = observe.gradient_norm(observe.gradients(parameters))
+        extra = {name: observe.read_sign(value) for name, value in signs.items()}
+        vital = VitalSigns(
+            step=self._completed + 1,
+            loss=observe.read_loss(loss),
+            grad_norm=extra.pop("grad_norm", norm),
+            nonfinite_gradients=bad_grads,
+            nonfinite_weights=observe.num_nonfinite(parameters),
+            metric=extra.pop("metric", None),
+            extra=extra,
+        )
+        verdict = self._judge(vital)
+        self._account(vital, verdict)
+        if verdict.is_panic:
+            self._report(vital, verdict, "observe", None)
+        return verdict
+
+    def check_vital_signs(self, loss: observe.Loss = None, **signs: torch.Tensor | float) -> bool:
+        """Judge one step and wait for the answer.
+
+        Returns:
+            **True when a rollback is demanded** (as in the governor this one descends from), False when all is well.
+        """
+        return self.observe(loss=loss, **signs).is_panic
+
+    # ------------------------------------------------------------ snapshot and rollback
+
+    def snapshot(self, step: int | None = None, *, grads: Grads | None = None, when: When | None = None) -> SnapshotInfo:
+        """Take a snapshot now. The caller vouches for it: it is a rollback target from now on.
+
+        Args:
+            step: Its step number; the governor's own count unless given.
+            grads: What to do when a backward ran since the last optimizer step: ``"capture"`` the gradients too, or
+                ``"drop"`` them from the snapshot (live ones stay). None refuses.
+            when: ``"boundary"``: from inside a section or hook, queue it for the end of the step.
+
+        Raises:
+            PhaseError: Not at a boundary, or gradients are alive and `grads` is None.
+            QuiesceTimeout, SlotsBusy, BudgetExceeded, UnsupportedState: Nothing was changed.
+        """
+        if self.is_disabled or self.config.mode == "observe":
+            return SnapshotInfo.nothing()
+        doing = "taking a snapshot"
+        self._require_open(doing)
+        if when == "boundary" and self._keeper.is_inside():
+            receipt = self._keeper.info(None, None)
+            self._keeper.request(lambda: self._keeper.fill(receipt, self.snapshot(step, grads=grads)))
+            return receipt
+        self._require_boundary(doing)
+        if grads is None:
+            self._keeper.require_dead_gradients(doing)
+        info, _ = self._keeper.take(
+            self._completed if step is None else step, manual=True, gradients=grads == "capture"
+        )
+        self._count(snapshots=1)
+        return info
+
+    def execute_rollback(
+        self,
+        *,
+        env_id: int = 0,
+        optimizer: Optimizer | None = None,
+        to: SnapshotInfo | int | None = None,
+        reason: str | None = None,
+        when: When | None = None,
+        verify: Verify | None = None,
+    ) -> RollbackReport:
+        """Put the train state back, in place and bit for bit. Batches of `watch` go on (they are not delivered again).
+
+        Args:
+            env_id: Recorded in the report.
+            optimizer: One that the governor was not given has no snapshot: its state is cleared in place (a cold start).
+            to: A snapshot or the step of one; the newest manual or certified snapshot unless given.
+            reason: Recorded in the report.
+            when: ``"boundary"``: from inside a section or hook, queue it and return a report with status ``pending``.
+            verify: ``"before"``: compare the slot with its digest before the first write; a corrupted one is passed over
+                for the next older good snapshot.
+
+        Raises:
+            PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
+            RollbackFailed: Failed after the first write; the state is undefined.
+        """
+        report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
+        if self.is_disabled or self.config.mode == "observe":
+            report.reason = "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
+            return report
+        doing = "rolling back"
+        self._require_open(doing)
+
+        def run() -> None:
+            self._keeper.restore(
+                report, completed=self._completed, to=to, optimizer=optimizer, verify_before=verify == "before"
+            )
+            self._feed.rewind(self._feed.position, None)
+            signs = VitalSigns(step=report.panic_step)
+            verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
+            self._after_rollback(report)
+            self._report(signs, verdict, "manual", report)
+
+        if when == "boundary" and self._keeper.is_inside():
+            report.status = "pending"
+            self._keeper.request(run)
+        else:
+            self._require_boundary(doing)
+            run()
+        return report
+
+    @contextmanager
+    def using(self, write: bool = True, streams: Any = None) -> Iterator[None]:
+        """A section for what the governor cannot see: other threads, custom kernels, entry points besides `forward`.
+
+        Args:
+            write: The section writes governed memory (and waits for copies that still read it); False: it only reads.
+            streams: Reserved for the ``streams`` barrier; not handled yet.
+        """
+        if streams is not None:
+            raise UnsupportedState("opening a section", "streams were named, which is not handled yet", "Leave them out.")
+        if self.is_disabled or self._closed or self.config.mode == "observe":
+            yield
+            return
+        with self._keeper.sections.section(SectionKind.WRITE if write else SectionKind.READ):
+            yield
+
+    # ------------------------------------------------------------ facts
+
+    def capabilities(self) -> Capabilities:
+        """What was chosen for this machine and train state."""
+        if self.is_disabled:
+            return Capabilities(
+                barrier="none", devices=(), tier="none", copy_path="none", state_bytes=0, slots=0, cadence=0,
+                cadence_stretched=False, rng="keep",
+            )
+        newest = ring.newest_good(self._keeper.ring)
+        return Capabilities(
+            barrier=self._keeper.ground.barrier.value,
+            devices=self._keeper.ground.devices,
+            tier=self._keeper.tier,
+            copy_path="foreach copy of whole storages",
+            state_bytes=self._keeper.vault.num_bytes(newest.index) if newest else 0,
+            slots=self.config.num_slots,
+            cadence=self.config.effective_cadence,
+            cadence_stretched=self.config.effective_cadence != self.config.cadence,
+            rng=self._rng_policy,
+        )
+
+    def statistics(self) -> Statistics:
+        """Counters so far."""
+        return self._statistics
+
+    @property
+    def rollbacks(self) -> int:
+        """Rollbacks so far."""
+        return self._statistics.rollbacks
+
+    def digest(self) -> str:
+        """A fingerprint of the whole train state (xxh3-128, hex): equal digests mean bit-identical states."""
+        self._require_boundary("taking a digest")
+        return self._keeper.state.digest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detectors, counters and retry budget as plain values, for a checkpoint. Snapshots are not part of it."""
+        return {
+            "schema_version": 1,
+            "completed": self._completed,
+            "tick": self._tick,
+            "judgement": self._judgement,
+            "recovery": asdict(self._recovery),
+            "statistics": asdict(self._statistics),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken (a resumed run). Call before the first snapshot."""
+        if state_dict.get("schema_version") != 1:
+            raise UsageError(
+                "resuming the governor", f"schema_version {state_dict.get('schema_version')!r}, expected 1",
+                "Resume with the version of tolaria that wrote it, or start the governor afresh.",
+            )
+        self._completed = self._last_automatic = state_dict["completed"]
+        self._tick = state_dict["tick"]
+        self._judgement = _as_tuples(state_dict["judgement"])
+        self._recovery = recover.RecoveryState(**{k: _as_tuples(v) for k, v in state_dict["recovery"].items()})
+        self._statistics = Statistics(**state_dict["statistics"])
+
+    def reset(self) -> None:
+        """A new episode: detectors and the retry budget start afresh; snapshots and counters stay."""
+        self._judgement = self._detector.init()
+        self._recovery = recover.RecoveryState()
+        self._update.scaler_skips = 0
+
+    def close(self) -> None:
+        """Detach from model and optimizers and free all slots. Idempotent."""
+        if not (self.is_disabled or self._closed):
+            self._keeper.close()
+            _live.discard(self)
+        self._closed = True
+
+    def __enter__(self) -> TolariaGovernor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ one step, concluded
+
+    def _judge(self, vital: VitalSigns) -> Verdict:
+        if not self.is_disabled and self._keeper.driver.state.torn:
+            return Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
+        self._judgement, verdict = self._detector.update(self._judgement, vital)
+        return verdict
+
+    def _account(self, vital: VitalSigns, verdict: Verdict) -> None:
+        """Count the step and move probation on; what a panic leaves is the rollback's business."""
+        self._completed, self._tick = vital.step, self._tick + 1
+        self._history.append((vital.step, self._feed.consume()))
+        self._count(steps=1, panics=int(verdict.is_panic))
+        if verdict.health is Health.HEALTHY:
+            self._keeper.advance(vital.step)
+        elif verdict.health is Health.SUSPECT:
+            self._keeper.suspend()
+
+    def _conclude(self, vital: VitalSigns, verdict: Verdict, skipped: bool) -> StepResult:
+        self._account(vital, verdict)
+        if self.config.mode == "observe":
+            if verdict.is_panic:
+                self._report(vital, verdict, "observe", None)
+            return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
+        if verdict.health is Health.HEALTHY and self._is_due():
+            poisoned = self._take_automatic()
+            if poisoned:
+                verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
+                logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
+                self._count(panics=1)
+        if verdict.is_panic:
+            self._panic(vital, verdict)
+        return StepResult(verdict=verdict, rolled_back=verdict.is_panic, skipped=skipped)
+
+    def _panic(self, vital: VitalSigns, verdict: Verdict) -> None:
+        """Roll back, arrange the data, report; then end the run if the retry budget is spent."""
+        if world_size() > 1:
+            self._report(vital, verdict, "observe", None, note="several ranks: not rolled back")
+            raise UnsupportedState(
+                f"rolling back at step {vital.step}",
+                "this process is one of several ranks, and a rollback on one of them alone would ruin the others",
+                'Use mode="observe", and restart all ranks from a checkpoint.',
+            )
+        onset = vital.step if verdict.onset is None else verdict.onset
+        onset_batch, panic_batch = self._batches(onset, vital.step)
+        self._recovery, plan = recover.decide(
+            self._recovery,
+            tick=self._tick,
+            onset_batch=onset_batch,
+            panic_batch=panic_batch,
+            reach=self.config.probation,
+            can_replay=self._feed.is_used,
+            max_retries=self.config.max_retries,
+            retry_window=self.config.retry_window,
+        )
+        report = RollbackReport(success=False, status="failed", reason=verdict.reason)
+        self._keeper.restore(
+            report, completed=vital.step, generations_back=plan.generations_back, verify_before=True
+        )
+        skip = {
+            recover.Action.REPLAY: range(0),
+            recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
+            recover.Action.STOP: None,
+        }[plan.action]
+        rewind = self._feed.rewind(self._position, skip)
+        if rewind.drew and self._rng_policy == "restore":
+            # those batches had drawn shuffle seeds or augmentation from random state that was just put back
+            rng.rekey(self._tick)
+        self._after_rollback(report, rewind)
+        action = recover.Action.SKIP.value if rewind.note else plan.action.value
+        self._report(vital, verdict, action, report, rewind, rewind.note)
+        if plan.action is recover.Action.STOP:
+            raise RetryBudgetExceeded(
+                f"recovering at step {vital.step}",
+                f"{len(self._recovery.ticks)} panics within {self.config.retry_window} steps (the last: "
+                f"{verdict.reason}), expected at most {self.config.max_retries}",
+                f"It is the snapshot of step {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
+            )
+
+    def _batches(self, onset: int, step: int) -> tuple[int, int]:
+        """First and last batch of the steps from `onset` to `step`; without `watch`, counts of steps stand in for them."""
+        taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
+        return (min(taken), max(taken)) if taken else (self._tick - (step - onset), self._tick)
+
+    def _after_rollback(self, report: RollbackReport, rewind: Rewind = _NO_REWIND) -> None:
+        if self._rng_policy == "fork":
+            rng.rekey(self._tick)
+        self._count(
+            rollbacks=1,
+            steps_lost=report.steps_lost,
+            replayed_batches=rewind.replayed,
+            skipped_batches=rewind.skipped,
+            rollback_s=report.host_ms / 1e3,
+            gate_wait_s=report.wait_ms / 1e3,
+        )
+
+    def _report(
+        self,
+        vital: VitalSigns,
+        verdict: Verdict,
+        action: str,
+        report: RollbackReport | None,
+        rewind: Rewind = _NO_REWIND,
+        note: str = "",
+    ) -> None:
+        if report is not None and report.corrupted_steps:
+            note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
+        self._ledger.write(
+            Incident(
+                step=vital.step,
+                onset=vital.step if verdict.onset is None else verdict.onset,
+                reason=verdict.reason,
+                signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
+                evidence=dict(verdict.evidence),
+                action=action,
+                restored_step=None if report is None else report.snapshot_step,
+                certified=report is not None and report.certified,
+                steps_lost=0 if report is None else report.steps_lost,
+                batches_replayed=rewind.replayed,
+                batches_skipped=rewind.skipped,
+                rollback_ms=0.0 if report is None else report.host_ms,
+                barrier=self._keeper.ground.barrier.value,
+                env_id=0 if report is None else report.env_id,
+                note=note,
+            )
+        )
+
+    # ------------------------------------------------------------ automatic snapshots
+
+    def _is_due(self) -> bool:
+        return self._completed - self._last_automatic >= self.config.effective_cadence
+
+    def _take_first(self) -> None:
+        """The first snapshot of a run. Nothing earlier exists that could be better, so it is certified if it is finite."""
+        info, found = self._keeper.take(self._completed, manual=False)
+        self._last_automatic = self._completed
+        if found is not None and found.nonfinite:
+            raise SnapshotRejected(
+                f"taking the first snapshot at step {self._completed}",
+                f"the train state is not finite: {', '.join(found.nonfinite[:8])}",
+                "Start from finite weights.",
+            )
+        self._keeper.certify(info)
+        self._count(snapshots=1)
+
+    def _take_automatic(self) -> tuple[str, ...]:
+        """Take the snapshot that is due. Returns the names of non-finite tensors, for which it was rejected."""
+        self._last_automatic = self._completed
+        first = not any(slot.phase in ring.READABLE for slot in self._keeper.ring)
+        try:
+            info, found = self._keeper.take(self._completed, manual=False)
+        except SlotsBusy:
+            self._count(snapshots_deferred=1)  # candidates in probation come first; the next cadence tries again
+            return ()
+        except UnsupportedState:
+            raise
+        except Exception as error:
+            # out of memory, or an extra that raised: the last certified snapshot is still there, so training goes on
+            self._count(snapshots_failed=1)
+            logger.warning("step %d: no snapshot could be taken: %s", self._completed, error)
+            return ()
+        if found is not None and found.nonfinite:
+            self._count(snapshots_rejected=1)
+            return found.nonfinite
+        if first:
+            self._keeper.certify(info)
+        self._count(snapshots=1)
+        return ()
+
+    # ------------------------------------------------------------ small things
+
+    def _read_journal(self) -> Any:
+        return self._completed, self._judgement, self._feed.position
+
+    def _write_journal(self, journal: Any) -> None:
+        self._completed, self._judgement, self._position = journal
+        self._last_automatic = self._completed
+        while self._history and self._history[-1][0] > self._completed:
+            self._history.pop()
+
+    @property
+    def _rng_policy(self) -> str:
+        return self.config.rng or ("restore" if len(_live) <= 1 else "keep")
+
+    def _count(self, **increments: float) -> None:
+        with self._count_lock:
+            now = self._statistics
+            self._statistics = replace(now, **{k: getattr(now, k) + v for k, v in increments.items()})
+
+    def _require_open(self, doing: str) -> None:
+        if self._closed:
+            raise PhaseError(doing, "the governor is closed, expected an open one", "Build a new one.")
+
+    def _require_boundary(self, doing: str) -> None:
+        self._require_open(doing)
+        self._keeper.require_boundary(doing)
+
+    def _abandon(self) -> None:
+        """Stand aside in a forked child: no lock may be taken, its owner may not exist here."""
+        self._closed = True
+        self._keeper.sections.is_open = False
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists become tuples, all the way down: what a state was before it went through JSON."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _install_fork_hook() -> None:
+    global _fork_hook_installed
+    if not _fork_hook_installed:
+        _fork_hook_installed = True
+        os.register_at_fork(after_in_child=_close_in_child)

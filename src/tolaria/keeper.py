@@ -1,0 +1,295 @@
+"""KEEPER: takes, seals, certifies and restores snapshots of one train state. Decides nothing about training.
+
+It joins the sans-I/O protocol, the driver, slot memory and the sections of one model. `governor` decides when.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tolaria import memory, protocol, ring
+from tolaria.attach import Sections, current_backward
+from tolaria.config import GovernorConfig
+from tolaria.device import open_devices
+from tolaria.driver import Driver
+from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SnapshotRejected
+from tolaria.protocol import Barrier, Ground, HostState, Inspection, RolledBack, Taken
+from tolaria.report import RollbackReport, SnapshotInfo
+from tolaria.ring import Ring, Slot
+from tolaria.snapshot import Vault
+from tolaria.state.train_state import TrainState
+
+Target = SnapshotInfo | int | None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A snapshot or rollback that waits for the next boundary; `run` fills in the receipt its caller already holds."""
+
+    run: Callable[[], None]
+
+
+class Keeper:
+    """Snapshots of one train state.
+
+    Args:
+        state: The train state. Surveyed once here, so that unsupported tensors are refused before anything is attached.
+        config: Slots, time-outs, strictness.
+        with_rng: Whether snapshots hold global random state, asked at each capture.
+        read_journal: The governor's counters and detector states, as immutable values.
+        write_journal: Takes them back at a rollback.
+        on_stale: Called when stale gradients were refused.
+
+    Raises:
+        UnsupportedState, BudgetExceeded: Nothing was attached.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: GovernorConfig,
+        with_rng: Callable[[], bool],
+        read_journal: Callable[[], Any],
+        write_journal: Callable[[Any], None],
+        on_stale: Callable[[], None],
+    ) -> None:
+        survey = state.survey()
+        storages = survey.leaves.storages
+        _refuse_oversize(sum(s.key[2] for s in storages if s.key[0].type == "cpu"), config.num_slots)
+        devices = {d.name: d for d in open_devices({s.key[0] for s in storages} or {torch.device("cpu")})}
+        host_only = all(device.barrier is Barrier.HOST for device in devices.values())
+        self.state, self.config = state, config
+        self.ground = Ground(tuple(devices), Barrier.HOST if host_only else Barrier.BLOCKING, config.gate_timeout_s)
+        self.accelerators = [torch.device(name) for name in devices if name != "cpu"]
+        self.tier = "device" if self.accelerators else "host"
+        self.vault = Vault(state, config.num_slots, devices, with_rng, read_journal, write_journal)
+        self.driver = Driver(HostState(ring=ring.empty_ring(config.num_slots)), self.vault, devices)
+        self.sections = Sections(
+            self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale
+        )
+        self._requests: deque[Request] = deque()
+
+    @property
+    def ring(self) -> Ring:
+        """The slots as they are now."""
+        return self.driver.state.ring
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer], methods: tuple[str, ...]) -> None:
+        """Make forwards and optimizer steps sections."""
+        self.sections.attach_module(model, methods)
+        for optimizer in optimizers:
+            self.sections.attach_optimizer(optimizer)
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        self.sections.detach()
+        self.vault.close()
+
+    # ------------------------------------------------------------ boundaries
+
+    def is_inside(self) -> bool:
+        """Whether the calling thread is inside a section or a backward pass."""
+        return self.driver.depth() > 0 or current_backward() != -1
+
+    def require_boundary(self, doing: str) -> None:
+        """Raise `PhaseError` inside a section or a backward pass."""
+        if current_backward() != -1:
+            raise protocol.refuse_in_autograd(doing)
+        if self.driver.depth():
+            raise PhaseError(
+                doing,
+                "it was called from inside one of this thread's own sections (a forward or optimizer hook, or "
+                "`using()`); expected a boundary between two steps",
+                'Pass when="boundary" to have it done when the section closes.',
+            )
+
+    def require_dead_gradients(self, doing: str) -> None:
+        """Raise `PhaseError` when a backward ran since the last optimizer step and its gradients are alive."""
+        state = self.driver.state
+        if (state.running or state.grad_epoch is not None) and self.state.has_live_gradients():
+            raise PhaseError(
+                doing,
+                "a backward ran since the last optimizer step and its gradients are alive; expected a clean boundary",
+                'Step or zero the gradients first, or pass grads="capture" (hold them too) or grads="drop".',
+            )
+
+    def request(self, run: Callable[[], None]) -> None:
+        """Queue something for the next boundary of any thread."""
+        self._requests.append(Request(run))
+
+    def run_requests(self) -> None:
+        """Run what was queued, unless the calling thread is inside a section. Errors are the boundary's to raise."""
+        while self._requests and not self.is_inside():
+            try:
+                request = self._requests.popleft()
+            except IndexError:  # another thread reached its boundary first
+                return
+            request.run()
+
+    # ------------------------------------------------------------ snapshots
+
+    def take(self, step: int, *, manual: bool, gradients: bool = False) -> tuple[SnapshotInfo, Inspection | None]:
+        """Stage and seal one snapshot on the calling thread.
+
+        Returns:
+            The handle and what sealing found; None when the slot had moved on meanwhile.
+        """
+        self.state.model.include_gradients = gradients
+        try:
+            # one submission: an interrupt in between would leave a candidate that is never sealed
+            taken, found = self.driver.submit(
+                protocol.snapshot_and_seal(threading.get_ident(), self.ground, step, manual)
+            )
+        finally:
+            self.state.model.include_gradients = False
+        return self.info(taken, step), found
+
+    def info(self, taken: Taken | None, step: int | None) -> SnapshotInfo:
+        """A handle for what was taken, or for a request."""
+        return SnapshotInfo(
+            step=step if taken is not None else None,
+            bytes=self.vault.num_bytes(taken.slot) if taken is not None else 0,
+            tier=self.tier,
+            serial=taken.snapshot if taken is not None else -1,
+            _state=self._phase,
+            _wait=self._wait,
+        )
+
+    def fill(self, receipt: SnapshotInfo, info: SnapshotInfo) -> None:
+        """Complete the handle of a queued request."""
+        receipt.step, receipt.bytes, receipt.serial = info.step, info.bytes, info.serial
+
+    def _phase(self, serial: int) -> str:
+        slot = ring.by_serial(self.ring, serial)
+        return slot.phase.value if slot is not None else "dropped"
+
+    def _wait(self, serial: int, until: str) -> None:
+        # copies and seal run on the submitting thread in this slice, so there is nothing to wait for but the answer
+        if until == "sealed" and self._phase(serial) == "dropped":
+            raise SnapshotRejected(
+                "waiting for a snapshot to be sealed",
+                "it is not held any more: it was not finite, was overwritten, or was undone by a rollback",
+                "Take another one from a healthy state.",
+            )
+
+    def certify(self, taken: SnapshotInfo) -> None:
+        """Certify a sealed snapshot at once."""
+        slot = ring.by_serial(self.ring, taken.serial)
+        if slot is not None:
+            index = slot.index
+            self.driver.change(lambda s: (_with_ring(s, ring.certify(s.ring, index, taken.serial)), None))
+
+    def advance(self, step: int) -> None:
+        """A healthy step: probation of every candidate taken before it goes on."""
+        probation = self.config.probation
+        self.driver.change(lambda s: (_with_ring(s, ring.advance(s.ring, probation, step)), None))
+
+    def suspend(self) -> None:
+        """A suspect step: probation begins again."""
+        self.driver.change(lambda s: (_with_ring(s, ring.suspend(s.ring)), None))
+
+    # ------------------------------------------------------------ rollbacks
+
+    def restore(
+        self,
+        report: RollbackReport,
+        *,
+        completed: int,
+        to: Target = None,
+        generations_back: int = 0,
+        optimizer: Optimizer | None = None,
+        verify_before: bool = False,
+    ) -> RolledBack:
+        """Restore a snapshot and fill in `report`.
+
+        Args:
+            report: Filled in on success; on an error its status stays ``failed``.
+            completed: Optimizer steps completed, for the steps lost.
+            to: A snapshot, the step of one, or None for the newest good one.
+            generations_back: With `to` None: that many good snapshots further back, as far as there are any.
+            optimizer: Cleared in the same critical section if it is not governed.
+            verify_before: Check digests before the first write.
+        """
+        governed = [part.optimizer for part in self.state.optimizers]
+        foreign = optimizer is not None and all(optimizer is not one for one in governed)
+        report.panic_step = completed
+        started = time.perf_counter()
+        done: RolledBack = self.driver.submit(
+            protocol.rollback(
+                threading.get_ident(),
+                self.ground,
+                _chooser(to, generations_back),
+                f"rolling back at step {completed}",
+                verify_before,
+                (optimizer,) if foreign else (),
+            )
+        )
+        report.host_ms = (time.perf_counter() - started) * 1e3
+        report.success, report.status = True, "submitted"
+        report.snapshot_step = done.slot.step
+        report.certified = done.slot.phase is ring.SlotPhase.CERTIFIED
+        report.steps_lost = max(0, completed - done.slot.step)
+        report.optimizer = "reset" if foreign else "restored" if governed else "none"
+        report.barrier = self.ground.barrier.value
+        report.wait_ms = done.waited_s * 1e3
+        report.corrupted_steps = done.corrupted
+        report._finish = lambda: self._verify(done.slot)
+        return done
+
+    def _verify(self, slot: Slot) -> bool:
+        found = self.driver.submit(protocol.reinspect(slot.index, slot.snapshot))
+        if found is not None and not found.intact:
+            raise SnapshotRejected(
+                "verifying a rollback",
+                f"the bytes of the snapshot of step {slot.step} changed since they were sealed",
+                'The train state was restored from them: roll back again with verify="before".',
+            )
+        return found is not None
+
+
+def _chooser(to: Target, generations_back: int) -> Callable[[Ring, int | None], Slot | None]:
+    def newest(slots: Ring, before: int | None) -> Slot | None:
+        chosen = ring.newest_good(slots, before)
+        for _ in range(generations_back):
+            older = None if chosen is None else ring.newest_good(slots, chosen.snapshot)
+            chosen = older or chosen
+        return chosen
+
+    def named(slots: Ring, before: int | None) -> Slot | None:
+        if before is not None:  # the one that was asked for is corrupted: only an older good one will do
+            return ring.newest_good(slots, before)
+        slot = ring.by_step(slots, to) if isinstance(to, int) else ring.by_serial(slots, to.serial if to else -1)
+        if slot is None:
+            held = sorted({s.step for s in slots if s.phase in ring.READABLE})
+            wanted = f"step {to}" if isinstance(to, int) else f"the snapshot of step {to.step if to else None}"
+            raise NoSnapshot(
+                "rolling back", f"{wanted} is not held, held are steps {held}", "Choose one of those, or leave `to` out."
+            )
+        return slot
+
+    return newest if to is None else named
+
+
+def _with_ring(state: HostState, slots: Ring) -> HostState:
+    return replace(state, ring=slots)
+
+
+def _refuse_oversize(num_bytes: int, num_slots: int) -> None:
+    """A first estimate: parameters and buffers alone; optimizer state does not exist yet and comes on top."""
+    left = memory.available_host_bytes()
+    if left is not None and num_bytes * num_slots > left:
+        raise BudgetExceeded(
+            "attaching the governor",
+            f"{num_slots} slots x {num_bytes / 2**20:,.1f} MiB of parameters and buffers exceed the "
+            f"{left / 2**20:,.1f} MiB that are available",
+            "Configure fewer slots (a longer cadence or a shorter probation), or free memory.",
+        )

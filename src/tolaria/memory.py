@@ -1,0 +1,66 @@
+"""How much memory is left, and taking some of it without being killed for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tolaria.errors import BudgetExceeded
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_host_bytes() -> int | None:
+    """Bytes of main memory that can be taken now: the lesser of the machine's and the container's. None if unknown."""
+    found = [value for value in (_machine_bytes(), _container_bytes()) if value is not None]
+    return min(found, default=None)
+
+
+def _machine_bytes() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _container_bytes() -> int | None:
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else int(limit) - used + int(cached.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return None
+
+
+def allocate(num_bytes: int, device: torch.device, doing: str) -> torch.Tensor:
+    """A zeroed flat tensor, shape [num_bytes], uint8, on `device`.
+
+    Raises:
+        BudgetExceeded: It does not fit. On the host this is asked first, because the system would grant the memory and
+            kill the process when it is touched.
+    """
+    if device.type == "cpu":
+        left = available_host_bytes()
+        if left is not None and num_bytes > left:
+            raise _exceeded(doing, num_bytes, device, f"{left / 2**20:,.1f} MiB are available")
+    try:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _exceeded(doing, num_bytes, device, str(error).splitlines()[0] if str(error) else "refused") from error
+    except RuntimeError as error:  # the CPU allocator has no error type of its own
+        if "allocate memory" not in str(error):
+            raise
+        raise _exceeded(doing, num_bytes, device, "the allocator refused") from error
+
+
+def _exceeded(doing: str, num_bytes: int, device: torch.device, seen: str) -> BudgetExceeded:
+    return BudgetExceeded(
+        doing,
+        f"one slot needs {num_bytes / 2**20:,.1f} MiB on {device}, but {seen}",
+        "Snapshots held so far are intact. Configure fewer slots (a longer cadence or a shorter probation), or free memory.",
+    )

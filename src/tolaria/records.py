@@ -1,0 +1,180 @@
+"""The facts that flow through one governed step, in flow order. Pure host values: no tensor, no torch.
+
+observe -> `VitalSigns` -> judge -> `Verdict` -> snapshot | rollback -> recover -> report -> `Incident`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+SCHEMA_VERSION = 1
+"""Version of every JSON object that tolaria writes. A change of a field's name or meaning raises it."""
+
+
+
+def _empty() -> Mapping[str, float]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VitalSigns:
+    """What is known of one optimizer step, as host numbers.
+
+    Attributes:
+        step: Number of the optimizer step, counted by the governor from 1 (rolled back steps are counted again).
+        loss: Loss of the step, a float (NaN and infinities allowed); None when the caller gave none. With several
+            losses or accumulated micro-batches: their mean.
+        grad_norm: L2 norm over all gradients before clipping; None where there was no gradient.
+        nonfinite_gradients: Number of gradient tensors that hold a NaN or an infinity.
+        nonfinite_weights: Number of parameter tensors that hold one, None when not looked at in this step.
+        metric: The caller's own figure of merit, higher is better; None when not given.
+        extra: Further signs by name (approximate KL, entropy, ...).
+    """
+
+    step: int
+    loss: float | None = None
+    grad_norm: float | None = None
+    nonfinite_gradients: int = 0
+    nonfinite_weights: int | None = None
+    metric: float | None = None
+    extra: Mapping[str, float] = field(default_factory=_empty)
+
+
+class Health(Enum):
+    """The three answers of a detector, in rising order of alarm."""
+
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"  # nothing is certified or snapshotted while it lasts
+    PANIC = "panic"  # demands a rollback
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A detector's answer for one step.
+
+    Attributes:
+        health: `HEALTHY`, `SUSPECT` or `PANIC`.
+        reason: Short and stable, for example ``"non-finite loss"``; empty when healthy.
+        step: The step that was judged.
+        onset: First step of the episode this verdict belongs to (equal to `step` where the trouble is new).
+        evidence: The numbers behind the answer, by name.
+    """
+
+    health: Health
+    step: int
+    reason: str = ""
+    onset: int | None = None
+    evidence: Mapping[str, float] = field(default_factory=_empty)
+
+    @property
+    def is_panic(self) -> bool:
+        """True when a rollback is demanded."""
+        return self.health is Health.PANIC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What `TolariaGovernor.step` did.
+
+    Attributes:
+        verdict: The judgement of this step.
+        rolled_back: The train state was put back; the update of this step is gone.
+        skipped: The optimizer step was not applied (a veto, or a `GradScaler` that skipped).
+    """
+
+    verdict: Verdict
+    rolled_back: bool
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What this governor can do on this machine, chosen once at construction.
+
+    Attributes:
+        barrier: Device barrier in use: ``"host"`` (CPU: the gate alone) or ``"blocking"`` (device synchronise, both sides).
+        devices: Devices that hold governed tensors, for example ``("cpu",)``.
+        tier: Where slots live: ``"host"`` (main memory) or ``"device"`` (beside the tensors they copy).
+        copy_path: How bytes are moved.
+        state_bytes: Bytes of one snapshot; 0 before the first one.
+        slots: Number of slots in the ring.
+        cadence: Steps between automatic snapshots, after any stretching (see `cadence_stretched`).
+        cadence_stretched: True when the ring was too small for the cadence that was asked for.
+        rng: RNG policy in force: ``"restore"``, ``"fork"`` or ``"keep"``.
+    """
+
+    barrier: str
+    devices: tuple[str, ...]
+    tier: str
+    copy_path: str
+    state_bytes: int
+    slots: int
+    cadence: int
+    cadence_stretched: bool
+    rng: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Counters of one governor since it was built (or resumed from `load_state_dict`).
+
+    Times are seconds of host time.
+    """
+
+    steps: int = 0
+    snapshots: int = 0
+    snapshots_deferred: int = 0  # due, but every slot held something that may not be overwritten
+    snapshots_rejected: int = 0  # not finite
+    snapshots_failed: int = 0  # out of memory, or an extra raised
+    rollbacks: int = 0
+    panics: int = 0
+    vetoes: int = 0  # optimizer steps not applied because a gradient was not finite
+    stale_vetoes: int = 0  # optimizer steps not applied because their backward straddled a rollback
+    skipped_batches: int = 0
+    replayed_batches: int = 0
+    steps_lost: int = 0
+    snapshot_s: float = 0.0
+    rollback_s: float = 0.0
+    gate_wait_s: float = 0.0  # time snapshots and rollbacks waited for open sections
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """One panic with what was done about it: one line of the ledger.
+
+    Attributes:
+        step: The step at which the panic was noticed.
+        onset: The first step of the episode as the detectors see it.
+        reason: The verdict's reason, or the caller's for a manual rollback.
+        signs: The vital signs of the step.
+        evidence: The detector's numbers.
+        action: ``"replay"``, ``"skip"``, ``"stop"``, ``"observe"`` (mode="observe": nothing was touched) or ``"manual"``.
+        restored_step: Step of the snapshot that was put back; None where nothing was.
+        certified: Whether that snapshot was certified (False: vouched for by its caller).
+        steps_lost: Optimizer steps undone.
+        batches_replayed: Batches that will be delivered again.
+        batches_skipped: Batches that will not.
+        rollback_ms: Host time of the rollback in milliseconds.
+        barrier: Barrier kind used.
+        env_id: The caller's number for this environment or model.
+        note: Anything unusual, for example why a replay became a skip.
+    """
+
+    step: int
+    onset: int
+    reason: str
+    signs: Mapping[str, Any]
+    evidence: Mapping[str, float]
+    action: str
+    restored_step: int | None
+    certified: bool
+    steps_lost: int
+    batches_replayed: int
+    batches_skipped: int
+    rollback_ms: float
+    barrier: str
+    env_id: int = 0
+    note: str = ""

@@ -1,0 +1,169 @@
+"""REPORT: what callers get back of a snapshot or rollback, and the ledger of incidents."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tolaria.errors import PhaseError
+from tolaria.records import SCHEMA_VERSION, Incident
+
+logger = logging.getLogger("tolaria")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SnapshotInfo:
+    """A handle to one snapshot.
+
+    Attributes:
+        step: Optimizer steps completed when it was taken; None while the request is pending.
+        bytes: Tensor bytes held.
+        tier: ``"host"`` or ``"device"``.
+    """
+
+    step: int | None
+    bytes: int
+    tier: str
+    serial: int = -1
+    _state: Callable[[int], str] = field(repr=False)
+    _wait: Callable[[int, str], None] = field(repr=False)
+
+    @classmethod
+    def nothing(cls) -> SnapshotInfo:
+        """The handle of a snapshot that was not taken (observe mode, or disabled): its state is ``dropped``."""
+        return cls(step=None, bytes=0, tier="none", serial=0, _state=lambda _: "dropped", _wait=lambda _, __: None)
+
+    @property
+    def state(self) -> str:
+        """``pending``, ``staged``, ``sealed``, ``certified``, or ``dropped`` (overwritten, rejected or undone)."""
+        return self._state(self.serial) if self.serial >= 0 else "pending"
+
+    def wait(self, until: str = "staged") -> SnapshotInfo:
+        """Block until it is ``"staged"`` (its bytes are copied) or ``"sealed"`` (finite, digest taken).
+
+        Raises:
+            SnapshotRejected: It turned out not to be finite.
+            PhaseError: The request is still pending, so waiting on this thread could never end.
+        """
+        if self.serial < 0:
+            raise PhaseError("waiting for a snapshot", "the request is pending", "Wait after the next boundary.")
+        self._wait(self.serial, until)
+        return self
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class RollbackReport:
+    """What a rollback did.
+
+    Attributes:
+        success: The restore was validated and submitted in order (True also before `wait`); False while pending and
+            where nothing was done.
+        status: ``pending`` (queued for the next boundary), ``submitted``, ``done``, or ``failed`` (nothing was touched).
+        env_id: The caller's number for this environment or model.
+        reason: Why.
+        snapshot_step: Step of the snapshot restored; None while pending or failed.
+        certified: It was certified (False: vouched for by its caller).
+        panic_step: Steps completed when the rollback was asked for.
+        steps_lost: Optimizer steps undone.
+        optimizer: ``restored``, ``reset`` (given only here, so its state was cleared), or ``none``.
+        barrier: Barrier kind used.
+        host_ms: Host time of the call in milliseconds, waiting for open sections included.
+        wait_ms: The part of it spent waiting for open sections.
+        corrupted_steps: Steps of newer snapshots that were found corrupted and passed over.
+        device_ms: Time of the copies on the device; None until `wait`, and where it cannot be told apart from host time.
+        verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
+    """
+
+    success: bool
+    status: str
+    env_id: int = 0
+    reason: str = ""
+    snapshot_step: int | None = None
+    certified: bool = False
+    panic_step: int = 0
+    steps_lost: int = 0
+    optimizer: str = "none"
+    barrier: str = "host"
+    host_ms: float = 0.0
+    wait_ms: float = 0.0
+    corrupted_steps: tuple[int, ...] = ()
+    device_ms: float | None = None
+    verified: bool | None = None
+    _finish: Callable[[], bool] | None = field(default=None, repr=False)
+
+    def wait(self) -> RollbackReport:
+        """Block until the copies are done, then check that the slot still has the bytes it was sealed with.
+
+        Raises:
+            SnapshotRejected: It has not: what was restored is not what was captured.
+            PhaseError: The request is still pending.
+        """
+        if self.status == "pending":
+            raise PhaseError("waiting for a rollback", "the request is pending", "Wait after the next boundary.")
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self.verified = finish()
+            self.status = "done"
+        return self
+
+
+def incident_line(incident: Incident) -> str:
+    """One JSON object on one line, with `schema_version`; non-finite numbers as strings, so that any parser reads it."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **_plain(asdict(incident))}, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+class Ledger:
+    """Where incidents go: one warning line in the log, one line in the file, one call of the user's sink.
+
+    Args:
+        path: JSON-lines file, created with the first incident, appended to, flushed line by line; None for none.
+        sink: Called with each incident; an error in it is logged, never raised.
+    """
+
+    def __init__(self, path: str | None, sink: Callable[[Incident], None] | None) -> None:
+        self._path, self._sink = path, sink
+
+    def write(self, incident: Incident) -> None:
+        """Report one incident. Never raises: a full disk must not end a run that was just saved."""
+        logger.warning("%s", describe(incident))
+        try:
+            if self._path is not None:
+                path = Path(self._path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(incident_line(incident) + "\n")
+            if self._sink is not None:
+                self._sink(incident)
+        except Exception:
+            logger.exception("an incident could not be reported")
+
+
+def describe(incident: Incident) -> str:
+    """One clear line for people."""
+    signs = ", ".join(
+        f"{name} {incident.signs[name]:.4g}" for name in ("loss", "grad_norm") if incident.signs.get(name) is not None
+    )
+    head = f"step {incident.step}: {incident.reason}" + (f" ({signs})" if signs else "")
+    if incident.restored_step is None:
+        return f"{head}; {incident.action}, nothing was restored" + (f"; {incident.note}" if incident.note else "")
+    tail = (
+        f"rolled back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, {incident.steps_lost} steps lost, "
+        f"{incident.action}"
+    )
+    data = f", {incident.batches_replayed} batches again, {incident.batches_skipped} skipped"
+    return f"{head}; {tail}{data}" + (f"; {incident.note}" if incident.note else "")

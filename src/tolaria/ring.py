@@ -1,0 +1,183 @@
+"""The ring of slots: which snapshot is where, how far it may be trusted, and which one may be overwritten.
+
+    FREE -> FILLING -> STAGED -> SEALED -> CERTIFIED
+                 \\-> FREE     \\-> FREE (rejected: not finite)
+
+*staged*: the copies are ordered; *sealed*: the bytes are known to be finite and their digest is taken; *certified*:
+`probation` healthy steps followed. A manual snapshot is vouched for by its caller and is a rollback target from staged on.
+
+Pure values and pure transitions, like `gate`: the model checker explores this code.
+
+Invariants
+    * The newest good snapshot (manual or certified) is never claimed for writing, and never dropped before a newer
+      good one is published.
+    * A candidate in probation is never claimed for writing.
+    * A slot with readers (a rollback under way, a transfer out of it) is never claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class SlotPhase(Enum):
+    """Life of one slot."""
+
+    FREE = "free"  # holds nothing
+    FILLING = "filling"  # being written; nobody may read it
+    STAGED = "staged"  # every copy is ordered; readable behind its `done` event
+    SEALED = "sealed"  # finite, digest taken
+    CERTIFIED = "certified"  # sealed, and probation passed
+
+
+READABLE = frozenset({SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED})
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One entry of the ring.
+
+    Attributes:
+        index: Position in the ring, fixed.
+        phase: See `SlotPhase`.
+        snapshot: Serial number of the snapshot held, unique within a governor; -1 when free.
+        step: Optimizer steps completed when it was taken.
+        manual: Vouched for by its caller.
+        healthy: Healthy steps judged since.
+        readers: Rollbacks that are reading it now.
+    """
+
+    index: int
+    phase: SlotPhase = SlotPhase.FREE
+    snapshot: int = -1
+    step: int = -1
+    manual: bool = False
+    healthy: int = 0
+    readers: int = 0
+
+    @property
+    def is_good(self) -> bool:
+        """A rollback may choose it by default: manual and readable, or certified."""
+        return self.phase is SlotPhase.CERTIFIED or (self.manual and self.phase in READABLE)
+
+    @property
+    def in_probation(self) -> bool:
+        """An automatic snapshot that is neither certified nor given up."""
+        return not self.manual and self.phase in (SlotPhase.STAGED, SlotPhase.SEALED)
+
+
+Ring = tuple[Slot, ...]
+
+
+def empty_ring(num_slots: int) -> Ring:
+    """A ring of free slots."""
+    return tuple(Slot(index) for index in range(num_slots))
+
+
+def newest_good(ring: Ring, before: int | None = None) -> Slot | None:
+    """The newest manual or certified snapshot, optionally only among those with a serial number below `before`."""
+    good = [slot for slot in ring if slot.is_good and (before is None or slot.snapshot < before)]
+    return max(good, key=lambda slot: slot.snapshot, default=None)
+
+
+def by_serial(ring: Ring, snapshot: int) -> Slot | None:
+    """The slot that holds the snapshot with this serial number and may be read."""
+    return next((slot for slot in ring if slot.snapshot == snapshot and slot.phase in READABLE), None)
+
+
+def by_step(ring: Ring, step: int) -> Slot | None:
+    """The newest readable snapshot taken after exactly `step` steps."""
+    found = [slot for slot in ring if slot.step == step and slot.phase in READABLE]
+    return max(found, key=lambda slot: slot.snapshot, default=None)
+
+
+def claim(ring: Ring, snapshot: int, step: int, manual: bool) -> tuple[Ring, int] | None:
+    """Take a slot for writing: a free one, else the oldest good one that is not the newest good one.
+
+    Returns:
+        The ring with that slot filling, and its index; None when every slot must be kept.
+    """
+    keep = newest_good(ring)
+    free = [slot for slot in ring if slot.phase is SlotPhase.FREE and not slot.readers]
+    spent = [slot for slot in ring if slot.is_good and slot is not keep and not slot.readers]
+    chosen = min(free, key=lambda slot: slot.index, default=None) or min(
+        spent, key=lambda slot: slot.snapshot, default=None
+    )
+    if chosen is None:
+        return None
+    filling = Slot(chosen.index, SlotPhase.FILLING, snapshot, step, manual)
+    return _put(ring, filling), chosen.index
+
+
+def publish(ring: Ring, index: int) -> Ring:
+    """The copies of a filling slot are ordered: it becomes readable."""
+    return _put(ring, replace(ring[index], phase=SlotPhase.STAGED))
+
+
+def seal(ring: Ring, index: int, snapshot: int) -> Ring:
+    """Its bytes are finite and their digest is known. Without effect if the slot has moved on meanwhile."""
+    slot = ring[index]
+    if slot.snapshot != snapshot or slot.phase is not SlotPhase.STAGED:
+        return ring
+    return _put(ring, replace(slot, phase=SlotPhase.SEALED))
+
+
+def release(ring: Ring, index: int, snapshot: int) -> Ring:
+    """Give a slot up (failed, rejected, or corrupted). Without effect if it holds another snapshot by now."""
+    slot = ring[index]
+    if slot.snapshot != snapshot:
+        return ring
+    return _put(ring, replace(Slot(index), readers=slot.readers))
+
+
+def advance(ring: Ring, probation: int, step: int) -> Ring:
+    """Count one healthy step for every candidate taken before it; certify those that have had `probation`."""
+
+    def one(slot: Slot) -> Slot:
+        if not slot.in_probation or slot.step >= step:
+            return slot
+        healthy = slot.healthy + 1
+        if healthy >= probation and slot.phase is SlotPhase.SEALED:
+            return replace(slot, healthy=healthy, phase=SlotPhase.CERTIFIED)
+        return replace(slot, healthy=healthy)
+
+    return tuple(map(one, ring))
+
+
+def certify(ring: Ring, index: int, snapshot: int) -> Ring:
+    """Certify a sealed snapshot at once (the first of a run, before which nothing can have gone wrong)."""
+    slot = ring[index]
+    if slot.snapshot != snapshot or slot.phase is not SlotPhase.SEALED:
+        return ring
+    return _put(ring, replace(slot, phase=SlotPhase.CERTIFIED))
+
+
+def suspend(ring: Ring) -> Ring:
+    """A suspect step: the probation of every candidate begins again."""
+    return tuple(replace(slot, healthy=0) if slot.in_probation else slot for slot in ring)
+
+
+def drop_newer(ring: Ring, snapshot: int) -> Ring:
+    """After a rollback to `snapshot`: what was taken later belongs to the abandoned future and is dropped."""
+
+    def one(slot: Slot) -> Slot:
+        newer = slot.snapshot > snapshot and slot.phase in READABLE
+        return replace(Slot(slot.index), readers=slot.readers) if newer else slot
+
+    return tuple(map(one, ring))
+
+
+def pin(ring: Ring, index: int, by: int) -> Ring:
+    """Add (`by` = 1) or remove (`by` = -1) a reader."""
+    return _put(ring, replace(ring[index], readers=ring[index].readers + by))
+
+
+def count(ring: Ring, wanted: Callable[[Slot], bool]) -> int:
+    """How many slots fulfil a condition."""
+    return sum(map(wanted, ring))
+
+
+def _put(ring: Ring, slot: Slot) -> Ring:
+    return (*ring[: slot.index], slot, *ring[slot.index + 1 :])

@@ -1,0 +1,188 @@
+"""Leaves: the governed tensors, the storages under them, and host values that refer to them.
+
+A *leaf* is one tensor at one named place. Leaves that share a storage (tied weights, views, flat buffers) are copied
+once, as that storage's bytes. After a rollback every place holds the very tensor object it held at the snapshot, with
+the bytes it had then; so identities, aliasing and addresses come back together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tolaria.errors import UnsupportedState
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands for the leaf with this index inside a tree of host values."""
+
+    index: int
+
+
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """One governed tensor.
+
+    Attributes:
+        name: Where it lives, for messages: ``"model.layer.weight"``, ``"optimizer.state[3].exp_avg"``.
+        tensor: The live object at the time of the survey. Held, so that its memory cannot be given to anybody else.
+        storage: Index of its storage.
+        geometry: (dtype, storage offset in elements, shape, strides).
+        fixed: A parameter: neither its identity nor its address may have changed at a rollback.
+        trained: Expected to be finite at all times (see `TrainState`); False for buffers and frozen parameters that
+            held non-finite values from the start, such as attention masks of -inf.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    storage: int
+    geometry: tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
+    fixed: bool
+    trained: bool = True
+
+    def moved(self, storage: Storage) -> bool:
+        """Whether the live tensor no longer lies where it lay at the survey."""
+        return storage_key(self.tensor) != storage.key or _geometry(self.tensor) != self.geometry
+
+    def put_back(self, storage: Storage) -> None:
+        """Make the tensor a view of its storage as of the survey again (it may have been given other data)."""
+        if self.moved(storage):
+            _, offset, shape, strides = self.geometry
+            with torch.no_grad():
+                self.tensor.set_(storage.bytes.untyped_storage(), offset, shape, strides)
+
+
+StorageKey = tuple[torch.device, int, int]
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """One block of memory under governed tensors.
+
+    Attributes:
+        key: (device, address, size in bytes).
+        bytes: All of it as a flat tensor, shape [size], uint8. Holds the memory.
+        has_buffers: Some buffer lies in it, so a train-mode forward may write it.
+        dtype: Element type when all its leaves agree, else None.
+        trained: Every leaf in it is expected to be finite.
+    """
+
+    key: StorageKey
+    bytes: torch.Tensor
+    has_buffers: bool
+    dtype: torch.dtype | None
+    trained: bool
+
+
+@dataclass(slots=True, eq=False)
+class Leaves:
+    """Everything a survey found, in the order it was found."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)
+    _index: dict[StorageKey, int] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor, *, fixed: bool, buffer: bool = False, trained: bool = True) -> Ref:
+        """Note one governed tensor.
+
+        Raises:
+            UnsupportedState: It is of a kind that cannot be restored exactly yet.
+        """
+        refuse_unsupported(name, tensor)
+        key = storage_key(tensor)
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self.storages)
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            self.storages.append(Storage(key, flat, buffer, tensor.dtype, trained))
+        else:
+            storage = self.storages[index]
+            storage.has_buffers |= buffer
+            storage.trained &= trained
+            if storage.dtype is not tensor.dtype:
+                storage.dtype = None
+        self.leaves.append(Leaf(name, tensor, index, _geometry(tensor), fixed, trained))
+        return Ref(len(self.leaves) - 1)
+
+    def encode(self, name: str, value: Any) -> Any:
+        """A copy of `value` in which every tensor has become a `Ref` to a leaf of this collection.
+
+        Plain dicts, lists and tuples are walked; anything else is deep-copied whole.
+        """
+        if isinstance(value, torch.Tensor):
+            return self.add(name, value, fixed=False)
+        if isinstance(value, _IMMUTABLE):
+            return value
+        if type(value) is dict:
+            return {key: self.encode(f"{name}.{key}", item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self.encode(f"{name}[{i}]", item) for i, item in enumerate(value))
+        return clone_tree(value)
+
+    def decode(self, tree: Any) -> Any:
+        """The inverse of `encode`: fresh containers, the leaves' own tensor objects."""
+        if isinstance(tree, Ref):
+            return self.leaves[tree.index].tensor
+        if isinstance(tree, _IMMUTABLE):
+            return tree
+        if type(tree) is dict:
+            return {key: self.decode(item) for key, item in tree.items()}
+        if type(tree) in (list, tuple):
+            return type(tree)(map(self.decode, tree))
+        return clone_tree(tree)
+
+
+def storage_key(tensor: torch.Tensor) -> StorageKey:
+    """Device, address and size of the memory under `tensor`."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
+    return tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def clone_tree(value: Any) -> Any:
+    """A deep copy that shares nothing with `value`; tensors are detached and cloned."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, _IMMUTABLE):
+        return value
+    if type(value) is dict:
+        return {key: clone_tree(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(clone_tree, value))
+    if isinstance(value, Mapping) and hasattr(value, "_metadata"):  # the OrderedDict of Module.state_dict
+        return {key: clone_tree(item) for key, item in value.items()}
+    return copy.deepcopy(value)
+
+
+def refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
+    """Raise `UnsupportedState` for tensors whose bytes alone do not restore them."""
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise _unsupported(name, "is not initialised yet", "Run one batch through the lazy module first.")
+    if type(tensor) not in _PLAIN_TYPES:
+        raise _unsupported(name, f"is a {type(tensor).__module__}.{type(tensor).__qualname__}")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise _unsupported(name, f"has layout {tensor.layout} (quantized: {tensor.is_quantized})")
+    if tensor.is_meta:
+        raise _unsupported(name, "is on the meta device and has no bytes", "Materialise the model first.")
+    if tensor.is_inference():
+        raise _unsupported(
+            name, "is an inference tensor, which cannot be written outside of inference mode", "Clone it first."
+        )
+
+
+def _unsupported(name: str, seen: str, advice: str = "") -> UnsupportedState:
+    advice = advice or 'See "not yet" in docs/guarantees.md; leave this part of the model out of the governed module.'
+    return UnsupportedState(
+        "surveying the train state", f"{name} {seen}, expected a plain strided torch.Tensor or Parameter", advice
+    )

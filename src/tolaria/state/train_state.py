@@ -1,0 +1,183 @@
+"""`TrainState`: the whole of what a rollback restores, as a list of parts plus global random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+from torch.optim import Optimizer
+
+from tolaria.errors import StateMismatch, UsageError
+from tolaria.state import rng
+from tolaria.state.digest import update_tree
+from tolaria.state.leaves import Leaves, Ref
+from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
+
+
+@dataclass(slots=True, eq=False)
+class SurveyResult:
+    """The tensors of the train state and the host values around them, at one moment.
+
+    Attributes:
+        leaves: Every governed tensor with its storage.
+        saved: Per part, what its `survey` returned.
+    """
+
+    leaves: Leaves
+    saved: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostValues:
+    """What a snapshot holds besides bytes.
+
+    Attributes:
+        captured: Per part, what its `capture` returned.
+        rng: Global random state; None under the policy ``"keep"``.
+        journal: The governor's own counters and detector states.
+    """
+
+    captured: tuple[Any, ...]
+    rng: rng.RngState | None
+    journal: Any
+
+
+class TrainState:
+    """Model, optimizers, schedulers, scaler and registered extras.
+
+    Args:
+        model: The governed module.
+        optimizers: Zero or more optimizers over its parameters (or others; those are governed too).
+        schedulers: LR schedulers.
+        scaler: A `torch.amp.GradScaler` or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer] = (),
+        schedulers: Sequence[Any] = (),
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.model = ModulePart("model", model)
+        self.optimizers = [OptimizerPart(_numbered("optimizer", i, optimizers), o) for i, o in enumerate(optimizers)]
+        self.schedulers = [StatefulPart(_numbered("scheduler", i, schedulers), s) for i, s in enumerate(schedulers)]
+        self.parts: list[StatePart] = [self.model, *self.optimizers, *self.schedulers]
+        if scaler is not None:
+            self.parts.append(ScalerPart("scaler", scaler))
+
+    def register(self, name: str, obj: Any) -> None:
+        """Add one more thing. Raises `UsageError` for a name in use or an object without readable state."""
+        if any(part.name == name for part in self.parts):
+            raise UsageError(f"registering {name!r}", "the name is in use, expected a new one", "Choose another name.")
+        self.parts.append(make_part(name, obj))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every governed parameter once."""
+        seen: set[int] = set()
+        for part in self.parts:
+            for parameter in part.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    def survey(self) -> SurveyResult:
+        """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly."""
+        leaves = Leaves()
+        return SurveyResult(leaves, tuple(part.survey(leaves) for part in self.parts))
+
+    def capture(self, devices: Sequence[torch.device], with_rng: bool, journal: Any) -> HostValues:
+        """Clone the host values.
+
+        Invariant: random state after a capture equals random state before it, and that is what is captured: it is read
+        first and written back last, because a `state_dict` of the user's may draw.
+        """
+        before = rng.read(devices)
+        try:
+            captured = tuple(part.capture() for part in self.parts)
+        finally:
+            rng.write(before)
+        return HostValues(captured, before if with_rng else None, journal)
+
+    def check(self, survey: SurveyResult, doing: str) -> None:
+        """Raise `StateMismatch`, naming every difference, if `survey` can no longer be restored exactly."""
+        if len(survey.saved) != len(self.parts):
+            found = [f"{part.name} was registered later" for part in self.parts[len(survey.saved) :]]
+        else:
+            found = [
+                difference
+                for part, saved in zip(self.parts, survey.saved, strict=True)
+                for difference in part.differences(saved, survey.leaves)
+            ]
+        found = list(dict.fromkeys(found))
+        if found:
+            shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+            raise StateMismatch(
+                doing,
+                f"the train state changed its structure since the snapshot: {shown}",
+                "Undo the change, or take a new snapshot: older ones cannot be restored any more.",
+            )
+
+    def restore(self, survey: SurveyResult, host: HostValues) -> None:
+        """Put back everything that is not bytes: identities, host values, then random state, which is written last."""
+        self.drop_gradients()
+        errors = []
+        for part, saved, captured in zip(self.parts, survey.saved, host.captured, strict=True):
+            try:
+                part.restore(saved, captured, survey.leaves)
+            except Exception as error:  # the other parts come back all the same; the caller learns of the first failure
+                errors.append((part.name, error))
+        bumped = [leaf.tensor for leaf in survey.leaves.leaves]
+        if bumped:
+            # a backward over a graph that saved one of these now raises instead of using restored bytes silently
+            torch.autograd.graph.increment_version(bumped)
+        if host.rng is not None:
+            rng.write(host.rng)
+        if errors:
+            names = ", ".join(name for name, _ in errors)
+            raise RuntimeError(f"{names} could not be restored ({errors[0][1]}); everything else was") from errors[0][1]
+
+    def drop_gradients(self) -> None:
+        """Set every governed gradient to None; a gradient that is a view of a bucket is zeroed in place instead."""
+        for parameter in self.parameters():
+            grad = parameter.grad
+            if grad is None:
+                continue
+            if grad._is_view():
+                grad.zero_()
+            else:
+                parameter.grad = None
+
+    def has_live_gradients(self) -> bool:
+        """Whether some governed gradient exists and is not zero."""
+        return any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in self.parameters())
+
+    def digest(self) -> str:
+        """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""
+        survey = self.survey()
+        host = self.capture((), with_rng=False, journal=None)
+        hasher = xxhash.xxh3_128()
+        for leaf in survey.leaves.leaves:
+            update_tree(hasher, leaf.tensor)
+        update_tree(hasher, [_without_identities(saved) for saved in survey.saved])
+        update_tree(hasher, host.captured)
+        return hasher.hexdigest()
+
+
+def _without_identities(tree: Any) -> Any:
+    """Host values of a survey without modules and tensors, whose identity differs from run to run."""
+    if isinstance(tree, dict):
+        return {key: _without_identities(item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_without_identities(item) for item in tree]
+    if isinstance(tree, Ref):
+        return tree.index
+    return None if isinstance(tree, (nn.Module, torch.Tensor)) else tree
+
+
+def _numbered(kind: str, index: int, of: Sequence[Any]) -> str:
+    return kind if len(of) == 1 else f"{kind}[{index}]"

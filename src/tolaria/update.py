@@ -1,0 +1,161 @@
+"""UPDATE: one optimizer step under guard: unscale, clip, veto, step, scheduler, scaler, zero the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from tolaria import observe
+
+Closure = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one update.
+
+    Attributes:
+        loss: As read (from the closure where none was given).
+        grad_norm: L2 norm before clipping, after unscaling; None without gradients or where a scaler skipped.
+        nonfinite_gradients: Gradient tensors with a non-finite value; 0 where a scaler skipped, which is routine.
+        vetoed: The step was refused because of them.
+        scaler_skips: Steps in a row that the scaler has skipped, this one included; 0 when it did not.
+    """
+
+    loss: float | None
+    grad_norm: float | None
+    nonfinite_gradients: int
+    vetoed: bool
+    scaler_skips: int
+
+
+class Update:
+    """Optimizers, schedulers and scaler of one train state, stepped together.
+
+    Args:
+        optimizers: Stepped in order.
+        schedulers: Stepped after an applied update, in order.
+        scaler: Or None. One that is not enabled counts as None.
+    """
+
+    def __init__(
+        self, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.optimizers, self.schedulers = list(optimizers), list(schedulers)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scaler_skips = 0
+
+    def run(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: observe.Loss,
+        clip: float | None,
+        metric: float | None,
+        closure: Closure | None,
+        lr_factor: float,
+        may_veto: bool,
+    ) -> Outcome:
+        """Apply one update, or refuse it because a gradient is not finite.
+
+        Args:
+            parameters: Governed parameters, whose gradients are read.
+            loss: As handed to `step`.
+            clip: Greatest gradient norm, or None.
+            metric: For schedulers that want one.
+            closure: Handed to every optimizer; its gradients do not exist before, so nothing can be vetoed.
+            lr_factor: Factor on every learning rate, for this step only.
+            may_veto: False: apply whatever comes (observe mode).
+        """
+        self._unscale()
+        grads = observe.gradients(parameters) if closure is None else []
+        norm, bad = observe.gradient_norm(grads)
+        value = observe.read_loss(loss)
+        by_scaler = self.scaler is not None and bad > 0
+        vetoed = bad > 0 and not by_scaler and may_veto
+        if not vetoed:
+            if clip is not None and norm is not None and not bad:
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
+            with self._scaled_learning_rate(lr_factor):
+                returned = self._step(closure)
+            value = observe.read_loss(returned) if value is None else value
+            if not by_scaler:
+                self._step_schedulers(value if metric is None else metric)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler_skips = self.scaler_skips + 1 if by_scaler else 0
+        return Outcome(
+            loss=value,
+            grad_norm=None if by_scaler else norm,
+            nonfinite_gradients=0 if by_scaler else bad,
+            vetoed=vetoed,
+            scaler_skips=self.scaler_skips,
+        )
+
+    def plain(self, clip: float | None, metric: float | None, loss: observe.Loss, closure: Closure | None) -> None:
+        """The same update without any guard: what a loop without tolaria would do."""
+        if clip is not None:
+            self._unscale()
+            parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        self._step(closure)
+        wants_metric = any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers)
+        self._step_schedulers(observe.read_loss(loss) if metric is None and wants_metric else metric)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _unscale(self) -> None:
+        if self.scaler is None:
+            return
+        for optimizer in self.optimizers:
+            # a caller that clips by itself has unscaled already; doing it twice is an error
+            if self.scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
+                self.scaler.unscale_(optimizer)
+
+    def _step(self, closure: Closure | None) -> Any:
+        returned = None
+        arguments = () if closure is None else (closure,)
+        for optimizer in self.optimizers:
+            if self.scaler is not None:
+                returned = self.scaler.step(optimizer, *arguments)
+            else:
+                returned = optimizer.step(*arguments)
+        if self.scaler is not None:
+            self.scaler.update()
+        return returned
+
+    def _step_schedulers(self, metric: float | None) -> None:
+        for scheduler in self.schedulers:
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step()
+            elif metric is not None:
+                scheduler.step(metric)
+
+    @contextmanager
+    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
+        """Lower every learning rate for one step. Put back at once: schedulers compute the next from the present one."""
+        if factor == 1.0:
+            yield
+            return
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        saved = [lr.clone() if isinstance(lr := group["lr"], torch.Tensor) else lr for group in groups]
+        try:
+            for group in groups:
+                _set_lr(group, group["lr"] * factor)
+            yield
+        finally:
+            for group, lr in zip(groups, saved, strict=True):
+                _set_lr(group, lr)
+
+
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].copy_(lr)  # in place: captured graphs hold its address
+    else:
+        group["lr"] = lr
