@@ -4,7 +4,8 @@ The flow of one step, and the file of each stage:
 
     observe -> judge -> snapshot | rollback -> recover -> report        (governor.py joins them)
 
-Public names are resolved on first use, so that `tolaria --help` answers without importing torch. Nothing runs at import.
+Public names are resolved on first use, so that `tolaria --help` answers without importing torch. Nothing
+runs at import.
 """
 
 from __future__ import annotations
@@ -67,7 +68,42 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = [
+    "BudgetExceeded",
+    "Capabilities",
+    "CaptureInProgress",
+    "Detector",
+    "GovernorConfig",
+    "Health",
+    "Incident",
+    "InvalidConfig",
+    "NoSnapshot",
+    "PhaseError",
+    "QuiesceTimeout",
+    "RetryBudgetExceeded",
+    "RollbackFailed",
+    "RollbackReport",
+    "SafetyError",
+    "SlotsBusy",
+    "SnapshotInfo",
+    "SnapshotRejected",
+    "StaleGradients",
+    "StateMismatch",
+    "Statistics",
+    "StepResult",
+    "TolariaError",
+    "TolariaGovernor",
+    "TolariaInternalError",
+    "UnsupportedState",
+    "UsageError",
+    "Verdict",
+    "VitalSigns",
+    "any_of",
+    "collapse",
+    "default_detector",
+    "loss_spike",
+    "non_finite",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,10 +23,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from tolaria import protocol
+from tolaria import gradients
 from tolaria.driver import Driver
 from tolaria.errors import StaleGradients, TolariaError
-from tolaria.protocol import SectionKind
+from tolaria.operations import SectionKind
 from tolaria.state.train_state import TrainState
 
 
@@ -77,7 +77,7 @@ class Sections:
             raise  # ours come before or after a write, never in the middle of one
         except BaseException:
             if kind is SectionKind.WRITE:
-                self._driver.change(lambda s: (protocol.mark_torn(s), None))
+                self._driver.change(lambda s: (gradients.mark_torn(s), None))
             raise
         finally:
             self._driver.close_section(depth)
@@ -96,16 +96,16 @@ class Sections:
         """An optimizer step: refused when its gradients began before a rollback."""
         token = current_backward()
         with self.section(SectionKind.WRITE):
-            if protocol.are_gradients_stale(self._driver.state, token):
+            if gradients.are_gradients_stale(self._driver.state, token):
                 self._refuse_stale(token)
                 return None
             result = call(*args, **kwargs)
-            self._driver.change(lambda s: protocol.forget_gradients(s, token))
+            self._driver.change(lambda s: gradients.forget_gradients(s, token))
             return result
 
     def _refuse_stale(self, token: int) -> None:
         self._state.drop_gradients()
-        self._driver.change(lambda s: protocol.forget_gradients(s, token))
+        self._driver.change(lambda s: gradients.forget_gradients(s, token))
         self._on_stale()
         if self._strict:
             raise StaleGradients(
@@ -119,10 +119,10 @@ class Sections:
 
         def reached(_: torch.Tensor) -> None:
             token = current_backward()
-            if driver.change(lambda s: protocol.begin_backward(s, token, epoch)):
+            if driver.change(lambda s: gradients.begin_backward(s, token, epoch)):
                 # runs when this backward is complete, after every gradient was accumulated
                 torch.autograd.Variable._execution_engine.queue_callback(
-                    lambda: driver.change(lambda s: protocol.end_backward(s, token))
+                    lambda: driver.change(lambda s: gradients.end_backward(s, token))
                 )
 
         for tensor in _pytree.tree_leaves(result):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from tolaria.errors import UnsupportedState
-from tolaria.protocol import Barrier
+from tolaria.operations import Barrier
 
 
 class Device(Protocol):

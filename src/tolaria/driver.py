@@ -13,7 +13,7 @@ from typing import Any
 
 from tolaria.device import Device
 from tolaria.errors import QuiesceTimeout, TolariaInternalError
-from tolaria.protocol import (
+from tolaria.operations import (
     Await,
     CaptureHost,
     Change,
@@ -28,10 +28,8 @@ from tolaria.protocol import (
     SectionKind,
     Survey,
     Synchronize,
-    close_section,
-    drive,
-    open_section,
 )
+from tolaria.protocol import close_section, drive, open_section
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
 

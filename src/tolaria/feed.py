@@ -44,7 +44,9 @@ class Delivery:
 
 def _versions(batch: Any) -> tuple[int, ...]:
     return tuple(
-        leaf._version for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
+        leaf._version
+        for leaf in _pytree.tree_leaves(batch)
+        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
     )
 
 
@@ -63,6 +65,9 @@ class Rewind:
     skipped: int
     note: str
     drew: bool
+
+
+NO_REWIND = Rewind(0, 0, "", False)
 
 
 class Feed:

@@ -1,44 +1,33 @@
-"""`TolariaGovernor`: the only file that knows every stage. observe -> judge -> snapshot | rollback -> recover -> report."""
+"""`TolariaGovernor`, the public face. observe -> judge -> snapshot | rollback -> recover -> report, once per step."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import threading
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import judge, observe, recover, ring, update
+from tolaria import judge, observe, ring
 from tolaria.config import GovernorConfig
-from tolaria.coordinate import world_size
-from tolaria.errors import (
-    PhaseError,
-    RetryBudgetExceeded,
-    SlotsBusy,
-    SnapshotRejected,
-    UnsupportedState,
-    UsageError,
-)
-from tolaria.feed import Feed, Rewind
+from tolaria.course import Course
+from tolaria.errors import PhaseError, UnsupportedState, UsageError
+from tolaria.feed import Feed
 from tolaria.keeper import Keeper, Target
-from tolaria.protocol import SectionKind
-from tolaria.records import Capabilities, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
-from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
-from tolaria.state import rng
+from tolaria.operations import SectionKind
+from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.state.train_state import TrainState
+from tolaria.update import Update
 
 When = Literal["boundary"]
 Verify = Literal["before"]
 Grads = Literal["capture", "drop"]
 
-_NO_REWIND = Rewind(0, 0, "", False)
 _ROUTINE_SCALER_SKIPS = 20
 
 _live: weakref.WeakSet[TolariaGovernor] = weakref.WeakSet()
@@ -88,18 +77,8 @@ class TolariaGovernor:
     ) -> None:
         self.config = config or GovernorConfig()
         self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
-        self._update = update.Update(_as_list(optimizer), _as_list(scheduler), scaler)
-        self._detector = detector or judge.default_detector()
-        self._judgement = self._detector.init()
-        self._recovery = recover.RecoveryState()
-        self._statistics = Statistics()
-        self._count_lock = threading.Lock()
-        self._ledger = Ledger(self.config.ledger, self.config.on_incident)
-        self._completed = 0  # optimizer steps in the past of the present state
-        self._tick = 0  # steps judged, undone ones included
-        self._last_automatic = 0  # `_completed` at the last automatic snapshot
-        self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=4096)  # (step, its batches)
-        self._position = 0  # of the data, at the snapshot restored last
+        self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
+        self._course = Course(self.config, detector or judge.default_detector(), self._rng_policy)
         self._closed = False
         if self.is_disabled:
             return
@@ -119,14 +98,13 @@ class TolariaGovernor:
         self._keeper = Keeper(
             TrainState(model, self._update.optimizers, self._update.schedulers, scaler),
             self.config,
-            lambda: self._rng_policy != "keep",
-            self._read_journal,
-            self._write_journal,
-            lambda: self._count(stale_vetoes=1),
+            with_rng=lambda: self._rng_policy() != "keep",
+            read_journal=self._course.read_journal,
+            write_journal=self._course.write_journal,
+            on_stale=lambda: self._course.count(stale_vetoes=1),
         )
-        self._feed = Feed(
-            self.config.num_kept_batches, self._keeper.accelerators, lambda: self._rng_policy != "keep"
-        )
+        self._feed = Feed(self.config.num_kept_batches, self._keeper.accelerators, lambda: self._rng_policy() != "keep")
+        self._course.begin(self._keeper, self._feed)
         _install_fork_hook()
         _live.add(self)
         if self.config.mode == "act":
@@ -161,7 +139,7 @@ class TolariaGovernor:
             return
         self._require_open("watching a loader")
         if self.config.mode == "act" and ring.newest_good(self._keeper.ring) is None:
-            self._take_first()
+            self._course.take_first()
         yield from self._feed.deliver(loader, lambda: None)
 
     def step(
@@ -196,18 +174,16 @@ class TolariaGovernor:
         """
         if self.is_disabled:
             self._update.plain(clip, metric, loss, closure)
-            return StepResult(verdict=Verdict(Health.HEALTHY, self._completed), rolled_back=False, skipped=False)
+            return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
         self._require_boundary("stepping")
         self._keeper.run_requests()
         acting = self.config.mode == "act"
         parameters = list(self._keeper.state.parameters())
-        factor = recover.learning_rate_factor(
-            self._recovery, self._tick, self.config.cool_lr, self.config.cool_steps
-        )
+        factor = self._course.learning_rate_factor()
         done = self._update.run(parameters, loss, clip, metric, closure, factor if acting else 1.0, may_veto=acting)
         if done.vetoed:
-            self._count(vetoes=1)
-        step = self._completed + 1
+            self._course.count(vetoes=1)
+        step = self._course.completed + 1
         judged_gradients = not (done.vetoed and self.config.on_veto == "keep")
         vital = VitalSigns(
             step=step,
@@ -220,24 +196,24 @@ class TolariaGovernor:
             metric=metric,
             extra={name: observe.read_sign(value) for name, value in signs.items()},
         )
-        verdict = self._judge(vital)
+        verdict = self._course.judge(vital)
         if done.scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
             verdict = Verdict(
                 Health.PANIC, step, "GradScaler skips every step", step, {"skips": float(done.scaler_skips)}
             )
         skipped = done.vetoed or done.scaler_skips > 0
-        return self._conclude(vital, verdict, skipped)
+        return self._course.conclude(vital, verdict, skipped)
 
     def observe(self, *, loss: observe.Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots."""
         if self.is_disabled:
-            return Verdict(Health.HEALTHY, self._completed)
+            return Verdict(Health.HEALTHY, self._course.completed)
         self._require_boundary("observing")
         parameters = list(self._keeper.state.parameters())
         norm, bad_grads = observe.gradient_norm(observe.gradients(parameters))
         extra = {name: observe.read_sign(value) for name, value in signs.items()}
         vital = VitalSigns(
-            step=self._completed + 1,
+            step=self._course.completed + 1,
             loss=observe.read_loss(loss),
             grad_norm=extra.pop("grad_norm", norm),
             nonfinite_gradients=bad_grads,
@@ -245,10 +221,10 @@ class TolariaGovernor:
             metric=extra.pop("metric", None),
             extra=extra,
         )
-        verdict = self._judge(vital)
-        self._account(vital, verdict)
+        verdict = self._course.judge(vital)
+        self._course.account(vital, verdict)
         if verdict.is_panic:
-            self._report(vital, verdict, "observe", None)
+            self._course.report(vital, verdict, "observe", None)
         return verdict
 
     def check_vital_signs(self, loss: observe.Loss = None, **signs: torch.Tensor | float) -> bool:
@@ -261,7 +237,9 @@ class TolariaGovernor:
 
     # ------------------------------------------------------------ snapshot and rollback
 
-    def snapshot(self, step: int | None = None, *, grads: Grads | None = None, when: When | None = None) -> SnapshotInfo:
+    def snapshot(
+        self, step: int | None = None, *, grads: Grads | None = None, when: When | None = None
+    ) -> SnapshotInfo:
         """Take a snapshot now. The caller vouches for it: it is a rollback target from now on.
 
         Args:
@@ -286,9 +264,9 @@ class TolariaGovernor:
         if grads is None:
             self._keeper.require_dead_gradients(doing)
         info, _ = self._keeper.take(
-            self._completed if step is None else step, manual=True, gradients=grads == "capture"
+            self._course.completed if step is None else step, manual=True, gradients=grads == "capture"
         )
-        self._count(snapshots=1)
+        self._course.count(snapshots=1)
         return info
 
     def execute_rollback(
@@ -318,20 +296,22 @@ class TolariaGovernor:
         """
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
+            report.reason = (
+                "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
+            )
             return report
         doing = "rolling back"
         self._require_open(doing)
 
         def run() -> None:
             self._keeper.restore(
-                report, completed=self._completed, to=to, optimizer=optimizer, verify_before=verify == "before"
+                report, completed=self._course.completed, to=to, optimizer=optimizer, verify_before=verify == "before"
             )
             self._feed.rewind(self._feed.position, None)
             signs = VitalSigns(step=report.panic_step)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
-            self._after_rollback(report)
-            self._report(signs, verdict, "manual", report)
+            self._course.after_rollback(report)
+            self._course.report(signs, verdict, "manual", report)
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -341,8 +321,8 @@ class TolariaGovernor:
             run()
         return report
 
-    @contextmanager
-    def using(self, write: bool = True, streams: Any = None) -> Iterator[None]:
+    @contextlib.contextmanager
+    def using(self, write: bool = True, streams: Any = None) -> Generator[None]:
         """A section for what the governor cannot see: other threads, custom kernels, entry points besides `forward`.
 
         Args:
@@ -350,7 +330,9 @@ class TolariaGovernor:
             streams: Reserved for the ``streams`` barrier; not handled yet.
         """
         if streams is not None:
-            raise UnsupportedState("opening a section", "streams were named, which is not handled yet", "Leave them out.")
+            raise UnsupportedState(
+                "opening a section", "streams were named, which is not handled yet", "Leave them out."
+            )
         if self.is_disabled or self._closed or self.config.mode == "observe":
             yield
             return
@@ -363,8 +345,15 @@ class TolariaGovernor:
         """What was chosen for this machine and train state."""
         if self.is_disabled:
             return Capabilities(
-                barrier="none", devices=(), tier="none", copy_path="none", state_bytes=0, slots=0, cadence=0,
-                cadence_stretched=False, rng="keep",
+                barrier="none",
+                devices=(),
+                tier="none",
+                copy_path="none",
+                state_bytes=0,
+                slots=0,
+                cadence=0,
+                cadence_stretched=False,
+                rng="keep",
             )
         newest = ring.newest_good(self._keeper.ring)
         return Capabilities(
@@ -376,17 +365,17 @@ class TolariaGovernor:
             slots=self.config.num_slots,
             cadence=self.config.effective_cadence,
             cadence_stretched=self.config.effective_cadence != self.config.cadence,
-            rng=self._rng_policy,
+            rng=self._rng_policy(),
         )
 
     def statistics(self) -> Statistics:
         """Counters so far."""
-        return self._statistics
+        return self._course.statistics
 
     @property
     def rollbacks(self) -> int:
         """Rollbacks so far."""
-        return self._statistics.rollbacks
+        return self._course.statistics.rollbacks
 
     def digest(self) -> str:
         """A fingerprint of the whole train state (xxh3-128, hex): equal digests mean bit-identical states."""
@@ -395,32 +384,15 @@ class TolariaGovernor:
 
     def state_dict(self) -> dict[str, Any]:
         """Detectors, counters and retry budget as plain values, for a checkpoint. Snapshots are not part of it."""
-        return {
-            "schema_version": 1,
-            "completed": self._completed,
-            "tick": self._tick,
-            "judgement": self._judgement,
-            "recovery": asdict(self._recovery),
-            "statistics": asdict(self._statistics),
-        }
+        return self._course.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken (a resumed run). Call before the first snapshot."""
-        if state_dict.get("schema_version") != 1:
-            raise UsageError(
-                "resuming the governor", f"schema_version {state_dict.get('schema_version')!r}, expected 1",
-                "Resume with the version of tolaria that wrote it, or start the governor afresh.",
-            )
-        self._completed = self._last_automatic = state_dict["completed"]
-        self._tick = state_dict["tick"]
-        self._judgement = _as_tuples(state_dict["judgement"])
-        self._recovery = recover.RecoveryState(**{k: _as_tuples(v) for k, v in state_dict["recovery"].items()})
-        self._statistics = Statistics(**state_dict["statistics"])
+        self._course.load_state_dict(state_dict)
 
     def reset(self) -> None:
         """A new episode: detectors and the retry budget start afresh; snapshots and counters stay."""
-        self._judgement = self._detector.init()
-        self._recovery = recover.RecoveryState()
+        self._course.forget()
         self._update.scaler_skips = 0
 
     def close(self) -> None:
@@ -436,194 +408,10 @@ class TolariaGovernor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ------------------------------------------------------------ one step, concluded
-
-    def _judge(self, vital: VitalSigns) -> Verdict:
-        if not self.is_disabled and self._keeper.driver.state.torn:
-            return Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
-        self._judgement, verdict = self._detector.update(self._judgement, vital)
-        return verdict
-
-    def _account(self, vital: VitalSigns, verdict: Verdict) -> None:
-        """Count the step and move probation on; what a panic leaves is the rollback's business."""
-        self._completed, self._tick = vital.step, self._tick + 1
-        self._history.append((vital.step, self._feed.consume()))
-        self._count(steps=1, panics=int(verdict.is_panic))
-        if verdict.health is Health.HEALTHY:
-            self._keeper.advance(vital.step)
-        elif verdict.health is Health.SUSPECT:
-            self._keeper.suspend()
-
-    def _conclude(self, vital: VitalSigns, verdict: Verdict, skipped: bool) -> StepResult:
-        self._account(vital, verdict)
-        if self.config.mode == "observe":
-            if verdict.is_panic:
-                self._report(vital, verdict, "observe", None)
-            return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
-        if verdict.health is Health.HEALTHY and self._is_due():
-            poisoned = self._take_automatic()
-            if poisoned:
-                verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
-                logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
-                self._count(panics=1)
-        if verdict.is_panic:
-            self._panic(vital, verdict)
-        return StepResult(verdict=verdict, rolled_back=verdict.is_panic, skipped=skipped)
-
-    def _panic(self, vital: VitalSigns, verdict: Verdict) -> None:
-        """Roll back, arrange the data, report; then end the run if the retry budget is spent."""
-        if world_size() > 1:
-            self._report(vital, verdict, "observe", None, note="several ranks: not rolled back")
-            raise UnsupportedState(
-                f"rolling back at step {vital.step}",
-                "this process is one of several ranks, and a rollback on one of them alone would ruin the others",
-                'Use mode="observe", and restart all ranks from a checkpoint.',
-            )
-        onset = vital.step if verdict.onset is None else verdict.onset
-        onset_batch, panic_batch = self._batches(onset, vital.step)
-        self._recovery, plan = recover.decide(
-            self._recovery,
-            tick=self._tick,
-            onset_batch=onset_batch,
-            panic_batch=panic_batch,
-            reach=self.config.probation,
-            can_replay=self._feed.is_used,
-            max_retries=self.config.max_retries,
-            retry_window=self.config.retry_window,
-        )
-        report = RollbackReport(success=False, status="failed", reason=verdict.reason)
-        self._keeper.restore(
-            report, completed=vital.step, generations_back=plan.generations_back, verify_before=True
-        )
-        skip = {
-            recover.Action.REPLAY: range(0),
-            recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
-            recover.Action.STOP: None,
-        }[plan.action]
-        rewind = self._feed.rewind(self._position, skip)
-        if rewind.drew and self._rng_policy == "restore":
-            # those batches had drawn shuffle seeds or augmentation from random state that was just put back
-            rng.rekey(self._tick)
-        self._after_rollback(report, rewind)
-        action = recover.Action.SKIP.value if rewind.note else plan.action.value
-        self._report(vital, verdict, action, report, rewind, rewind.note)
-        if plan.action is recover.Action.STOP:
-            raise RetryBudgetExceeded(
-                f"recovering at step {vital.step}",
-                f"{len(self._recovery.ticks)} panics within {self.config.retry_window} steps (the last: "
-                f"{verdict.reason}), expected at most {self.config.max_retries}",
-                f"It is the snapshot of step {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
-            )
-
-    def _batches(self, onset: int, step: int) -> tuple[int, int]:
-        """First and last batch of the steps from `onset` to `step`; without `watch`, counts of steps stand in for them."""
-        taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
-        return (min(taken), max(taken)) if taken else (self._tick - (step - onset), self._tick)
-
-    def _after_rollback(self, report: RollbackReport, rewind: Rewind = _NO_REWIND) -> None:
-        if self._rng_policy == "fork":
-            rng.rekey(self._tick)
-        self._count(
-            rollbacks=1,
-            steps_lost=report.steps_lost,
-            replayed_batches=rewind.replayed,
-            skipped_batches=rewind.skipped,
-            rollback_s=report.host_ms / 1e3,
-            gate_wait_s=report.wait_ms / 1e3,
-        )
-
-    def _report(
-        self,
-        vital: VitalSigns,
-        verdict: Verdict,
-        action: str,
-        report: RollbackReport | None,
-        rewind: Rewind = _NO_REWIND,
-        note: str = "",
-    ) -> None:
-        if report is not None and report.corrupted_steps:
-            note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
-        self._ledger.write(
-            Incident(
-                step=vital.step,
-                onset=vital.step if verdict.onset is None else verdict.onset,
-                reason=verdict.reason,
-                signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
-                evidence=dict(verdict.evidence),
-                action=action,
-                restored_step=None if report is None else report.snapshot_step,
-                certified=report is not None and report.certified,
-                steps_lost=0 if report is None else report.steps_lost,
-                batches_replayed=rewind.replayed,
-                batches_skipped=rewind.skipped,
-                rollback_ms=0.0 if report is None else report.host_ms,
-                barrier=self._keeper.ground.barrier.value,
-                env_id=0 if report is None else report.env_id,
-                note=note,
-            )
-        )
-
-    # ------------------------------------------------------------ automatic snapshots
-
-    def _is_due(self) -> bool:
-        return self._completed - self._last_automatic >= self.config.effective_cadence
-
-    def _take_first(self) -> None:
-        """The first snapshot of a run. Nothing earlier exists that could be better, so it is certified if it is finite."""
-        info, found = self._keeper.take(self._completed, manual=False)
-        self._last_automatic = self._completed
-        if found is not None and found.nonfinite:
-            raise SnapshotRejected(
-                f"taking the first snapshot at step {self._completed}",
-                f"the train state is not finite: {', '.join(found.nonfinite[:8])}",
-                "Start from finite weights.",
-            )
-        self._keeper.certify(info)
-        self._count(snapshots=1)
-
-    def _take_automatic(self) -> tuple[str, ...]:
-        """Take the snapshot that is due. Returns the names of non-finite tensors, for which it was rejected."""
-        self._last_automatic = self._completed
-        first = not any(slot.phase in ring.READABLE for slot in self._keeper.ring)
-        try:
-            info, found = self._keeper.take(self._completed, manual=False)
-        except SlotsBusy:
-            self._count(snapshots_deferred=1)  # candidates in probation come first; the next cadence tries again
-            return ()
-        except UnsupportedState:
-            raise
-        except Exception as error:
-            # out of memory, or an extra that raised: the last certified snapshot is still there, so training goes on
-            self._count(snapshots_failed=1)
-            logger.warning("step %d: no snapshot could be taken: %s", self._completed, error)
-            return ()
-        if found is not None and found.nonfinite:
-            self._count(snapshots_rejected=1)
-            return found.nonfinite
-        if first:
-            self._keeper.certify(info)
-        self._count(snapshots=1)
-        return ()
-
     # ------------------------------------------------------------ small things
 
-    def _read_journal(self) -> Any:
-        return self._completed, self._judgement, self._feed.position
-
-    def _write_journal(self, journal: Any) -> None:
-        self._completed, self._judgement, self._position = journal
-        self._last_automatic = self._completed
-        while self._history and self._history[-1][0] > self._completed:
-            self._history.pop()
-
-    @property
     def _rng_policy(self) -> str:
         return self.config.rng or ("restore" if len(_live) <= 1 else "keep")
-
-    def _count(self, **increments: float) -> None:
-        with self._count_lock:
-            now = self._statistics
-            self._statistics = replace(now, **{k: getattr(now, k) + v for k, v in increments.items()})
 
     def _require_open(self, doing: str) -> None:
         if self._closed:
@@ -643,11 +431,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _as_tuples(value: Any) -> Any:
-    """Lists become tuples, all the way down: what a state was before it went through JSON."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _install_fork_hook() -> None:

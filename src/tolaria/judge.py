@@ -108,7 +108,9 @@ def _non_finite_reason(signs: VitalSigns) -> tuple[str, int]:
 
 # -- loss spike ---------------------------------------------------------------------------------------------------------------------
 
-_History: TypeAlias = tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float]
+_History: TypeAlias = tuple[
+    tuple[float, ...], tuple[float, ...], tuple[float, ...], tuple[float, ...], int, float, float
+]
 _Baseline: TypeAlias = tuple[float, float, float]
 _Episode: TypeAlias = tuple[int, float, tuple[float, ...], int, bool, tuple[float, ...]]
 SpikeState: TypeAlias = tuple[_History, _Baseline, _Episode | None]
@@ -116,14 +118,32 @@ SpikeState: TypeAlias = tuple[_History, _Baseline, _Episode | None]
 Baseline: location, scale, tail, in units of loss. Episode: onset, score, largest increments, steps, panicked, pending losses."""
 
 import os
+
 P = {k: float(v) for k, v in (x.split("=") for x in os.environ.get("JP", "").split(",") if x)}
-HUMP=P.get("hump",1.0); PIN=P.get("pin",3.0); PM=int(P.get("pm",24)); INF=P.get("inf",6.0); MEM=int(P.get("mem",96)); THR=P.get("thr",7.5); ALLOW=P.get("k",1.0); CLIP=P.get("clip",9.0); CALM=P.get("calm",2.0); EXTREME=P.get("ext",4.0); RELEASE=P.get("rel",-4.0); HINGE=P.get("hinge",3.0); FALL=P.get("fall",2.5); LB=int(P.get("lb",64)); FLOOR=P.get("floor",0.02); MARG=P.get("marg",1.0); FAST=int(P.get("fast",8)); WIN=int(P.get("win",32))
+HUMP = P.get("hump", 1.0)
+PIN = P.get("pin", 3.0)
+PM = int(P.get("pm", 24))
+INF = P.get("inf", 6.0)
+MEM = int(P.get("mem", 96))
+THR = P.get("thr", 7.5)
+ALLOW = P.get("k", 1.0)
+CLIP = P.get("clip", 9.0)
+CALM = P.get("calm", 2.0)
+EXTREME = P.get("ext", 4.0)
+RELEASE = P.get("rel", -4.0)
+HINGE = P.get("hinge", 3.0)
+FALL = P.get("fall", 2.5)
+LB = int(P.get("lb", 64))
+FLOOR = P.get("floor", 0.02)
+MARG = P.get("marg", 1.0)
+FAST = int(P.get("fast", 8))
+WIN = int(P.get("win", 32))
+
 
 def loss_spike(
     *, threshold: float = THR, allowance: float = ALLOW, clip: float = CLIP, window: int = WIN, memory: int = MEM
 ) -> Detector[SpikeState]:
-    """Panic on a loss that rose and stays up; stay calm on spikes of one to three steps, whatever their height.
-    """
+    """Panic on a loss that rose and stays up; stay calm on spikes of one to three steps, whatever their height."""
     _require("loss_spike", threshold=(threshold, 0, inf))
     recovery = 5
 
@@ -151,17 +171,21 @@ def loss_spike(
             score = score + 1.0 if increment <= allowance else 0.0
             if score >= recovery:
                 return (history, baseline, None), Verdict(Health.HEALTHY, signs.step)
-            return (history, baseline, (onset, score, top, steps + 1, True, ())), Verdict(Health.SUSPECT, signs.step, "loss spike", onset)
+            return (history, baseline, (onset, score, top, steps + 1, True, ())), Verdict(
+                Health.SUSPECT, signs.step, "loss spike", onset
+            )
         score += increment
         if increment > top[0]:
             top = tuple(sorted((*top[1:], increment)))
         trimmed = score - top[0] - top[1] - top[2]
-        pending = (*pending[-window + 1:], loss)
+        pending = (*pending[-window + 1 :], loss)
         if score <= 0.0 or trimmed <= RELEASE:
             return (*_learn(history, baseline, pending, window, memory), None), Verdict(Health.HEALTHY, signs.step)
         numbers = {"loss": loss, "location": location, "scale": scale, "z": z, "score": trimmed, "count": float(steps)}
         if trimmed >= threshold:
-            return (history, baseline, (onset, 0.0, top, steps, True, ())), Verdict(Health.PANIC, signs.step, "sustained loss spike", onset, numbers)
+            return (history, baseline, (onset, 0.0, top, steps, True, ())), Verdict(
+                Health.PANIC, signs.step, "sustained loss spike", onset, numbers
+            )
         state = (history, baseline, (onset, score, top, steps + 1, False, pending))
         if trimmed >= CALM or increment >= EXTREME:
             return state, Verdict(Health.SUSPECT, signs.step, "loss spike", onset, numbers)
@@ -200,7 +224,12 @@ def _learn(history, baseline, losses, window, memory):
             median = ordered[m // 2]
             scale = max((ordered[(3 * m) // 4] - ordered[m // 4]) / _IQR, (ordered[(9 * m) // 10] - median) / _Q90)
             scale *= 1.0 + INF / m
-            scale = max(scale, _hump(levels) / HUMP, FLOOR * (max(*recent, *levels) - min(*recent, *levels)), RESOLUTION * abs(location))
+            scale = max(
+                scale,
+                _hump(levels) / HUMP,
+                FLOOR * (max(*recent, *levels) - min(*recent, *levels)),
+                RESOLUTION * abs(location),
+            )
         if len(peaks) >= 4:
             tail = sorted(peaks)[(3 * len(peaks)) // 4]
     if levels:

@@ -22,7 +22,8 @@ from tolaria.config import GovernorConfig
 from tolaria.device import open_devices
 from tolaria.driver import Driver
 from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SnapshotRejected
-from tolaria.protocol import Barrier, Ground, HostState, Inspection, RolledBack, Taken
+from tolaria.operations import Barrier, HostState, Inspection
+from tolaria.protocol import Ground, RolledBack, Taken
 from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.ring import Ring, Slot
 from tolaria.snapshot import Vault
@@ -73,9 +74,7 @@ class Keeper:
         self.tier = "device" if self.accelerators else "host"
         self.vault = Vault(state, config.num_slots, devices, with_rng, read_journal, write_journal)
         self.driver = Driver(HostState(ring=ring.empty_ring(config.num_slots)), self.vault, devices)
-        self.sections = Sections(
-            self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale
-        )
+        self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
         self._requests: deque[Request] = deque()
 
     @property
@@ -272,7 +271,9 @@ def _chooser(to: Target, generations_back: int) -> Callable[[Ring, int | None], 
             held = sorted({s.step for s in slots if s.phase in ring.READABLE})
             wanted = f"step {to}" if isinstance(to, int) else f"the snapshot of step {to.step if to else None}"
             raise NoSnapshot(
-                "rolling back", f"{wanted} is not held, held are steps {held}", "Choose one of those, or leave `to` out."
+                "rolling back",
+                f"{wanted} is not held, held are steps {held}",
+                "Choose one of those, or leave `to` out.",
             )
         return slot
 

@@ -62,5 +62,5 @@ def _exceeded(doing: str, num_bytes: int, device: torch.device, seen: str) -> Bu
     return BudgetExceeded(
         doing,
         f"one slot needs {num_bytes / 2**20:,.1f} MiB on {device}, but {seen}",
-        "Snapshots held so far are intact. Configure fewer slots (a longer cadence or a shorter probation), or free memory.",
+        "Snapshots held so far are intact. Free memory, or configure fewer slots (longer cadence, shorter probation).",
     )

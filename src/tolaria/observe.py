@@ -57,7 +57,7 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
 
 
 def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
-    """How many of the tensors hold a NaN or an infinity. One reduction each; a sum that overflows is looked at again."""
+    """How many of the tensors hold a NaN or an infinity. One reduction each; overflowing sums are looked at again."""
     count = 0
     for tensor in tensors:
         if not tensor.is_floating_point() and not tensor.is_complex():

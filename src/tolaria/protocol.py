@@ -25,242 +25,50 @@ are copied first and have events of their own, because a train-mode forward writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import gate, ring
 from tolaria.errors import CaptureInProgress, NoSnapshot, PhaseError, RollbackFailed, SlotsBusy, SnapshotRejected
-from tolaria.gate import GateState, ThreadId
-from tolaria.ring import Ring, Slot
-
-DeviceName = str
-Event = Any
-Events = tuple[tuple[DeviceName, Event], ...]
-
-
-class Barrier(Enum):
-    """How device work is ordered around the copies."""
-
-    HOST = "host"  # CPU: operators run in their caller, so the gate alone orders them
-    BLOCKING = "blocking"  # device synchronise on both sides, under the gate
-    CONTEXT = "context"  # context-wide events on both sides; the host never waits
-
-
-class Part(Enum):
-    """The two ranges of a slot: what a forward may write, and the rest."""
-
-    BUFFERS = "buffers"
-    REST = "rest"
-
-
-class Direction(Enum):
-    """Which way a copy moves bytes."""
-
-    CAPTURE = "storages -> slot"
-    RESTORE = "slot -> storages"
-
-
-class SectionKind(Enum):
-    """What a section may write, and so which copies it has to wait for."""
-
-    FORWARD = "forward"  # buffers
-    WRITE = "write"  # anything: optimizer steps, using(write=True)
-    READ = "read"  # nothing
-
-
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """Everything the threads of one governor share. A value: every change makes a new one.
-
-    Attributes:
-        gate: Open sections and the exclusive owner.
-        ring: The slots.
-        epoch: Number of rollbacks so far; tells gradients of different pasts apart.
-        next_snapshot: Serial number of the next snapshot.
-        captures: Tokens of graph captures in progress; no barrier may touch a device while there are any.
-        buffers_done: Events after which buffers may be written again.
-        all_done: Events after which everything may be written again.
-        running: Backward passes in progress, as (token, epoch of their forward).
-        grad_epoch: Oldest epoch whose gradients have been accumulated since the last optimizer step; None without any.
-        torn: A write section raised half-way, so the train state may be half updated; only a rollback clears this.
-    """
-
-    gate: GateState = field(default_factory=GateState)
-    ring: Ring = ()
-    epoch: int = 0
-    next_snapshot: int = 0
-    captures: tuple[int, ...] = ()
-    buffers_done: Events = ()
-    all_done: Events = ()
-    running: tuple[tuple[int, int], ...] = ()
-    grad_epoch: int | None = None
-    torn: bool = False
-
-
-# ---------------------------------------------------------------- operations
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Atomically replace the host state: ``function(state) -> (state, result)``. The function is pure and may raise."""
-
-    label: str
-    function: Callable[[HostState], tuple[HostState, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Await:
-    """Like `Change`, but the function may answer None: then wait until the state has changed and ask again.
-
-    Performing it raises `QuiesceTimeout` after `timeout_s` seconds without having changed anything.
-    """
-
-    label: str
-    function: Callable[[HostState], tuple[HostState, Any] | None]
-    timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """Find every governed tensor, check that each can be restored exactly, and lay the table of copies."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """Make sure that the slot has memory for the surveyed layout; allocates only when the layout is new."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class CaptureHost:
-    """Clone the host side of the train state (numbers, schedulers, random state, extras) into the slot."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Compare the live train state with the slot; raise `StateMismatch` if it cannot be restored exactly."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Inspect:
-    """Read the slot: finite? digest as sealed (or take it, when there is none yet)? Answers an `Inspection`."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreHost:
-    """Put the host side back in place, drop gradients, bump version counters; clear optimizers that have no snapshot."""
-
-    slot: int
-    reset: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Enqueue one range of copies on the governor's own stream of `device` (performed at once on a CPU)."""
-
-    slot: int
-    device: DeviceName
-    part: Part
-    direction: Direction
-
-
-@dataclass(frozen=True, slots=True)
-class ContextRecord:
-    """Record an event that covers the work of *all* streams of the device so far. Answers the event."""
-
-    device: DeviceName
-
-
-@dataclass(frozen=True, slots=True)
-class ContextWait:
-    """Make all later work of *all* streams of the device wait for an event."""
-
-    device: DeviceName
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class StreamRecord:
-    """Record an event on the governor's own stream of the device. Answers the event."""
-
-    device: DeviceName
-
-
-@dataclass(frozen=True, slots=True)
-class StreamWait:
-    """Make the governor's own stream of the device wait for an event."""
-
-    device: DeviceName
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class CallerWait:
-    """Make the calling thread's current stream of the device wait for an event."""
-
-    device: DeviceName
-    event: Event
-
-
-@dataclass(frozen=True, slots=True)
-class Synchronize:
-    """Block the host until the device is idle."""
-
-    device: DeviceName
-
-
-Op = (
-    Change
-    | Await
-    | Survey
-    | Reserve
-    | CaptureHost
-    | Check
-    | Inspect
-    | RestoreHost
-    | Copy
-    | ContextRecord
-    | ContextWait
-    | StreamRecord
-    | StreamWait
-    | CallerWait
-    | Synchronize
+from tolaria.gate import ThreadId
+from tolaria.operations import (
+    Await,
+    Barrier,
+    CallerWait,
+    CaptureHost,
+    Change,
+    Check,
+    ContextRecord,
+    ContextWait,
+    Copy,
+    DeviceName,
+    Direction,
+    Events,
+    HostState,
+    Inspect,
+    Inspection,
+    Op,
+    Part,
+    Protocol,
+    Reserve,
+    RestoreHost,
+    SectionKind,
+    StreamRecord,
+    StreamWait,
+    Survey,
+    Synchronize,
 )
-Protocol = Generator[Op, Any, Any]
-
-
-# ---------------------------------------------------------------- records
+from tolaria.ring import Ring, Slot
 
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What the protocol has to know of the machine: the devices with governed tensors, and how to order work on them."""
+    """What the protocol knows of the machine: the devices with governed tensors, and how to order work on them."""
 
     devices: tuple[DeviceName, ...]
     barrier: Barrier
     gate_timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What reading a slot showed.
-
-    Attributes:
-        nonfinite: Names of governed tensors that hold a NaN or an infinity (and did not from the start).
-        intact: The digest equals the one taken when the slot was sealed (True when it was taken just now).
-    """
-
-    nonfinite: tuple[str, ...] = ()
-    intact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,7 +293,7 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int, manual: bool)
 
 
 def reinspect(slot: int, serial: int) -> Protocol:
-    """Compare a slot's bytes with its digest. Needs no gate. Answers an `Inspection`, None when the slot has moved on."""
+    """Compare a slot's bytes with its digest. Needs no gate. None when the slot has moved on."""
     if not (yield from _pin(slot, serial)):
         return None
     try:
@@ -544,7 +352,7 @@ def rollback(
             if corrupted:
                 raise SnapshotRejected(
                     doing,
-                    f"the bytes of {len(corrupted)} snapshots changed since they were sealed, and there is no older one",
+                    f"the bytes of {len(corrupted)} snapshots changed since they were sealed, and none is older",
                     "Restart from a checkpoint on disk; this machine's memory is not to be trusted.",
                 )
             raise NoSnapshot(
@@ -601,52 +409,6 @@ def rollback(
         for index in pinned:
             yield Change("unpin", lambda s, i=index: (replace(s, ring=ring.pin(s.ring, i, -1)), None))
         yield _leave_exclusive(thread)
-
-
-# ---------------------------------------------------------------- backward passes
-
-
-def begin_backward(state: HostState, token: int, epoch: int) -> tuple[HostState, bool]:
-    """A backward pass (autograd graph task `token`) has reached a graph that was built in `epoch`. True if it is new."""
-    if any(known == token for known, _ in state.running):
-        running = tuple((known, min(epoch, old) if known == token else old) for known, old in state.running)
-        return replace(state, running=running), False
-    return replace(state, running=(*state.running, (token, epoch))), True
-
-
-def end_backward(state: HostState, token: int) -> tuple[HostState, None]:
-    """That pass is over: its gradients are accumulated."""
-    epochs = [epoch for known, epoch in state.running if known == token]
-    oldest = min([*epochs, *([] if state.grad_epoch is None else [state.grad_epoch])], default=None)
-    running = tuple(pair for pair in state.running if pair[0] != token)
-    return replace(state, running=running, grad_epoch=oldest), None
-
-
-def are_gradients_stale(state: HostState, token: int) -> bool:
-    """Whether an optimizer step now would apply gradients that began before the last rollback.
-
-    Args:
-        state: The host state.
-        token: The backward pass from inside which the optimizer steps, or -1 outside of one.
-    """
-    epochs = [epoch for known, epoch in state.running if known == token]
-    if state.grad_epoch is not None:
-        epochs.append(state.grad_epoch)
-    return any(epoch < state.epoch for epoch in epochs)
-
-
-def forget_gradients(state: HostState, token: int) -> tuple[HostState, None]:
-    """The optimizer has stepped, or gradients were dropped.
-
-    Passes that failed half-way are forgotten as well; the pass `token`, from inside which this is called, is not.
-    """
-    running = tuple(pair for pair in state.running if pair[0] == token)
-    return replace(state, grad_epoch=None, running=running), None
-
-
-def mark_torn(state: HostState) -> HostState:
-    """A write section raised: what it had written so far stays until a rollback."""
-    return replace(state, torn=True)
 
 
 def refuse_in_autograd(doing: str) -> PhaseError:

@@ -14,7 +14,6 @@ SCHEMA_VERSION = 1
 """Version of every JSON object that tolaria writes. A change of a field's name or meaning raises it."""
 
 
-
 def _empty() -> Mapping[str, float]:
     return {}
 
@@ -95,7 +94,8 @@ class Capabilities:
     """What this governor can do on this machine, chosen once at construction.
 
     Attributes:
-        barrier: Device barrier in use: ``"host"`` (CPU: the gate alone) or ``"blocking"`` (device synchronise, both sides).
+        barrier: Device barrier in use: ``"host"`` (CPU: the gate alone) or ``"blocking"`` (device synchronise on both
+            sides).
         devices: Devices that hold governed tensors, for example ``("cpu",)``.
         tier: Where slots live: ``"host"`` (main memory) or ``"device"`` (beside the tensors they copy).
         copy_path: How bytes are moved.
@@ -151,7 +151,7 @@ class Incident:
         reason: The verdict's reason, or the caller's for a manual rollback.
         signs: The vital signs of the step.
         evidence: The detector's numbers.
-        action: ``"replay"``, ``"skip"``, ``"stop"``, ``"observe"`` (mode="observe": nothing was touched) or ``"manual"``.
+        action: ``"replay"``, ``"skip"``, ``"stop"``, ``"observe"`` (nothing was touched) or ``"manual"``.
         restored_step: Step of the snapshot that was put back; None where nothing was.
         certified: Whether that snapshot was certified (False: vouched for by its caller).
         steps_lost: Optimizer steps undone.

@@ -96,7 +96,11 @@ def decide(
     if attempt == 2:
         data = (*data, tick)
     new = replace(
-        state, ticks=recent, first_batch=first, last_batch=max(panic_batch, state.last_batch), attempt=attempt,
+        state,
+        ticks=recent,
+        first_batch=first,
+        last_batch=max(panic_batch, state.last_batch),
+        attempt=attempt,
         data_incidents=data,
     )
     cooled = len(data) >= 2
@@ -111,7 +115,7 @@ def decide(
 
 
 def learning_rate_factor(state: RecoveryState, tick: int, cool_lr: float, cool_steps: int) -> float:
-    """Factor on the learning rate: `cool_lr` from the second lasting incident within 1,000 steps, back to 1 linearly."""
+    """Learning rate factor: `cool_lr` from the second lasting incident within 1,000 steps on, back to 1 linearly."""
     if len(state.data_incidents) < 2 or cool_lr == 1.0:
         return 1.0
     since = tick - state.data_incidents[-1]

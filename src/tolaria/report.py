@@ -63,7 +63,7 @@ class RollbackReport:
     Attributes:
         success: The restore was validated and submitted in order (True also before `wait`); False while pending and
             where nothing was done.
-        status: ``pending`` (queued for the next boundary), ``submitted``, ``done``, or ``failed`` (nothing was touched).
+        status: ``pending`` (queued for the next boundary), ``submitted``, ``done``, or ``failed`` (nothing touched).
         env_id: The caller's number for this environment or model.
         reason: Why.
         snapshot_step: Step of the snapshot restored; None while pending or failed.
@@ -75,7 +75,7 @@ class RollbackReport:
         host_ms: Host time of the call in milliseconds, waiting for open sections included.
         wait_ms: The part of it spent waiting for open sections.
         corrupted_steps: Steps of newer snapshots that were found corrupted and passed over.
-        device_ms: Time of the copies on the device; None until `wait`, and where it cannot be told apart from host time.
+        device_ms: Time of the copies on the device; None until `wait`, and where it is part of the host time.
         verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
     """
 
@@ -113,7 +113,7 @@ class RollbackReport:
 
 
 def incident_line(incident: Incident) -> str:
-    """One JSON object on one line, with `schema_version`; non-finite numbers as strings, so that any parser reads it."""
+    """One JSON object on one line, with `schema_version`; non-finite numbers become strings."""
     return json.dumps({"schema_version": SCHEMA_VERSION, **_plain(asdict(incident))}, allow_nan=False)
 
 
@@ -162,8 +162,8 @@ def describe(incident: Incident) -> str:
     if incident.restored_step is None:
         return f"{head}; {incident.action}, nothing was restored" + (f"; {incident.note}" if incident.note else "")
     tail = (
-        f"rolled back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, {incident.steps_lost} steps lost, "
-        f"{incident.action}"
+        f"rolled back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, "
+        f"{incident.steps_lost} steps lost, {incident.action}"
     )
     data = f", {incident.batches_replayed} batches again, {incident.batches_skipped} skipped"
     return f"{head}; {tail}{data}" + (f"; {incident.note}" if incident.note else "")

@@ -1,10 +1,11 @@
-"""The ring of slots: which snapshot is where, how far it may be trusted, and which one may be overwritten.
+r"""The ring of slots: which snapshot is where, how far it may be trusted, and which one may be overwritten.
 
     FREE -> FILLING -> STAGED -> SEALED -> CERTIFIED
-                 \\-> FREE     \\-> FREE (rejected: not finite)
+                 \-> FREE     \-> FREE (rejected: not finite)
 
 *staged*: the copies are ordered; *sealed*: the bytes are known to be finite and their digest is taken; *certified*:
-`probation` healthy steps followed. A manual snapshot is vouched for by its caller and is a rollback target from staged on.
+`probation` healthy steps followed. A manual snapshot is vouched for by its caller and is a rollback target from staged
+on.
 
 Pure values and pure transitions, like `gate`: the model checker explores this code.
 

@@ -17,7 +17,7 @@ import xxhash
 from tolaria import memory
 from tolaria.device import Device
 from tolaria.errors import TolariaInternalError
-from tolaria.protocol import (
+from tolaria.operations import (
     CaptureHost,
     Check,
     Copy,
@@ -167,7 +167,7 @@ class Vault:
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         slot = self.slots[op.slot]
-        arena, survey, host = self._filled(op.slot)
+        arena, survey, _ = self._filled(op.slot)
         digest = _digest(arena)
         if slot.digest is not None:
             return Inspection(intact=digest == slot.digest)

@@ -139,7 +139,7 @@ class Update:
 
     @contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
-        """Lower every learning rate for one step. Put back at once: schedulers compute the next from the present one."""
+        """Lower every learning rate for one step. Put back at once: schedulers start from the present one."""
         if factor == 1.0:
             yield
             return

@@ -115,8 +115,7 @@ class ModulePart(StatePart):
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
         was = {name: (parameter, ref) for name, parameter, ref in saved[0]}
         now = {
-            f"{self.name}.{name}": parameter
-            for name, parameter in self.module.named_parameters(remove_duplicate=False)
+            f"{self.name}.{name}": parameter for name, parameter in self.module.named_parameters(remove_duplicate=False)
         }
         yield from (f"{name} was added" for name in now if name not in was)
         yield from (f"{name} was removed" for name in was if name not in now)
@@ -128,7 +127,11 @@ class ModulePart(StatePart):
             elif leaves.leaves[ref.index].moved(leaves.storages[leaves.leaves[ref.index].storage]):
                 yield f"{name} was given other storage, shape or dtype"
         live = {id(module) for module in self.module.modules()}
-        yield from (f"{self.name}: the module that holds buffer {key!r} was removed" for m, key, _ in saved[1] if id(m) not in live)
+        yield from (
+            f"{self.name}: the module that holds buffer {key!r} was removed"
+            for m, key, _ in saved[1]
+            if id(m) not in live
+        )
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         _, buffers, gradients, extra = saved
@@ -334,4 +337,3 @@ def make_part(name: str, obj: Any) -> StatePart:
         "or a (getter, setter) pair",
         "Pass a pair of functions that read and write its state.",
     )
-

@@ -1,0 +1,293 @@
+"""COURSE: where the run stands, and what follows each verdict: probation, the next snapshot, or a rollback with recovery.
+
+Joins judge, snapshot, recover and report for one governor; `governor` is its public face.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from tolaria import recover, ring
+from tolaria.config import GovernorConfig
+from tolaria.coordinate import world_size
+from tolaria.errors import RetryBudgetExceeded, SlotsBusy, SnapshotRejected, UnsupportedState, UsageError
+from tolaria.feed import NO_REWIND, Feed, Rewind
+from tolaria.judge import Detector
+from tolaria.keeper import Keeper
+from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.report import Ledger, RollbackReport, logger
+from tolaria.state import rng
+
+_HISTORY_STEPS = 4096
+
+
+class Course:
+    """The course of one run.
+
+    Args:
+        config: Cadence, probation, recovery settings.
+        detector: Judges.
+        rng_policy: ``"restore"``, ``"fork"`` or ``"keep"``, asked whenever it matters.
+
+    Attributes:
+        completed: Optimizer steps in the past of the present state; goes back with a rollback.
+        tick: Steps judged, undone ones included; never goes back.
+        statistics: Counters; never go back.
+        recovery: Memory of past panics; never goes back.
+    """
+
+    def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
+        self.config = config
+        self.completed = 0
+        self.tick = 0
+        self.statistics = Statistics()
+        self.recovery = recover.RecoveryState()
+        self._detector = detector
+        self._judgement = detector.init()
+        self._rng_policy = rng_policy
+        self._ledger = Ledger(config.ledger, config.on_incident)
+        self._count_lock = threading.Lock()
+        self._last_automatic = 0  # `completed` at the last automatic snapshot
+        self._position = 0  # of the data, at the snapshot restored last
+        self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
+        self.keeper: Keeper
+        self.feed: Feed
+
+    def begin(self, keeper: Keeper, feed: Feed) -> None:
+        """Take on the snapshots and the data of the run. Separate from construction: the keeper reads our journal."""
+        self.keeper, self.feed = keeper, feed
+
+    # ------------------------------------------------------------ what a snapshot holds of us
+
+    def read_journal(self) -> Any:
+        """What rolls back with the train state: step count, detector states, data position. Immutable."""
+        return self.completed, self._judgement, self.feed.position
+
+    def write_journal(self, journal: Any) -> None:
+        """The inverse, at a rollback."""
+        self.completed, self._judgement, self._position = journal
+        self._last_automatic = self.completed
+        while self._history and self._history[-1][0] > self.completed:
+            self._history.pop()
+
+    # ------------------------------------------------------------ judge
+
+    def judge(self, vital: VitalSigns) -> Verdict:
+        """Ask the detectors, unless the train state is known to be half written."""
+        if self.keeper.driver.state.torn:
+            return Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
+        self._judgement, verdict = self._detector.update(self._judgement, vital)
+        return verdict
+
+    def account(self, vital: VitalSigns, verdict: Verdict) -> None:
+        """Count the step and move probation on; what follows a panic is somebody else's business."""
+        self.completed, self.tick = vital.step, self.tick + 1
+        self._history.append((vital.step, self.feed.consume()))
+        self.count(steps=1, panics=int(verdict.is_panic))
+        if verdict.health is Health.HEALTHY:
+            self.keeper.advance(vital.step)
+        elif verdict.health is Health.SUSPECT:
+            self.keeper.suspend()
+
+    def conclude(self, vital: VitalSigns, verdict: Verdict, skipped: bool) -> StepResult:
+        """Everything that follows the judgement of one step."""
+        self.account(vital, verdict)
+        if self.config.mode == "observe":
+            if verdict.is_panic:
+                self.report(vital, verdict, "observe", None)
+            return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
+        due = self.completed - self._last_automatic >= self.config.effective_cadence
+        if verdict.health is Health.HEALTHY and due:
+            poisoned = self._take_automatic()
+            if poisoned:
+                logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
+                verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
+                self.count(panics=1)
+        if verdict.is_panic:
+            self._panic(vital, verdict)
+        return StepResult(verdict=verdict, rolled_back=verdict.is_panic, skipped=skipped)
+
+    # ------------------------------------------------------------ snapshots
+
+    def take_first(self) -> None:
+        """The first snapshot of a run. Nothing earlier exists that could be better, so it is certified if it is finite."""
+        info, found = self.keeper.take(self.completed, manual=False)
+        self._last_automatic = self.completed
+        if found is not None and found.nonfinite:
+            raise SnapshotRejected(
+                f"taking the first snapshot at step {self.completed}",
+                f"the train state is not finite: {', '.join(found.nonfinite[:8])}",
+                "Start from finite weights.",
+            )
+        self.keeper.certify(info)
+        self.count(snapshots=1)
+
+    def _take_automatic(self) -> tuple[str, ...]:
+        """Take the snapshot that is due. Returns the names of non-finite tensors, for which it was rejected."""
+        self._last_automatic = self.completed
+        first = not any(slot.phase in ring.READABLE for slot in self.keeper.ring)
+        try:
+            info, found = self.keeper.take(self.completed, manual=False)
+        except SlotsBusy:
+            self.count(snapshots_deferred=1)  # candidates in probation come first; the next cadence tries again
+            return ()
+        except UnsupportedState:
+            raise
+        except Exception as error:
+            # out of memory, or an extra that raised: the last certified snapshot is still there, so training goes on
+            self.count(snapshots_failed=1)
+            logger.warning("step %d: no snapshot could be taken: %s", self.completed, error)
+            return ()
+        if found is not None and found.nonfinite:
+            self.count(snapshots_rejected=1)
+            return found.nonfinite
+        if first:
+            self.keeper.certify(info)
+        self.count(snapshots=1)
+        return ()
+
+    # ------------------------------------------------------------ rollback and recovery
+
+    def _panic(self, vital: VitalSigns, verdict: Verdict) -> None:
+        """Roll back, arrange the data, report; then end the run if the retry budget is spent."""
+        if world_size() > 1:
+            self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
+            raise UnsupportedState(
+                f"rolling back at step {vital.step}",
+                "this process is one of several ranks, and a rollback on one of them alone would ruin the others",
+                'Use mode="observe", and restart all ranks from a checkpoint.',
+            )
+        onset = vital.step if verdict.onset is None else verdict.onset
+        onset_batch, panic_batch = self._batches(onset, vital.step)
+        self.recovery, plan = recover.decide(
+            self.recovery,
+            tick=self.tick,
+            onset_batch=onset_batch,
+            panic_batch=panic_batch,
+            reach=self.config.probation,
+            can_replay=self.feed.is_used,
+            max_retries=self.config.max_retries,
+            retry_window=self.config.retry_window,
+        )
+        report = RollbackReport(success=False, status="failed", reason=verdict.reason)
+        self.keeper.restore(report, completed=vital.step, generations_back=plan.generations_back, verify_before=True)
+        skip = {
+            recover.Action.REPLAY: range(0),
+            recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
+            recover.Action.STOP: None,
+        }[plan.action]
+        rewind = self.feed.rewind(self._position, skip)
+        if rewind.drew and self._rng_policy() == "restore":
+            # those batches had drawn shuffle seeds or augmentation from random state that was just put back
+            rng.rekey(self.tick)
+        self.after_rollback(report, rewind)
+        action = recover.Action.SKIP.value if rewind.note else plan.action.value
+        self.report(vital, verdict, action, report, rewind, rewind.note)
+        if plan.action is recover.Action.STOP:
+            raise RetryBudgetExceeded(
+                f"recovering at step {vital.step}",
+                f"{len(self.recovery.ticks)} panics within {self.config.retry_window} steps (the last: "
+                f"{verdict.reason}), expected at most {self.config.max_retries}",
+                f"It is the snapshot of step {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
+            )
+
+    def _batches(self, onset: int, step: int) -> tuple[int, int]:
+        """First and last batch of the steps from `onset` to `step`; without `watch`, counts of steps stand in."""
+        taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
+        return (min(taken), max(taken)) if taken else (self.tick - (step - onset), self.tick)
+
+    def after_rollback(self, report: RollbackReport, rewind: Rewind = NO_REWIND) -> None:
+        """Count it, and re-key random state where the policy says so."""
+        if self._rng_policy() == "fork":
+            rng.rekey(self.tick)
+        self.count(
+            rollbacks=1,
+            steps_lost=report.steps_lost,
+            replayed_batches=rewind.replayed,
+            skipped_batches=rewind.skipped,
+            rollback_s=report.host_ms / 1e3,
+            gate_wait_s=report.wait_ms / 1e3,
+        )
+
+    def report(
+        self,
+        vital: VitalSigns,
+        verdict: Verdict,
+        action: str,
+        report: RollbackReport | None,
+        rewind: Rewind = NO_REWIND,
+        note: str = "",
+    ) -> None:
+        """One line in the ledger."""
+        if report is not None and report.corrupted_steps:
+            note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
+        self._ledger.write(
+            Incident(
+                step=vital.step,
+                onset=vital.step if verdict.onset is None else verdict.onset,
+                reason=verdict.reason,
+                signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
+                evidence=dict(verdict.evidence),
+                action=action,
+                restored_step=None if report is None else report.snapshot_step,
+                certified=report is not None and report.certified,
+                steps_lost=0 if report is None else report.steps_lost,
+                batches_replayed=rewind.replayed,
+                batches_skipped=rewind.skipped,
+                rollback_ms=0.0 if report is None else report.host_ms,
+                barrier=self.keeper.ground.barrier.value,
+                env_id=0 if report is None else report.env_id,
+                note=note,
+            )
+        )
+
+    # ------------------------------------------------------------ counters, resume
+
+    def count(self, **increments: float) -> None:
+        """Add to the statistics; from any thread."""
+        with self._count_lock:
+            now = self.statistics
+            self.statistics = replace(now, **{name: getattr(now, name) + by for name, by in increments.items()})
+
+    def learning_rate_factor(self) -> float:
+        """Factor on the learning rate for the next step."""
+        return recover.learning_rate_factor(self.recovery, self.tick, self.config.cool_lr, self.config.cool_steps)
+
+    def forget(self) -> None:
+        """A new episode: detectors and the retry budget start afresh."""
+        self._judgement = self._detector.init()
+        self.recovery = recover.RecoveryState()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "completed": self.completed,
+            "tick": self.tick,
+            "judgement": self._judgement,
+            "recovery": asdict(self.recovery),
+            "statistics": asdict(self.statistics),
+        }
+
+    def load_state_dict(self, saved: Any) -> None:
+        """The inverse, also after a round trip through JSON. Raises `UsageError` for another schema."""
+        if saved.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(
+                "resuming the governor",
+                f"schema_version {saved.get('schema_version')!r}, expected {SCHEMA_VERSION}",
+                "Resume with the version of tolaria that wrote it, or start the governor afresh.",
+            )
+        self.completed = self._last_automatic = saved["completed"]
+        self.tick = saved["tick"]
+        self._judgement = _as_tuples(saved["judgement"])
+        self.recovery = recover.RecoveryState(**{name: _as_tuples(value) for name, value in saved["recovery"].items()})
+        self.statistics = Statistics(**saved["statistics"])
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists become tuples, all the way down: what a state was before it went through JSON."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value

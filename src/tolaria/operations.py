@@ -1,0 +1,229 @@
+"""The vocabulary of the protocol: the shared host state, and the operations that a protocol may yield.
+
+Operations are values. The driver performs them on a real machine, a model checker in a simulated one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from tolaria.gate import GateState
+from tolaria.ring import Ring
+
+DeviceName = str
+Event = Any
+Events = tuple[tuple[DeviceName, Event], ...]
+
+
+class Barrier(Enum):
+    """How device work is ordered around the copies."""
+
+    HOST = "host"  # CPU: operators run in their caller, so the gate alone orders them
+    BLOCKING = "blocking"  # device synchronise on both sides, under the gate
+    CONTEXT = "context"  # context-wide events on both sides; the host never waits
+
+
+class Part(Enum):
+    """The two ranges of a slot: what a forward may write, and the rest."""
+
+    BUFFERS = "buffers"
+    REST = "rest"
+
+
+class Direction(Enum):
+    """Which way a copy moves bytes."""
+
+    CAPTURE = "storages -> slot"
+    RESTORE = "slot -> storages"
+
+
+class SectionKind(Enum):
+    """What a section may write, and so which copies it has to wait for."""
+
+    FORWARD = "forward"  # buffers
+    WRITE = "write"  # anything: optimizer steps, using(write=True)
+    READ = "read"  # nothing
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """Everything the threads of one governor share. A value: every change makes a new one.
+
+    Attributes:
+        gate: Open sections and the exclusive owner.
+        ring: The slots.
+        epoch: Number of rollbacks so far; tells gradients of different pasts apart.
+        next_snapshot: Serial number of the next snapshot.
+        captures: Tokens of graph captures in progress; no barrier may touch a device while there are any.
+        buffers_done: Events after which buffers may be written again.
+        all_done: Events after which everything may be written again.
+        running: Backward passes in progress, as (token, epoch of their forward).
+        grad_epoch: Oldest epoch whose gradients have been accumulated since the last optimizer step; None without any.
+        torn: A write section raised half-way, so the train state may be half updated; only a rollback clears this.
+    """
+
+    gate: GateState = field(default_factory=GateState)
+    ring: Ring = ()
+    epoch: int = 0
+    next_snapshot: int = 0
+    captures: tuple[int, ...] = ()
+    buffers_done: Events = ()
+    all_done: Events = ()
+    running: tuple[tuple[int, int], ...] = ()
+    grad_epoch: int | None = None
+    torn: bool = False
+
+
+# ---------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Atomically replace the host state: ``function(state) -> (state, result)``. The function is pure and may raise."""
+
+    label: str
+    function: Callable[[HostState], tuple[HostState, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Like `Change`, but the function may answer None: then wait until the state has changed and ask again.
+
+    Performing it raises `QuiesceTimeout` after `timeout_s` seconds without having changed anything.
+    """
+
+    label: str
+    function: Callable[[HostState], tuple[HostState, Any] | None]
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Find every governed tensor, check that each can be restored exactly, and lay the table of copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Make sure that the slot has memory for the surveyed layout; allocates only when the layout is new."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureHost:
+    """Clone the host side of the train state (numbers, schedulers, random state, extras) into the slot."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Compare the live train state with the slot; raise `StateMismatch` if it cannot be restored exactly."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Read the slot: finite? digest as sealed (or take it, when there is none yet)? Answers an `Inspection`."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreHost:
+    """Put the host side back, drop gradients, bump version counters; clear optimizers that have no snapshot."""
+
+    slot: int
+    reset: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Enqueue one range of copies on the governor's own stream of `device` (performed at once on a CPU)."""
+
+    slot: int
+    device: DeviceName
+    part: Part
+    direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class ContextRecord:
+    """Record an event that covers the work of *all* streams of the device so far. Answers the event."""
+
+    device: DeviceName
+
+
+@dataclass(frozen=True, slots=True)
+class ContextWait:
+    """Make all later work of *all* streams of the device wait for an event."""
+
+    device: DeviceName
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """Record an event on the governor's own stream of the device. Answers the event."""
+
+    device: DeviceName
+
+
+@dataclass(frozen=True, slots=True)
+class StreamWait:
+    """Make the governor's own stream of the device wait for an event."""
+
+    device: DeviceName
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class CallerWait:
+    """Make the calling thread's current stream of the device wait for an event."""
+
+    device: DeviceName
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Synchronize:
+    """Block the host until the device is idle."""
+
+    device: DeviceName
+
+
+Op = (
+    Change
+    | Await
+    | Survey
+    | Reserve
+    | CaptureHost
+    | Check
+    | Inspect
+    | RestoreHost
+    | Copy
+    | ContextRecord
+    | ContextWait
+    | StreamRecord
+    | StreamWait
+    | CallerWait
+    | Synchronize
+)
+Protocol = Generator[Op, Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What reading a slot showed.
+
+    Attributes:
+        nonfinite: Names of governed tensors that hold a NaN or an infinity (and did not from the start).
+        intact: The digest equals the one taken when the slot was sealed (True when it was taken just now).
+    """
+
+    nonfinite: tuple[str, ...] = ()
+    intact: bool = True
