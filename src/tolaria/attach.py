@@ -1,9 +1,9 @@
 """ATTACH: makes forwards and optimizer steps of the governed objects sections, and leaves no other trace on them.
 
 Methods are replaced on the *instance* by a bound method of the same name. That choice is what keeps copies clean:
-`copy.deepcopy` re-binds a bound method to the copy, which this code then recognises as not governed; pickle stores it as
-"attribute `forward` of that object", which resolves to the class's own method wherever it is loaded. Module hooks or a
-global registry would be copied along, or would slow every module of the process.
+`copy.deepcopy` re-binds a bound method to the copy, which this code then recognises as not governed; pickle stores it
+as "attribute `forward` of that object", which resolves to the class's own method wherever it is loaded. Module hooks or
+a global registry would be copied along, or would slow every module of the process.
 
 Under `torch.compile` the original is traced and nothing of the section: pass the compiled module to the governor, or
 wrap the call in `using()`.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ class Sections:
     # ------------------------------------------------------------ sections
 
     @contextmanager
-    def section(self, kind: SectionKind) -> Iterator[int]:
+    def section(self, kind: SectionKind) -> Generator[int]:
         """A section of the calling thread; yields its epoch. A write that raises marks the train state as torn."""
         depth = self._driver.depth()
         outermost = depth == 0 and current_backward() == -1
@@ -110,7 +110,7 @@ class Sections:
         if self._strict:
             raise StaleGradients(
                 "stepping the optimizer",
-                "the backward that made these gradients began before the last rollback, expected one that began after it",
+                "their backward began before the last rollback, expected one that began after it",
                 "They were dropped. Run forward and backward again; register other writers with using().",
             )
 

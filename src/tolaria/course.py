@@ -1,4 +1,4 @@
-"""COURSE: where the run stands, and what follows each verdict: probation, the next snapshot, or a rollback with recovery.
+"""COURSE: where the run stands, and what follows a verdict: probation, the next snapshot, or rollback and recovery.
 
 Joins judge, snapshot, recover and report for one governor; `governor` is its public face.
 """
@@ -114,7 +114,7 @@ class Course:
     # ------------------------------------------------------------ snapshots
 
     def take_first(self) -> None:
-        """The first snapshot of a run. Nothing earlier exists that could be better, so it is certified if it is finite."""
+        """The first snapshot of a run. Nothing earlier could be better, so it is certified if it is finite."""
         info, found = self.keeper.take(self.completed, manual=False)
         self._last_automatic = self.completed
         if found is not None and found.nonfinite:

@@ -71,7 +71,8 @@ class Driver:
 
     def open_section(self, kind: SectionKind, in_autograd: bool, timeout_s: float) -> int:
         """Open a section for the calling thread; returns the epoch. Pair with `close_section` in a `finally`."""
-        return drive(open_section(threading.get_ident(), kind, in_autograd, timeout_s), self.perform)
+        epoch: int = drive(open_section(threading.get_ident(), kind, in_autograd, timeout_s), self.perform)
+        return epoch
 
     def depth(self) -> int:
         """Sections that the calling thread has open."""

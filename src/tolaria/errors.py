@@ -14,7 +14,7 @@
         StaleGradients           gradients began before a rollback (raised in strict mode)
         BudgetExceeded           the snapshot does not fit into memory
         SnapshotRejected         a snapshot is not finite, or its bytes changed since they were sealed
-      RetryBudgetExceeded      rolled back correctly, but the same trouble keeps returning; the run ends at the last good state
+      RetryBudgetExceeded      rolled back correctly, but the trouble keeps returning; ends the run at the last good state
       RollbackFailed           failed after the first write; the train state is undefined
       TolariaInternalError     a bug in tolaria; its invariants are void
 
@@ -55,11 +55,11 @@ class UsageError(TolariaError):
 
 
 class PhaseError(UsageError):
-    """The call is legal, but not at this moment: inside a section, a hook, a backward, or after `close`. Nothing was changed."""
+    """Legal, but not at this moment: inside a section, a hook, a backward, or after `close`. Nothing was changed."""
 
 
 class UnsupportedState(UsageError):
-    """A kind of tensor, device or set-up that tolaria cannot restore exactly yet, named in the message. Nothing was changed."""
+    """A kind of tensor, device or set-up that cannot be restored exactly yet, by name. Nothing was changed."""
 
 
 class InvalidConfig(UsageError, ValueError):
@@ -67,15 +67,15 @@ class InvalidConfig(UsageError, ValueError):
 
 
 class SafetyError(TolariaError):
-    """It could not be shown that going on is safe, so nothing was changed. The circumstances, not the call, are at fault."""
+    """It could not be shown to be safe, so nothing was changed. The circumstances, not the call, are at fault."""
 
 
 class QuiesceTimeout(SafetyError):
-    """Sections of other threads stayed open longer than `gate_timeout_s`. Nothing was changed; the call may be repeated."""
+    """Sections of other threads stayed open longer than `gate_timeout_s`. Nothing was changed; call again."""
 
 
 class CaptureInProgress(SafetyError):
-    """A graph capture is active; touching the device would destroy it. Nothing was changed; repeat after the capture."""
+    """A graph capture is active; touching the device would destroy it. Nothing was changed; call again after it."""
 
 
 class NoSnapshot(SafetyError):
@@ -83,7 +83,7 @@ class NoSnapshot(SafetyError):
 
 
 class SlotsBusy(SafetyError):
-    """Every slot holds the last good snapshot or a candidate in probation. Nothing was overwritten; no snapshot was taken."""
+    """Every slot holds the last good snapshot or a candidate in probation. No snapshot was taken, none was lost."""
 
 
 class StateMismatch(SafetyError):
@@ -91,7 +91,7 @@ class StateMismatch(SafetyError):
 
 
 class StaleGradients(SafetyError):
-    """A backward straddled a rollback: its gradients belong to weights that no longer exist. They were dropped, not applied."""
+    """A backward straddled a rollback: its gradients belong to weights that are gone. They were dropped."""
 
 
 class BudgetExceeded(SafetyError):

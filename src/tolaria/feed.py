@@ -3,9 +3,10 @@
 The data cursor and the optimizer cursor are two things: a rollback moves the optimizer's; whether batches are delivered
 again (replay) or not (skip) is the recovery's decision. A live loader is never rewound.
 
-Fetching may draw from global random state (shuffle seeds, augmentation in the main process). In an undisturbed run those
-draws lie between two steps, so an exact replay must make them too: each delivery remembers random state before and after
-its fetch where the two differ, and a repeated delivery that meets the same state moves on to the same successor.
+Fetching may draw from global random state (shuffle seeds, augmentation in the main process). In an undisturbed run
+those draws lie between two steps, so an exact replay must make them too: each delivery remembers random state before
+and after its fetch where the two differ, and a repeated delivery that meets the same state moves on to the same
+successor.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Feed:
 
     def consume(self) -> tuple[int, ...]:
         """A step has completed: the indices of the batches delivered for it."""
-        taken, self._open = tuple(self._open), []
+        taken = tuple(self._open)
+        self._open.clear()
         return taken
 
     def deliver(self, loader: Iterable[Any], settle: Callable[[], None]) -> Iterator[Any]:
@@ -109,7 +111,7 @@ class Feed:
 
         Args:
             loader: Any iterable.
-            settle: Called when the loader is exhausted, before giving up: outstanding verdicts may demand more deliveries.
+            settle: Called when the loader is exhausted: outstanding verdicts may demand more deliveries.
         """
         source: Iterator[Any] | None = None
         exhausted = False
@@ -154,13 +156,11 @@ class Feed:
         due = [delivery for delivery in self._kept if delivery.index >= position]
         upcoming = self._queue[0].index if self._queue else self._next
         self._open.clear()
-        if skip is None:
-            dropped = [d for d in due if d.index < upcoming]
-        else:
-            dropped = [d for d in due if d.index in skip]
+        delivered = [d for d in due if d.index < upcoming]
+        dropped = delivered if skip is None else [d for d in due if d.index in skip]
         note = self._obstacle(position, due, dropped) if skip is not None else ""
         if note:
-            dropped = [d for d in due if d.index < upcoming]
+            dropped = delivered
         gone = {d.index for d in dropped}
         self._queue = deque(d for d in due if d.index not in gone)
         self._kept = deque((d for d in self._kept if d.index not in gone), maxlen=self._kept.maxlen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
 from tolaria.feed import Feed
-from tolaria.keeper import Keeper, Target
+from tolaria.keeper import Keeper
+from tolaria.observe import Loss
 from tolaria.operations import SectionKind
 from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict, VitalSigns
 from tolaria.report import RollbackReport, SnapshotInfo
@@ -35,7 +37,7 @@ _fork_hook_installed = False
 
 
 def _close_in_child() -> None:
-    """After a fork the child has no copy of our threads' progress: its governors stand aside without touching a lock."""
+    """After a fork the child lacks our other threads: its governors stand aside without touching a lock."""
     for governor in list(_live):
         governor._abandon()
 
@@ -145,7 +147,7 @@ class TolariaGovernor:
     def step(
         self,
         *,
-        loss: observe.Loss,
+        loss: Loss,
         clip: float | None = None,
         metric: float | None = None,
         closure: Any = None,
@@ -187,7 +189,7 @@ class TolariaGovernor:
         judged_gradients = not (done.vetoed and self.config.on_veto == "keep")
         vital = VitalSigns(
             step=step,
-            loss=done.loss,
+            loss=done.loss if judged_gradients else _finite_or_none(done.loss),
             grad_norm=done.grad_norm if judged_gradients else None,
             nonfinite_gradients=done.nonfinite_gradients if judged_gradients else 0,
             nonfinite_weights=(
@@ -204,7 +206,7 @@ class TolariaGovernor:
         skipped = done.vetoed or done.scaler_skips > 0
         return self._course.conclude(vital, verdict, skipped)
 
-    def observe(self, *, loss: observe.Loss = None, **signs: torch.Tensor | float) -> Verdict:
+    def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots."""
         if self.is_disabled:
             return Verdict(Health.HEALTHY, self._course.completed)
@@ -227,7 +229,7 @@ class TolariaGovernor:
             self._course.report(vital, verdict, "observe", None)
         return verdict
 
-    def check_vital_signs(self, loss: observe.Loss = None, **signs: torch.Tensor | float) -> bool:
+    def check_vital_signs(self, loss: Loss = None, **signs: torch.Tensor | float) -> bool:
         """Judge one step and wait for the answer.
 
         Returns:
@@ -283,12 +285,12 @@ class TolariaGovernor:
 
         Args:
             env_id: Recorded in the report.
-            optimizer: One that the governor was not given has no snapshot: its state is cleared in place (a cold start).
+            optimizer: One that the governor was not given has no snapshot: its state is cleared (a cold start).
             to: A snapshot or the step of one; the newest manual or certified snapshot unless given.
             reason: Recorded in the report.
             when: ``"boundary"``: from inside a section or hook, queue it and return a report with status ``pending``.
-            verify: ``"before"``: compare the slot with its digest before the first write; a corrupted one is passed over
-                for the next older good snapshot.
+            verify: ``"before"``: compare the slot with its digest before the first write; a corrupted one is passed
+                over for the next older good snapshot.
 
         Raises:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
@@ -431,6 +433,10 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _install_fork_hook() -> None:

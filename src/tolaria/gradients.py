@@ -1,8 +1,8 @@
 """Which past do gradients belong to? Pure transitions that follow backward passes across rollbacks.
 
 A forward notes the epoch it ran in; when a backward reaches its graph, the pass is *running* with that epoch; when the
-pass is over, its gradients are *accumulated*. A rollback drops accumulated gradients, so it forgets them; it cannot stop
-a running pass, so it remembers those, and the optimizer step that would apply their gradients is refused.
+pass is over, its gradients are *accumulated*. A rollback drops accumulated gradients, so it forgets them; it cannot
+stop a running pass, so it remembers those, and the optimizer step that would apply their gradients is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tolaria.operations import HostState
 
 
 def begin_backward(state: HostState, token: int, epoch: int) -> tuple[HostState, bool]:
-    """A backward pass (autograd graph task `token`) has reached a graph that was built in `epoch`. True if it is new."""
+    """A backward pass (autograd graph task `token`) has reached a graph built in `epoch`. True if it is new."""
     if any(known == token for known, _ in state.running):
         running = tuple((known, min(epoch, old) if known == token else old) for known, old in state.running)
         return replace(state, running=running), False

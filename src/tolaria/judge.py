@@ -171,6 +171,7 @@ def loss_spike(
             score = score + 1.0 if increment <= allowance else 0.0
             if score >= recovery:
                 return (history, baseline, None), Verdict(Health.HEALTHY, signs.step)
+            if steps>=RELEARN: return (((), (), (), (), 0, 0.0, 0.0), (0.0, 0.0, 0.0), None), Verdict(Health.HEALTHY, signs.step)
             return (history, baseline, (onset, score, top, steps + 1, True, ())), Verdict(
                 Health.SUSPECT, signs.step, "loss spike", onset
             )
@@ -183,7 +184,7 @@ def loss_spike(
             return (*_learn(history, baseline, pending, window, memory), None), Verdict(Health.HEALTHY, signs.step)
         numbers = {"loss": loss, "location": location, "scale": scale, "z": z, "score": trimmed, "count": float(steps)}
         if trimmed >= threshold:
-            return (history, baseline, (onset, 0.0, top, steps, True, ())), Verdict(
+            return (history, baseline, (onset, 0.0, top, 0, True, ())), Verdict(
                 Health.PANIC, signs.step, "sustained loss spike", onset, numbers
             )
         state = (history, baseline, (onset, score, top, steps + 1, False, pending))
@@ -217,7 +218,7 @@ def _learn(history, baseline, losses, window, memory):
     location = min(_median(recent[-FAST:]) + MARG * scale, _median(recent))
     if len(recent) < window or refresh:
         if len(residuals) < 5:
-            scale = max(max(recent) - min(recent), 0.5 * abs(location))
+            scale = max(EA*(max(recent) - min(recent)), EB * abs(location))
         else:
             ordered = sorted(residuals)
             m = len(ordered)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-Loss = torch.Tensor | float | Sequence["torch.Tensor | float"] | None
+Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | None
 
 
 def read_loss(loss: Loss) -> float | None:

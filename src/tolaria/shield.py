@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -54,9 +54,10 @@ class Shield:
             self._arrived.append((number, frame))
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
+    def interruptible(self) -> Generator[None]:
         """Let signals through inside: for waits that may be long and have changed nothing yet."""
-        arrived, self._arrived = self._arrived, []
+        arrived = list(self._arrived)
+        self._arrived.clear()
         for number, frame in arrived:
             self._held[number](number, frame)
         self._open = True

@@ -8,7 +8,7 @@ allocated when the layout of the train state is new to its slot, and never betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from tolaria.operations import (
     Survey,
 )
 from tolaria.state.digest import update_bytes
-from tolaria.state.leaves import Storage
+from tolaria.state.leaves import Leaf, Storage, is_finite
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 _ALIGNMENT = 64
@@ -75,7 +75,7 @@ def _allocate(signature: Signature, doing: str) -> Arena:
         device, size, part, trained, dtype = signature[i]
         offsets[i] = start = used.get(device, 0)
         used[device] = end = start + -(-size // _ALIGNMENT) * _ALIGNMENT
-        if trained and dtype is not None and dtype.is_floating_point and dtype.itemsize > 1:
+        if trained and dtype is not None and _is_summable(dtype):
             stretches.setdefault((device, part, dtype), [start, end])[1] = end
     flat = {device: memory.allocate(size, device, doing) for device, size in used.items()}
     views = [flat[signature[i][0]][offsets[i] : offsets[i] + signature[i][1]] for i in range(len(signature))]
@@ -144,7 +144,8 @@ class Vault:
     def copy(self, op: Copy) -> None:
         """Perform `Copy`: one call on the device port."""
         arena, survey, _ = self._filled(op.slot)
-        held, live = [], []
+        held: list[torch.Tensor] = []
+        live: list[torch.Tensor] = []
         for view, storage in zip(arena.views, survey.leaves.storages, strict=True):
             if _part(storage) is op.part and str(storage.key[0]) == op.device:
                 held.append(view)
@@ -154,8 +155,7 @@ class Vault:
 
     def capture_host(self, op: CaptureHost) -> None:
         """Perform `CaptureHost`."""
-        devices = [torch.device(name) for name in self.devices]
-        self.slots[op.slot].host = self.state.capture(devices, self.with_rng(), self.read_journal())
+        self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), self.read_journal())
 
     def check(self, op: Check) -> None:
         """Perform `Check`."""
@@ -180,7 +180,8 @@ class Vault:
         if host is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} has no host values", "Please report this.")
         self.write_journal(host.journal)
-        self.state.restore(survey, host)
+        # the policy may have become "keep" since, when a second governor was built
+        self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices())
         for optimizer in op.reset:
             optimizer.state.clear()
 
@@ -194,11 +195,19 @@ class Vault:
         self.slots = [SlotMemory() for _ in self.slots]
         self._surveyed = None
 
+    def _devices(self) -> list[torch.device]:
+        return [torch.device(name) for name in self.devices]
+
     def _filled(self, index: int) -> tuple[Arena, SurveyResult, HostValues | None]:
         slot = self.slots[index]
         if slot.arena is None or slot.survey is None:
             raise TolariaInternalError("moving bytes", f"slot {index} has no memory", "Please report this.")
         return slot.arena, slot.survey, slot.host
+
+
+def _is_summable(dtype: torch.dtype) -> bool:
+    """Whether one sum over a stretch tells if all of it is finite."""
+    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def _digest(arena: Arena) -> bytes:
@@ -210,18 +219,26 @@ def _digest(arena: Arena) -> bytes:
 
 def _nonfinite(arena: Arena, survey: SurveyResult) -> tuple[str, ...]:
     """Names of leaves that ought to be finite and are not. One sum per element type when all is well."""
-    odd = any(leaf.trained and survey.leaves.storages[leaf.storage].dtype is None for leaf in survey.leaves.leaves)
+    storages = survey.leaves.storages
+    odd = any(leaf.trained and not _is_in_a_stretch(leaf, storages[leaf.storage]) for leaf in survey.leaves.leaves)
     # a sum of finite values may overflow, and a storage may hold bytes that belong to no leaf: both are looked at again
     if not odd and all(bool(torch.isfinite(stretch.sum())) for stretch in arena.ranges):
         return ()
     found = []
     for leaf in survey.leaves.leaves:
         dtype, offset, shape, strides = leaf.geometry
-        if not leaf.trained or not dtype.is_floating_point:
+        if not leaf.trained or not (dtype.is_floating_point or dtype.is_complex):
             continue
         held = arena.views[leaf.storage]
         start = held.storage_offset() // dtype.itemsize + offset
         typed = torch.empty(0, dtype=dtype, device=held.device).set_(held.untyped_storage(), start, shape, strides)
-        if not bool(torch.isfinite(typed if dtype.itemsize > 1 else typed.float()).all()):
+        if not is_finite(typed):
             found.append(leaf.name)
     return tuple(found)
+
+
+def _is_in_a_stretch(leaf: Leaf, storage: Storage) -> bool:
+    dtype = leaf.geometry[0]
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return True  # nothing to look for
+    return storage.trained and storage.dtype is dtype and _is_summable(dtype)

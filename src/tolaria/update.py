@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +138,7 @@ class Update:
                 scheduler.step(metric)
 
     @contextmanager
-    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
+    def _scaled_learning_rate(self, factor: float) -> Generator[None]:
         """Lower every learning rate for one step. Put back at once: schedulers start from the present one."""
         if factor == 1.0:
             yield

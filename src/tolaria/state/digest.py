@@ -27,22 +27,46 @@ def _update_host(hasher: xxhash.xxh3_128, flat: torch.Tensor) -> None:
 
 
 def update_tree(hasher: xxhash.xxh3_128, value: Any) -> None:
-    """Feed a tree of host values; tensors by dtype, shape and bytes, numbers by their exact representation."""
+    """Feed a tree of host values; tensors by dtype, shape and bytes, numbers by their exact representation.
+
+    Every value says its type and its length before its contents, so that no two trees run together to the same bytes.
+    """
     if isinstance(value, torch.Tensor):
         dense = value.detach().resolve_conj().resolve_neg().contiguous()
-        hasher.update(f"{dense.dtype}{tuple(dense.shape)}".encode())
+        _tell(hasher, "tensor", f"{dense.dtype}{tuple(dense.shape)}")
         if dense.numel():
             update_bytes(hasher, dense.reshape(-1).view(torch.uint8))
     elif isinstance(value, dict):
+        _tell(hasher, "dict", len(value))
         for key, item in value.items():
-            hasher.update(repr(key).encode())
+            _tell(hasher, "key", repr(key))
             update_tree(hasher, item)
     elif isinstance(value, (list, tuple)):
-        hasher.update(f"{type(value).__name__}{len(value)}".encode())
+        _tell(hasher, type(value).__qualname__, len(value))
         for item in value:
             update_tree(hasher, item)
+    elif isinstance(value, (set, frozenset)):
+        update_tree(hasher, [type(value).__qualname__, *sorted(map(repr, value))])
     elif isinstance(value, (int, float, str, bytes, bool, complex, type(None))):
-        hasher.update(repr(value).encode())
+        _tell(hasher, type(value).__qualname__, repr(value))
+    elif callable(value):
+        _tell(hasher, "callable", getattr(value, "__qualname__", type(value).__qualname__))
     else:
-        hasher.update(type(value).__qualname__.encode())
-        update_tree(hasher, {k: v for k, v in getattr(value, "__dict__", {}).items() if not callable(v)})
+        _update_object(hasher, value)
+
+
+def _update_object(hasher: xxhash.xxh3_128, value: Any) -> None:
+    """Anything else (an array, a deque, an instance of the user's class) by what pickle would write of it."""
+    _tell(hasher, "object", type(value).__qualname__)
+    try:
+        reduced = value.__reduce_ex__(4)
+    except TypeError:  # cannot be taken apart: locks, handles
+        return
+    if isinstance(reduced, tuple):
+        _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+        update_tree(hasher, [arguments, state, list(items or ()), list(pairs or ())])
+
+
+def _tell(hasher: xxhash.xxh3_128, kind: str, what: object) -> None:
+    text = f"{kind}:{what}".encode()
+    hasher.update(f"{len(text)}:".encode() + text)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from tolaria.errors import UnsupportedState
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 
 
@@ -36,7 +37,6 @@ class Leaf:
         tensor: The live object at the time of the survey. Held, so that its memory cannot be given to anybody else.
         storage: Index of its storage.
         geometry: (dtype, storage offset in elements, shape, strides).
-        fixed: A parameter: neither its identity nor its address may have changed at a rollback.
         trained: Expected to be finite at all times (see `TrainState`); False for buffers and frozen parameters that
             held non-finite values from the start, such as attention masks of -inf.
     """
@@ -45,7 +45,6 @@ class Leaf:
     tensor: torch.Tensor
     storage: int
     geometry: tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
-    fixed: bool
     trained: bool = True
 
     def moved(self, storage: Storage) -> bool:
@@ -55,9 +54,10 @@ class Leaf:
     def put_back(self, storage: Storage) -> None:
         """Make the tensor a view of its storage as of the survey again (it may have been given other data)."""
         if self.moved(storage):
-            _, offset, shape, strides = self.geometry
-            with torch.no_grad():
-                self.tensor.set_(storage.bytes.untyped_storage(), offset, shape, strides)
+            dtype, offset, shape, strides = self.geometry
+            place = torch.empty(0, dtype=dtype, device=storage.bytes.device)
+            # `.data =` and not `set_`, which would keep the element type of the other data
+            self.tensor.data = place.set_(storage.bytes.untyped_storage(), offset, shape, strides)
 
 
 StorageKey = tuple[torch.device, int, int]
@@ -81,6 +81,10 @@ class Storage:
     dtype: torch.dtype | None
     trained: bool
 
+    def shrunk(self) -> bool:
+        """Whether somebody has freed a part of it since the survey, so that its old bytes have no place any more."""
+        return self.bytes.untyped_storage().nbytes() < self.key[2]
+
 
 @dataclass(slots=True, eq=False)
 class Leaves:
@@ -89,13 +93,18 @@ class Leaves:
     leaves: list[Leaf] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
     _index: dict[StorageKey, int] = field(default_factory=dict)
+    _known: dict[int, int] = field(default_factory=dict)
 
-    def add(self, name: str, tensor: torch.Tensor, *, fixed: bool, buffer: bool = False, trained: bool = True) -> Ref:
-        """Note one governed tensor.
+    def add(self, name: str, tensor: torch.Tensor, *, buffer: bool = False, trained: bool = True) -> Ref:
+        """Note one governed tensor; one that is in several places (tied weights) is noted at the first.
 
         Raises:
             UnsupportedState: It is of a kind that cannot be restored exactly yet.
         """
+        known = self._known.get(id(tensor))
+        if known is not None:
+            self.storages[self.leaves[known].storage].has_buffers |= buffer
+            return Ref(known)
         refuse_unsupported(name, tensor)
         key = storage_key(tensor)
         index = self._index.get(key)
@@ -109,7 +118,8 @@ class Leaves:
             storage.trained &= trained
             if storage.dtype is not tensor.dtype:
                 storage.dtype = None
-        self.leaves.append(Leaf(name, tensor, index, _geometry(tensor), fixed, trained))
+        self.leaves.append(Leaf(name, tensor, index, _geometry(tensor), trained))
+        self._known[id(tensor)] = len(self.leaves) - 1
         return Ref(len(self.leaves) - 1)
 
     def encode(self, name: str, value: Any) -> Any:
@@ -118,7 +128,7 @@ class Leaves:
         Plain dicts, lists and tuples are walked; anything else is deep-copied whole.
         """
         if isinstance(value, torch.Tensor):
-            return self.add(name, value, fixed=False)
+            return self.add(name, value)
         if isinstance(value, _IMMUTABLE):
             return value
         if type(value) is dict:
@@ -140,6 +150,13 @@ class Leaves:
         return clone_tree(tree)
 
 
+def put_back(leaves: Leaves, ref: Ref) -> torch.Tensor:
+    """The tensor that a `Ref` stands for, a view of its storage as of the survey again."""
+    leaf = leaves.leaves[ref.index]
+    leaf.put_back(leaves.storages[leaf.storage])
+    return leaf.tensor
+
+
 def storage_key(tensor: torch.Tensor) -> StorageKey:
     """Device, address and size of the memory under `tensor`."""
     storage = tensor.untyped_storage()
@@ -147,7 +164,7 @@ def storage_key(tensor: torch.Tensor) -> StorageKey:
 
 
 def _geometry(tensor: torch.Tensor) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
-    return tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
 def clone_tree(value: Any) -> Any:
@@ -165,9 +182,25 @@ def clone_tree(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor holds neither a NaN nor an infinity. True for types that have none."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(_comparable(tensor)).all())
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor holds a NaN."""
+    return bool(torch.isnan(_comparable(tensor)).any())
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()  # float8 knows no comparison
+
+
 def refuse_unsupported(name: str, tensor: torch.Tensor) -> None:
     """Raise `UnsupportedState` for tensors whose bytes alone do not restore them."""
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise _unsupported(name, "is not initialised yet", "Run one batch through the lazy module first.")
     if type(tensor) not in _PLAIN_TYPES:
         raise _unsupported(name, f"is a {type(tensor).__module__}.{type(tensor).__qualname__}")

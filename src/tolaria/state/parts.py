@@ -9,15 +9,17 @@ All are called under the exclusive gate. `survey`, `capture` and `differences` c
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsupportedState, UsageError
-from tolaria.state.leaves import Leaves, Ref, clone_tree
+from tolaria.state.leaves import Leaves, Ref, clone_tree, has_nan, is_finite, put_back, refuse_unsupported
 
 _SCALARS = (int, float, bool, str, type(None))
 
@@ -57,19 +59,17 @@ class StatePart:
         """Parameters whose gradients a rollback drops."""
         yield from ()
 
-
-def _put_back(leaves: Leaves, ref: Ref) -> torch.Tensor:
-    leaf = leaves.leaves[ref.index]
-    leaf.put_back(leaves.storages[leaf.storage])
-    return leaf.tensor
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    def constants(self) -> Iterator[nn.Parameter]:
+        """Those of them that are not finite by intention."""
+        yield from ()
 
 
 class ModulePart(StatePart):
-    """Parameters, buffers (persistent or not, re-assigned or not), extra state, and on request gradients.
+    """Parameters, buffers (persistent or not, re-assigned or not), extra state.
+
+    Constants that are not finite, such as attention masks of -inf, are no damage: frozen parameters and buffers that
+    held non-finite values when they were first seen here are exempt from the search for them. What appears later is
+    exempt only if it holds infinities and no NaN.
 
     Args:
         name: Prefix of the leaves' names.
@@ -79,38 +79,46 @@ class ModulePart(StatePart):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.include_gradients = False
-        # constants such as attention masks of -inf are no damage: exempt what was not finite when we first saw it
-        self._exempt = {
-            id(tensor)
-            for tensor in (*module.buffers(), *(p for p in module.parameters() if not p.requires_grad))
-            if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer) and not tensor.is_meta and not _is_finite(tensor)
-        }
-        self._exempt_names = {n for n, b in module.named_buffers(remove_duplicate=False) if id(b) in self._exempt}
+        self._trained: dict[str, bool] = {}  # by name within the module, for all that has been seen
+        parameters, buffers = module.named_parameters, module.named_buffers
+        for key, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
+            with contextlib.suppress(UnsupportedState):  # the survey will name it
+                refuse_unsupported(key, tensor)
+                self._trained[key] = is_finite(tensor) or tensor.requires_grad
 
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.module.parameters()
 
+    def constants(self) -> Iterator[nn.Parameter]:
+        yield from (p for key, p in self.module.named_parameters() if not self._trained.get(key, True))
+
     def survey(self, leaves: Leaves) -> Any:
-        parameters, buffers, gradients, extra = [], [], [], []
+        parameters: list[tuple[str, nn.Parameter, Ref]] = []
+        buffers: list[tuple[nn.Module, dict[str, Ref | None], set[str]]] = []
         for prefix, module in self.module.named_modules(remove_duplicate=False):
             path = f"{prefix}." if prefix else ""
-            for key, buffer in module._buffers.items():
-                name = path + key
-                trained = name not in self._exempt_names
-                label = f"{self.name}.{name}"
-                ref = None if buffer is None else leaves.add(label, buffer, fixed=False, buffer=True, trained=trained)
-                buffers.append((module, key, ref))
+            refs = {
+                key: None if buffer is None else self._add(leaves, path + key, buffer, buffer=True)
+                for key, buffer in module._buffers.items()
+            }
+            buffers.append((module, refs, set(module._non_persistent_buffers_set)))
             for key, parameter in module._parameters.items():
-                if parameter is None:
-                    continue
-                name = f"{self.name}.{path}{key}"
-                trained = id(parameter) not in self._exempt
-                parameters.append((name, parameter, leaves.add(name, parameter, fixed=True, trained=trained)))
-                if self.include_gradients and parameter.grad is not None:
-                    gradients.append((parameter, leaves.add(f"{name}.grad", parameter.grad, fixed=False)))
-            if type(module).get_extra_state is not nn.Module.get_extra_state:
-                extra.append((module, clone_tree(module.get_extra_state())))
-        return parameters, buffers, gradients, extra
+                if parameter is not None:
+                    ref = self._add(leaves, path + key, parameter)
+                    parameters.append((f"{self.name}.{path}{key}", parameter, ref))
+        return parameters, buffers, self._with_extra_state()
+
+    def _with_extra_state(self) -> list[nn.Module]:
+        return [module for module in self.module.modules() if _has_extra_state(module)]
+
+    def _add(self, leaves: Leaves, key: str, tensor: torch.Tensor, *, buffer: bool = False) -> Ref:
+        if key not in self._trained:
+            refuse_unsupported(f"{self.name}.{key}", tensor)
+            self._trained[key] = tensor.requires_grad or is_finite(tensor) or has_nan(tensor)
+        return leaves.add(f"{self.name}.{key}", tensor, buffer=buffer, trained=self._trained[key])
+
+    def capture(self) -> Any:
+        return [clone_tree(module.get_extra_state()) for module in self._with_extra_state()]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
         was = {name: (parameter, ref) for name, parameter, ref in saved[0]}
@@ -126,30 +134,41 @@ class ModulePart(StatePart):
                 yield f"{name} was replaced by another Parameter"
             elif leaves.leaves[ref.index].moved(leaves.storages[leaves.leaves[ref.index].storage]):
                 yield f"{name} was given other storage, shape or dtype"
+        holders = {id(module) for module, *_ in saved[1]}
         live = {id(module) for module in self.module.modules()}
-        yield from (
-            f"{self.name}: the module that holds buffer {key!r} was removed"
-            for m, key, _ in saved[1]
-            if id(m) not in live
-        )
+        for prefix, module in self.module.named_modules():
+            if id(module) not in holders and (module._buffers or _has_extra_state(module)):
+                yield f"{self.name}.{prefix} was added"
+        for module, refs, _ in saved[1]:
+            if id(module) not in live:
+                yield from (f"{self.name}: the module that holds buffer {key!r} was removed" for key in refs)
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        _, buffers, gradients, extra = saved
-        for module, key, ref in buffers:
-            module._buffers[key] = None if ref is None else _put_back(leaves, ref)
-        known = {(id(module), key) for module, key, _ in buffers}
-        for module in self.module.modules():
-            for key in [key for key in module._buffers if (id(module), key) not in known]:
-                del module._buffers[key]
-                module._non_persistent_buffers_set.discard(key)
-        for parameter, ref in gradients:
-            parameter.grad = _put_back(leaves, ref)
-        for module, state in extra:
+        _, buffers, extra = saved
+        for module, refs, transient in buffers:
+            _refill(module._buffers, {key: ref and put_back(leaves, ref) for key, ref in refs.items()})
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(transient)
+        for module, state in zip(extra, captured, strict=True):
             module.set_extra_state(clone_tree(state))
 
 
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _refill(live: dict[Any, Any], items: dict[Any, Any]) -> None:
+    """Give a dict these items in this order. It is rebuilt only when keys came, went or changed places."""
+    if list(live) != list(items):
+        live.clear()
+    live.update(items)
+
+
 class OptimizerPart(StatePart):
-    """State tensors and scalars, keys that come and go, hyper-parameters (tensors too), plain scalar attributes.
+    """State tensors and scalars, keys that come and go, hyper-parameters (tensors too), plain attributes.
+
+    An attribute is plain when it is a number, string, tensor, or a list, tuple or dict of such. One that appeared after
+    the snapshot is deleted, unless its name starts with an underscore: libraries leave their marks that way.
 
     Restored in place: `Optimizer.load_state_dict` would alias the snapshot, cast moments to the parameter's dtype and
     replace every tensor.
@@ -173,7 +192,7 @@ class OptimizerPart(StatePart):
         for i, group in enumerate(self.optimizer.param_groups):
             label = f"{self.name}.param_groups[{i}]"
             members = [
-                (parameter, leaves.add(f"{label}.params[{j}]", parameter, fixed=True))
+                (parameter, leaves.add(f"{label}.params[{j}]", parameter))
                 for j, parameter in enumerate(group["params"])
             ]
             options = {k: leaves.encode(f"{label}.{k}", v) for k, v in group.items() if k != "params"}
@@ -183,11 +202,16 @@ class OptimizerPart(StatePart):
             for i, (key, values) in enumerate(self.optimizer.state.items())
         ]
         attributes = {
-            key: leaves.encode(f"{self.name}.{key}", value)
-            for key, value in vars(self.optimizer).items()
-            if not key.startswith("_") and isinstance(value, (*_SCALARS, torch.Tensor))
+            key: leaves.encode(f"{self.name}.{key}", getattr(self.optimizer, key)) for key in self._plain_attributes()
         }
         return groups, state, attributes
+
+    def _plain_attributes(self) -> list[str]:
+        return [
+            key
+            for key, value in vars(self.optimizer).items()
+            if key not in ("param_groups", "state") and _is_plain(value)
+        ]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
         groups = saved[0]
@@ -207,28 +231,34 @@ class OptimizerPart(StatePart):
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         groups, state, attributes = saved
         for (_, options), group in zip(groups, self.optimizer.param_groups, strict=True):
-            for key in [key for key in group if key != "params" and key not in options]:
-                del group[key]
-            group.update({key: self._decode(leaves, tree) for key, tree in options.items()})
+            _refill(group, {"params": group["params"], **{k: self._decode(leaves, tree) for k, tree in options.items()}})
         live = self.optimizer.state
-        kept = {id(key) for key, _ in state}
-        for key in [key for key in live if id(key) not in kept]:
-            del live[key]  # created after the snapshot: the optimizer will create it again, from scratch
+        restored: dict[Any, Any] = {}
         for key, tree in state:
-            values = self._decode(leaves, tree)
+            restored[key] = values = self._decode(leaves, tree)
             if isinstance(values, dict) and isinstance(live.get(key), dict):
-                live[key].clear()
-                live[key].update(values)
-            else:
-                live[key] = values
+                _refill(live[key], values)
+                restored[key] = live[key]
+        _refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
+        for key in self._plain_attributes():
+            if key not in attributes and not key.startswith("_"):
+                delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))
 
     @staticmethod
     def _decode(leaves: Leaves, tree: Any) -> Any:
         for ref in _refs(tree):
-            _put_back(leaves, ref)
+            put_back(leaves, ref)
         return leaves.decode(tree)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (*_SCALARS, torch.Tensor))
 
 
 def _refs(tree: Any) -> Iterator[Ref]:
@@ -265,9 +295,18 @@ class ScalerPart(StatePart):
             if key in values
         }
 
+    def refuse_unscaled(self) -> None:
+        """Raise `UnsupportedState` between `unscale_` and `step`: a rollback forgets which gradients were unscaled."""
+        if any(state["stage"] is not OptState.READY for state in self.scaler._per_optimizer_states.values()):
+            raise UnsupportedState(
+                "capturing gradients",
+                f"{self.name} has unscaled some of them for a step that did not follow yet, expected scaled ones",
+                "Take the snapshot before unscale_, or after step and update.",
+            )
+
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         for key, tree in saved.items():
-            setattr(self.scaler, key, _put_back(leaves, tree) if isinstance(tree, Ref) else tree)
+            setattr(self.scaler, key, put_back(leaves, tree) if isinstance(tree, Ref) else tree)
         self.scaler._per_optimizer_states.clear()  # whatever was unscaled belongs to gradients that are gone
 
 

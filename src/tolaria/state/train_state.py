@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tolaria.errors import StateMismatch, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
-from tolaria.state.leaves import Leaves, Ref
+from tolaria.state.leaves import Leaves, Ref, StorageKey, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
 
 
@@ -25,10 +25,12 @@ class SurveyResult:
     Attributes:
         leaves: Every governed tensor with its storage.
         saved: Per part, what its `survey` returned.
+        gradients: Parameters with the gradients that the snapshot holds, if it was asked to.
     """
 
     leaves: Leaves
     saved: tuple[Any, ...]
+    gradients: tuple[tuple[nn.Parameter, Ref], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +90,19 @@ class TrainState:
     def survey(self) -> SurveyResult:
         """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly."""
         leaves = Leaves()
-        return SurveyResult(leaves, tuple(part.survey(leaves) for part in self.parts))
+        saved = tuple(part.survey(leaves) for part in self.parts)
+        return SurveyResult(leaves, saved, self._survey_gradients(leaves) if self.model.include_gradients else ())
+
+    def _survey_gradients(self, leaves: Leaves) -> tuple[tuple[nn.Parameter, Ref], ...]:
+        for part in self.parts:
+            if isinstance(part, ScalerPart):
+                part.refuse_unscaled()
+        names = {id(leaf.tensor): leaf.name for leaf in leaves.leaves}
+        return tuple(
+            (parameter, leaves.add(f"{names[id(parameter)]}.grad", parameter.grad))
+            for parameter in list(self.parameters())
+            if parameter.grad is not None
+        )
 
     def capture(self, devices: Sequence[torch.device], with_rng: bool, journal: Any) -> HostValues:
         """Clone the host values.
@@ -113,6 +127,8 @@ class TrainState:
                 for part, saved in zip(self.parts, survey.saved, strict=True)
                 for difference in part.differences(saved, survey.leaves)
             ]
+            storages = survey.leaves.storages
+            found += [f"{leaf.name}: its memory was freed" for leaf in survey.leaves.leaves if storages[leaf.storage].shrunk()]
         found = list(dict.fromkeys(found))
         if found:
             shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
@@ -122,9 +138,15 @@ class TrainState:
                 "Undo the change, or take a new snapshot: older ones cannot be restored any more.",
             )
 
-    def restore(self, survey: SurveyResult, host: HostValues) -> None:
-        """Put back everything that is not bytes: identities, host values, then random state, which is written last."""
-        self.drop_gradients()
+    def restore(self, survey: SurveyResult, host: HostValues, devices: Sequence[torch.device]) -> None:
+        """Put back everything that is not bytes: identities, host values, then random state.
+
+        Random state is written last, and also when the snapshot holds none: a `load_state_dict` of the user's may draw.
+        """
+        random_state = rng.read(devices) if host.rng is None else host.rng
+        self.drop_gradients(keep={storage.key for storage in survey.leaves.storages})
+        for parameter, ref in survey.gradients:
+            parameter.grad = put_back(survey.leaves, ref)
         errors = []
         for part, saved, captured in zip(self.parts, survey.saved, host.captured, strict=True):
             try:
@@ -135,26 +157,35 @@ class TrainState:
         if bumped:
             # a backward over a graph that saved one of these now raises instead of using restored bytes silently
             torch.autograd.graph.increment_version(bumped)
-        if host.rng is not None:
-            rng.write(host.rng)
+        rng.write(random_state)
         if errors:
             names = ", ".join(name for name, _ in errors)
             raise RuntimeError(f"{names} could not be restored ({errors[0][1]}); everything else was") from errors[0][1]
 
-    def drop_gradients(self) -> None:
-        """Set every governed gradient to None; a gradient that is a view of a bucket is zeroed in place instead."""
+    def drop_gradients(self, keep: Container[StorageKey] = ()) -> None:
+        """Set every governed gradient to None; a gradient that is a view of a bucket is zeroed in place instead.
+
+        Args:
+            keep: Memory that has its bytes already: views of it are not zeroed.
+        """
         for parameter in self.parameters():
             grad = parameter.grad
             if grad is None:
                 continue
-            if grad._is_view():
-                grad.zero_()
-            else:
+            if not grad._is_view():
                 parameter.grad = None
+            elif storage_key(grad) not in keep:
+                grad.zero_()
 
     def has_live_gradients(self) -> bool:
         """Whether some governed gradient exists and is not zero."""
-        return any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in self.parameters())
+        found = [p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None]
+        return any(bool(torch.count_nonzero(grad)) for grad in found)
+
+    def trained_parameters(self) -> Iterator[nn.Parameter]:
+        """Every governed parameter that ought to be finite: all but frozen constants such as masks of -inf."""
+        constants = {id(parameter) for part in self.parts for parameter in part.constants()}
+        yield from (parameter for parameter in self.parameters() if id(parameter) not in constants)
 
     def digest(self) -> str:
         """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""

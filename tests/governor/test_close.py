@@ -1,0 +1,260 @@
+"""`close()` leaves no trace, a second governor is refused, and nothing keeps models or governors alive."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tolaria.governor
+from tolaria import GovernorConfig, PhaseError, TolariaGovernor, UnsupportedState, UsageError
+
+Govern = Callable[..., TolariaGovernor]
+
+
+def traces(run: Any) -> Any:
+    return dict(vars(run.model)), {k: v for k, v in vars(run.optimizer).items() if k != "state"}
+
+
+# ------------------------------------------------------------ no trace
+
+
+@pytest.mark.parametrize("how", ["close", "with", "with error"])
+def test_close_leaves_no_trace(how: str, govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    before = traces(run)
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=GovernorConfig(cadence=2, probation=1))
+    assert "forward" in vars(run.model)
+    assert traces(run) != before
+    if how == "close":
+        run.train(governor, run.batches[:5])
+        governor.close()
+    else:
+        try:
+            with governor:
+                run.train(governor, run.batches[:5])
+                if how == "with error":
+                    raise KeyError("the user's own")
+        except KeyError:
+            pass
+    assert traces(run) == before
+    assert governor not in tolaria.governor._live
+    governor.close()  # a second time does nothing
+
+
+def test_close_puts_back_what_the_instance_had_before(govern: Govern, kit: Any) -> None:
+    """Accelerate and others replace `forward` on the instance too; a scheduler does so with `step`."""
+    run = kit.Run()
+    own = run.model.forward
+    run.model.forward = lambda x: own(x) * 2
+    torch.optim.lr_scheduler.StepLR(run.optimizer, 3)
+    before = traces(run)
+    x = run.batches[0][0]
+    run.model.eval()
+    expected = run.model(x)
+    governor = govern(run.model, run.optimizer)
+    assert torch.equal(run.model(x), expected)
+    governor.close()
+    assert traces(run) == before
+    assert torch.equal(run.model(x), expected)
+
+
+def test_what_others_wrapped_since_stays_and_passes_straight_through(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 3)
+    calls = []
+    governed = run.model.forward
+    run.model.forward = lambda x: (calls.append("outer"), governed(x))[1]
+    governor.close()
+    reference = weakref.ref(governor._keeper)
+    state = governor._keeper.driver.state
+    run.backward(run.batches[0])
+    run.optimizer.step()
+    scheduler.step()
+    assert calls == ["outer"]
+    assert governor._keeper.driver.state is state  # no section was opened
+    del governor, state
+    gc.collect()
+    run.plain_step(run.batches[1])
+    assert reference() is not None  # the fixture holds the governor still
+
+
+def test_close_frees_the_slots(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    governor.snapshot()
+    [arena] = [slot.arena for slot in governor._keeper.vault.slots if slot.arena is not None]
+    held = [weakref.ref(flat) for flat in arena.flat.values()]
+    del arena
+    governor.close()
+    gc.collect()
+    assert [reference() for reference in held] == [None]
+
+
+def test_a_closed_governor_refuses_by_name(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    info = governor.snapshot()
+    governor.close()
+    before = run.state()
+    calls: list[Callable[[], Any]] = [
+        governor.snapshot,
+        governor.execute_rollback,
+        lambda: governor.snapshot(when="boundary"),
+        lambda: governor.execute_rollback(when="boundary"),
+        lambda: governor.step(loss=1.0),
+        lambda: governor.observe(loss=1.0),
+        lambda: governor.check_vital_signs(1.0),
+        lambda: governor.register("later", run.scheduler),
+        lambda: list(governor.watch([1])),
+        governor.digest,
+    ]
+    for call in calls:
+        with pytest.raises(PhaseError, match="closed") as caught:
+            call()
+        assert caught.value.state_intact
+    with governor.using():  # passes through
+        pass
+    assert governor.statistics().snapshots == 1
+    governor.capabilities()
+    governor.state_dict()
+    assert info.state in ("staged", "sealed", "dropped")
+    assert run.state() == before
+
+
+# ------------------------------------------------------------ one governor per model
+
+
+def test_a_second_governor_is_refused_and_the_first_goes_on(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    first = govern(run.model, run.optimizer)
+    with pytest.raises(UsageError, match="governed already"):
+        TolariaGovernor(run.model)
+    first.snapshot()
+    before = run.state(with_rng=False)
+    run.step(first, run.batches[0])
+    first.execute_rollback()
+    assert run.state(with_rng=False) == before
+
+
+def test_reattach_after_close(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    clean = kit.Run()
+    for batch in clean.batches[:6]:
+        clean.plain_step(batch)
+    for part in (run.batches[:2], run.batches[2:4], run.batches[4:6]):
+        governor = govern(run.model, run.optimizer, scheduler=run.scheduler)
+        run.train(governor, part)
+        governor.snapshot()
+        governor.execute_rollback()
+        governor.close()
+    assert run.state() == clean.state()
+
+
+def test_two_models_have_two_governors(govern: Govern, kit: Any) -> None:
+    """One panics; the other does not notice. Random state is nobody's: each keeps it as it runs."""
+    one, two = kit.Run(1), kit.Run(2)
+    governors = [govern(run.model, run.optimizer) for run in (one, two)]
+    assert [governor.capabilities().rng for governor in governors] == ["keep", "keep"]
+    for run, governor in zip((one, two), governors, strict=True):
+        governor.snapshot()
+        run.step(governor, run.batches[0])
+    start, other, random_state = one, two.state(with_rng=False), torch.get_rng_state()
+    governors[0].execute_rollback()
+    assert two.state(with_rng=False) == other
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [governor.statistics().rollbacks for governor in governors] == [1, 0]
+    governors[1].close()
+    assert governors[0].capabilities().rng == "restore"
+    assert start.model is not two.model
+
+
+# ------------------------------------------------------------ refused constructions
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LazyLinear(3)
+
+
+def test_a_refused_construction_attaches_nothing(kit: Any) -> None:
+    model = Lazy()
+    before = dict(vars(model))
+    with pytest.raises(UnsupportedState, match="body"):
+        TolariaGovernor(model)
+    assert vars(model) == before
+    assert list(tolaria.governor._live) == []
+
+
+def test_a_refused_optimizer_attaches_nothing(kit: Any) -> None:
+    run = kit.Run()
+    before = traces(run)
+    with pytest.raises(UnsupportedState, match="optimizer"):
+        TolariaGovernor(run.model, run.optimizer.state_dict())
+    assert traces(run) == before
+    TolariaGovernor(run.model, run.optimizer, detector=kit.non_finite()).close()
+
+
+def test_a_coordinator_is_refused_for_now(kit: Any) -> None:
+    run = kit.Run()
+    before = traces(run)
+    with pytest.raises(UnsupportedState, match="coordinator"):
+        TolariaGovernor(run.model, run.optimizer, coordinator=object(), detector=kit.non_finite())
+    assert traces(run) == before
+
+
+# ------------------------------------------------------------ garbage
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_governor_and_model_are_collected(closed: bool, kit: Any) -> None:
+    run = kit.Run()
+    governor = TolariaGovernor(run.model, run.optimizer, scheduler=run.scheduler, detector=kit.non_finite())
+    run.train(governor, run.batches[:3])
+    governor.snapshot()
+    governor.execute_rollback()
+    if closed:
+        governor.close()
+    references = [weakref.ref(one) for one in (governor, run.model, run.optimizer, governor._keeper.sections)]
+    del governor, run
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
+def test_a_governor_that_was_dropped_leaves_a_working_model(kit: Any) -> None:
+    run, clean = kit.Run(), kit.Run()
+    torch.manual_seed(3)
+    for batch in clean.batches[:3]:
+        clean.plain_step(batch)
+    governor = TolariaGovernor(run.model, run.optimizer, detector=kit.non_finite())
+    dropped = weakref.ref(governor)
+    del governor
+    gc.collect()
+    assert dropped() is None
+    torch.manual_seed(3)
+    for batch in run.batches[:3]:
+        run.plain_step(batch)
+    assert run.state() == clean.state()
+    again = TolariaGovernor(run.model, run.optimizer, detector=kit.non_finite())
+    again.snapshot()
+    again.close()
+
+
+def test_a_graph_that_is_kept_keeps_no_governor(kit: Any) -> None:
+    """The hook on the output follows gradients; it must not tie the governor to a loss that somebody logs."""
+    run = kit.Run()
+    governor = TolariaGovernor(run.model, run.optimizer, detector=kit.non_finite())
+    losses = [run.loss(batch) for batch in run.batches[:3]]
+    reference = weakref.ref(governor)
+    governor.close()
+    del governor
+    gc.collect()
+    assert reference() is None
+    sum(losses, torch.zeros(())).backward()

@@ -1,0 +1,220 @@
+"""Every interleaving of small programs with the shipped protocol: nothing torn. Each edge removed: something torn."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+from protocol.simulation import Handover, Machine, Outcome, World, good_ring, reader, writer
+
+from tolaria import gate, ring
+from tolaria.operations import (
+    Await,
+    Barrier,
+    CallerWait,
+    Change,
+    ContextRecord,
+    ContextWait,
+    HostState,
+    SectionKind,
+    Synchronize,
+)
+from tolaria.protocol import Ground, close_section, open_section, rollback, snapshot
+
+HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
+
+
+def ground(barrier):
+    return Ground(("dev",), barrier)
+
+
+def roll_back(thread, barrier):
+    return functools.partial(rollback, thread, ground(barrier), ring.newest_good, "rolling back")
+
+
+def take(thread, barrier, step=1):
+    return functools.partial(snapshot, thread, ground(barrier), step, False)
+
+
+def homes(barrier, *names):
+    return None if barrier is HOST else names
+
+
+def uniform(*allowed):
+    """Ends whose memory is one of `allowed` throughout, and whose readers saw one value each."""
+
+    def is_good(world: World) -> bool:
+        if len(set(world.memory)) != 1 or world.memory[0] not in allowed:
+            return False
+        readers = {thread for thread, _, _ in world.seen}
+        return all(len({value for t, _, value in world.seen if t == thread}) == 1 for thread in readers)
+
+    return is_good
+
+
+def slots_uniform(world: World) -> bool:
+    """Every published slot holds one value throughout."""
+    held = [world.slots[slot.index] for slot in world.host.ring if slot.phase in ring.READABLE]
+    return len(held) == 2 and all(len(set(values)) == 1 for values in held)
+
+
+def in_turn(*programs):
+    """One thread that runs several programs."""
+
+    def program():
+        for one in programs:
+            yield from one()
+
+    return program
+
+
+def handover(source, target):
+    """Later work of stream `target` waits for what stream `source` was given so far; nothing to do without streams."""
+
+    def program():
+        yield Handover(source, target)
+
+    return program
+
+
+# ---------------------------------------------------------------- the shipped protocol
+
+PROGRAMS = {
+    "one writer": (lambda b: [writer(0, "N", "A"), roll_back(1, b)], ("A", ""), uniform("S", "N")),
+    "one reader": (lambda b: [reader(0, "A"), roll_back(1, b)], ("A", ""), uniform("S")),
+    "a step and the next forward": (
+        lambda b: [in_turn(writer(0, "N", "A"), reader(0, "A")), roll_back(1, b)],
+        ("A", ""),
+        uniform("S", "N"),
+    ),
+    "a step on one stream, the next forward on another, behind an event": (
+        lambda b: [in_turn(writer(0, "N", "A"), handover("A", "B"), reader(0, "B")), roll_back(1, b)],
+        ("A", "", "B"),
+        uniform("S", "N"),
+    ),
+    "two rollbacks at once": (
+        lambda b: [writer(0, "N", "A"), roll_back(1, b), roll_back(2, b)],
+        ("A", "", ""),
+        uniform("S", "N"),
+    ),
+}
+
+
+@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_torn(name, barrier):
+    programs, where, is_good = PROGRAMS[name]
+    found = Machine(programs(barrier), homes(barrier, *where)).explore(is_good)
+    assert found.violation is None, "\n".join((found.violation, *found.schedule))
+    assert found.states > 20
+
+
+@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+def test_a_snapshot_beside_a_step_is_never_torn(barrier):
+    found = Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", "")).explore(slots_uniform)
+    assert found.violation is None, "\n".join((found.violation, *found.schedule))
+
+
+@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+def test_a_snapshot_and_a_rollback_at_once(barrier):
+    """Whichever comes first, memory and every readable slot end uniform, and nobody is left waiting."""
+
+    def is_good(world: World) -> bool:
+        held = [world.slots[slot.index] for slot in world.host.ring if slot.phase in ring.READABLE]
+        return uniform("S", "N")(world) and all(len(set(values)) == 1 for values in held)
+
+    programs = [writer(0, "N", "A"), take(1, barrier), roll_back(2, barrier)]
+    found = Machine(programs, homes(barrier, "A", "", "")).explore(is_good)
+    assert found.violation is None, "\n".join((found.violation, *found.schedule))
+
+
+def test_a_section_inside_autograd_does_not_deadlock_with_a_waiting_rollback():
+    """Thread 0 holds a section while it waits for an engine thread that wants one of its own."""
+
+    def outcome(in_autograd: bool) -> Outcome:
+        def forward():
+            yield from open_section(0, SectionKind.FORWARD, False)
+            yield Await("wait for the engine", lambda s: (s, None) if 7 in s.captures else None)
+            yield from close_section(0, 0)
+
+        def engine():
+            yield from open_section(1, SectionKind.FORWARD, in_autograd)
+            yield Change("engine done", lambda s: (replace(s, captures=(7,)), None))
+            yield from close_section(1, 0)
+
+        return Machine([forward, engine, functools.partial(_exclusive, 2)]).explore(lambda world: True)
+
+    assert outcome(in_autograd=True).violation is None
+    assert "deadlock" in outcome(in_autograd=False).violation  # the red twin: queue like any other thread
+
+
+def _exclusive(thread):
+    """The exclusive side alone, without the capture guard (captures stand in for a flag above)."""
+    yield Change("announce", lambda s: (replace(s, gate=gate.announce_exclusive(s.gate, thread, "test")), None))
+
+    def enter(state):
+        entered = gate.enter_exclusive(state.gate, thread)
+        return None if entered is None else (replace(state, gate=entered), None)
+
+    yield Await("enter", enter)
+    yield Change("leave", lambda s: (replace(s, gate=gate.leave_exclusive(s.gate, thread)), None))
+
+
+# ---------------------------------------------------------------- each edge removed
+
+
+def is_section(op):
+    return isinstance(op, Await) and op.label.startswith("open a")
+
+
+def is_exclusive(op):
+    return isinstance(op, Await) and "wait for open sections" in op.label
+
+
+MUTANTS = {
+    "host: no exclusive side": (HOST, is_exclusive),
+    "host: no shared side": (HOST, is_section),
+    "blocking: no exclusive side": (BLOCKING, is_exclusive),
+    "blocking: no synchronise": (BLOCKING, lambda op: isinstance(op, Synchronize)),
+    "context: no exclusive side": (CONTEXT, is_exclusive),
+    "context: no shared side": (CONTEXT, is_section),
+    "context: no pre barrier": (CONTEXT, lambda op: isinstance(op, ContextRecord)),
+    "context: no post barrier": (CONTEXT, lambda op: isinstance(op, ContextWait)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_rollback_without_one_edge_is_torn(name):
+    barrier, drop = MUTANTS[name]
+    programs = [writer(0, "N", "A"), roll_back(1, barrier)]
+    if is_section is drop:  # the dropped answer has no epoch in it: use ungated writers instead
+        programs, drop = [writer(0, "N", "A", gated=False), roll_back(1, barrier)], lambda op: False
+    found = Machine(programs, homes(barrier, "A", ""), drop=drop).explore(uniform("S", "N"))
+    assert found.violation is not None
+    assert found.violation.startswith("torn")
+    assert 3 < len(found.schedule) < 40
+
+
+def test_a_reader_outside_of_the_gate_sees_a_mix():
+    found = Machine([reader(0, gated=False), roll_back(1, HOST)]).explore(uniform("S"))
+    assert found.violation is not None
+
+
+@pytest.mark.parametrize("barrier", [HOST, CONTEXT], ids=lambda b: b.value)
+def test_a_snapshot_without_the_gate_is_torn(barrier):
+    machine = Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", ""), drop=is_exclusive)
+    assert machine.explore(slots_uniform).violation is not None
+
+
+def test_a_snapshot_whose_writers_do_not_wait_is_torn():
+    """The lazy edge: a writer's stream waits for `done` when its next section opens."""
+    programs = [writer(0, "N", "A"), take(1, CONTEXT)]
+    machine = Machine(programs, ("A", ""), drop=lambda op: isinstance(op, CallerWait))
+    assert machine.explore(slots_uniform).violation is not None
+
+
+def test_the_newest_good_snapshot_survives_every_interleaving_of_snapshots():
+    """Three snapshots race for three slots: the certified one of the start is never overwritten."""
+    initial = HostState(ring=good_ring(3), next_snapshot=1)
+    machine = Machine([take(0, HOST), take(1, HOST), take(2, HOST)], initial=initial)
+    found = machine.explore(lambda w: w.host.ring[0].snapshot == 0 and w.slots[0] == ("S", "S"))
+    assert found.violation is None
