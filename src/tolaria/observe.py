@@ -57,12 +57,12 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
 
 
 def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
-    """How many of the tensors hold a NaN or an infinity. One reduction each; overflowing sums are looked at again."""
-    count = 0
-    for tensor in tensors:
-        if not tensor.is_floating_point() and not tensor.is_complex():
-            continue
-        detached = tensor.detach()
-        if not bool(torch.isfinite(detached.sum())) and not bool(torch.isfinite(detached).all()):
-            count += 1
-    return count
+    """How many of the tensors hold a NaN or an infinity.
+
+    One norm over all of them; only when that is not finite (which may be an overflow) each is looked at by itself.
+    """
+    looked_at = [t.detach() for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
+    looked_at = [t if t.element_size() > 1 else t.float() for t in looked_at]
+    if not looked_at or math.isfinite(float(torch.nn.utils.get_total_norm(looked_at))):
+        return 0
+    return sum(not bool(torch.isfinite(t).all()) for t in looked_at)

@@ -105,7 +105,8 @@ class Vault:
         read_journal: Called at a capture: the governor's own counters and detector states (immutable values).
         write_journal: Called at a restore with what `read_journal` returned.
 
-    Threads: every method except `inspect` is called by the holder of the exclusive gate.
+    Threads: every method except `inspect` is called by the holder of the exclusive gate. Each leaves the caller's
+    inference mode: what is allocated under it could not be written later.
     """
 
     state: TrainState
@@ -120,10 +121,12 @@ class Vault:
     def __post_init__(self) -> None:
         self.slots = [SlotMemory() for _ in range(self.num_slots)]
 
+    @torch.inference_mode(False)
     def survey(self, _: Survey) -> None:
         """Perform `Survey`."""
         self._surveyed = self.state.survey()
 
+    @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
@@ -141,6 +144,7 @@ class Vault:
         surveyed, self._surveyed = self._surveyed, None
         return surveyed
 
+    @torch.inference_mode(False)
     def copy(self, op: Copy) -> None:
         """Perform `Copy`: one call on the device port."""
         arena, survey, _ = self._filled(op.slot)
@@ -153,10 +157,12 @@ class Vault:
         pair = (held, live) if op.direction is Direction.CAPTURE else (live, held)
         self.devices[op.device].copy(*pair)
 
+    @torch.inference_mode(False)
     def capture_host(self, op: CaptureHost) -> None:
         """Perform `CaptureHost`."""
         self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), self.read_journal())
 
+    @torch.inference_mode(False)
     def check(self, op: Check) -> None:
         """Perform `Check`."""
         survey = self.slots[op.slot].survey
@@ -164,6 +170,7 @@ class Vault:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
         self.state.check(survey, "rolling back")
 
+    @torch.inference_mode(False)
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         slot = self.slots[op.slot]
@@ -174,6 +181,7 @@ class Vault:
         slot.digest = digest
         return Inspection(nonfinite=_nonfinite(arena, survey))
 
+    @torch.inference_mode(False)
     def restore_host(self, op: RestoreHost) -> None:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)

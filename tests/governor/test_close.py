@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,13 @@ Govern = Callable[..., TolariaGovernor]
 
 
 def traces(run: Any) -> Any:
-    return dict(vars(run.model)), {k: v for k, v in vars(run.optimizer).items() if k != "state"}
+    """What hangs on model and optimizer, by identity. `_opt_called` is the scheduler's own note."""
+    values = {**vars(run.model), **{f"optimizer.{name}": value for name, value in vars(run.optimizer).items()}}
+    return {
+        name: value.__func__ if inspect.ismethod(value) else id(value)
+        for name, value in values.items()
+        if name not in ("training", "optimizer._opt_called")
+    }
 
 
 # ------------------------------------------------------------ no trace
@@ -72,17 +79,12 @@ def test_what_others_wrapped_since_stays_and_passes_straight_through(govern: Gov
     governed = run.model.forward
     run.model.forward = lambda x: (calls.append("outer"), governed(x))[1]
     governor.close()
-    reference = weakref.ref(governor._keeper)
     state = governor._keeper.driver.state
     run.backward(run.batches[0])
     run.optimizer.step()
     scheduler.step()
     assert calls == ["outer"]
     assert governor._keeper.driver.state is state  # no section was opened
-    del governor, state
-    gc.collect()
-    run.plain_step(run.batches[1])
-    assert reference() is not None  # the fixture holds the governor still
 
 
 def test_close_frees_the_slots(govern: Govern, kit: Any) -> None:
@@ -135,7 +137,7 @@ def test_a_second_governor_is_refused_and_the_first_goes_on(govern: Govern, kit:
     run = kit.Run()
     first = govern(run.model, run.optimizer)
     with pytest.raises(UsageError, match="governed already"):
-        TolariaGovernor(run.model)
+        govern(run.model)
     first.snapshot()
     before = run.state(with_rng=False)
     run.step(first, run.batches[0])
@@ -146,8 +148,10 @@ def test_a_second_governor_is_refused_and_the_first_goes_on(govern: Govern, kit:
 def test_reattach_after_close(govern: Govern, kit: Any) -> None:
     run = kit.Run()
     clean = kit.Run()
+    torch.manual_seed(5)
     for batch in clean.batches[:6]:
         clean.plain_step(batch)
+    torch.manual_seed(5)
     for part in (run.batches[:2], run.batches[2:4], run.batches[4:6]):
         governor = govern(run.model, run.optimizer, scheduler=run.scheduler)
         run.train(governor, part)
@@ -165,14 +169,13 @@ def test_two_models_have_two_governors(govern: Govern, kit: Any) -> None:
     for run, governor in zip((one, two), governors, strict=True):
         governor.snapshot()
         run.step(governor, run.batches[0])
-    start, other, random_state = one, two.state(with_rng=False), torch.get_rng_state()
+    other, random_state = two.state(with_rng=False), torch.get_rng_state()
     governors[0].execute_rollback()
     assert two.state(with_rng=False) == other
     assert torch.equal(torch.get_rng_state(), random_state)
     assert [governor.statistics().rollbacks for governor in governors] == [1, 0]
     governors[1].close()
     assert governors[0].capabilities().rng == "restore"
-    assert start.model is not two.model
 
 
 # ------------------------------------------------------------ refused constructions
@@ -184,29 +187,29 @@ class Lazy(nn.Module):
         self.body = nn.LazyLinear(3)
 
 
-def test_a_refused_construction_attaches_nothing(kit: Any) -> None:
+def test_a_refused_construction_attaches_nothing(govern: Govern) -> None:
     model = Lazy()
     before = dict(vars(model))
     with pytest.raises(UnsupportedState, match="body"):
-        TolariaGovernor(model)
+        govern(model)
     assert vars(model) == before
     assert list(tolaria.governor._live) == []
 
 
-def test_a_refused_optimizer_attaches_nothing(kit: Any) -> None:
+def test_a_refused_optimizer_attaches_nothing(govern: Govern, kit: Any) -> None:
     run = kit.Run()
     before = traces(run)
     with pytest.raises(UnsupportedState, match="optimizer"):
-        TolariaGovernor(run.model, run.optimizer.state_dict())
+        govern(run.model, run.optimizer.state_dict())
     assert traces(run) == before
-    TolariaGovernor(run.model, run.optimizer, detector=kit.non_finite()).close()
+    govern(run.model, run.optimizer)
 
 
-def test_a_coordinator_is_refused_for_now(kit: Any) -> None:
+def test_a_coordinator_is_refused_for_now(govern: Govern, kit: Any) -> None:
     run = kit.Run()
     before = traces(run)
     with pytest.raises(UnsupportedState, match="coordinator"):
-        TolariaGovernor(run.model, run.optimizer, coordinator=object(), detector=kit.non_finite())
+        govern(run.model, run.optimizer, coordinator=object())
     assert traces(run) == before
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import types
 from typing import Any
 
 import torch
 import xxhash
 
 _CHUNK_BYTES = 1 << 28
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 def update_bytes(hasher: xxhash.xxh3_128, flat: torch.Tensor) -> None:
@@ -30,7 +32,16 @@ def update_tree(hasher: xxhash.xxh3_128, value: Any) -> None:
     """Feed a tree of host values; tensors by dtype, shape and bytes, numbers by their exact representation.
 
     Every value says its type and its length before its contents, so that no two trees run together to the same bytes.
+    Functions and classes count by name.
     """
+    _update(hasher, value, ())
+
+
+def _update(hasher: xxhash.xxh3_128, value: Any, around: tuple[int, ...]) -> None:
+    if id(value) in around:  # an object that refers back to what holds it
+        _tell(hasher, "back", len(around) - around.index(id(value)))
+        return
+    inside = (*around, id(value))
     if isinstance(value, torch.Tensor):
         dense = value.detach().resolve_conj().resolve_neg().contiguous()
         _tell(hasher, "tensor", f"{dense.dtype}{tuple(dense.shape)}")
@@ -39,32 +50,33 @@ def update_tree(hasher: xxhash.xxh3_128, value: Any) -> None:
     elif isinstance(value, dict):
         _tell(hasher, "dict", len(value))
         for key, item in value.items():
-            _tell(hasher, "key", repr(key))
-            update_tree(hasher, item)
+            _tell(hasher, "key", type(key).__qualname__ if type(key).__repr__ is object.__repr__ else repr(key))
+            _update(hasher, item, inside)
     elif isinstance(value, (list, tuple)):
         _tell(hasher, type(value).__qualname__, len(value))
         for item in value:
-            update_tree(hasher, item)
+            _update(hasher, item, inside)
     elif isinstance(value, (set, frozenset)):
-        update_tree(hasher, [type(value).__qualname__, *sorted(map(repr, value))])
+        _tell(hasher, type(value).__qualname__, sorted(map(repr, value)))
     elif isinstance(value, (int, float, str, bytes, bool, complex, type(None))):
         _tell(hasher, type(value).__qualname__, repr(value))
-    elif callable(value):
-        _tell(hasher, "callable", getattr(value, "__qualname__", type(value).__qualname__))
+    elif isinstance(value, _NAMED):
+        _tell(hasher, "named", value.__qualname__)
     else:
-        _update_object(hasher, value)
+        _update_object(hasher, value, inside)
 
 
-def _update_object(hasher: xxhash.xxh3_128, value: Any) -> None:
+def _update_object(hasher: xxhash.xxh3_128, value: Any, inside: tuple[int, ...]) -> None:
     """Anything else (an array, a deque, an instance of the user's class) by what pickle would write of it."""
     _tell(hasher, "object", type(value).__qualname__)
     try:
         reduced = value.__reduce_ex__(4)
-    except TypeError:  # cannot be taken apart: locks, handles
+    except Exception:  # cannot be taken apart: locks, handles
         return
     if isinstance(reduced, tuple):
         _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-        update_tree(hasher, [arguments, state, list(items or ()), list(pairs or ())])
+        for piece in (arguments, state, list(items or ()), list(pairs or ())):
+            _update(hasher, piece, inside)
 
 
 def _tell(hasher: xxhash.xxh3_128, kind: str, what: object) -> None:

@@ -168,7 +168,7 @@ class OptimizerPart(StatePart):
     """State tensors and scalars, keys that come and go, hyper-parameters (tensors too), plain attributes.
 
     An attribute is plain when it is a number, string, tensor, or a list, tuple or dict of such. One that appeared after
-    the snapshot is deleted, unless its name starts with an underscore: libraries leave their marks that way.
+    the snapshot is deleted.
 
     Restored in place: `Optimizer.load_state_dict` would alias the snapshot, cast moments to the parameter's dtype and
     replace every tensor.
@@ -195,7 +195,8 @@ class OptimizerPart(StatePart):
                 (parameter, leaves.add(f"{label}.params[{j}]", parameter))
                 for j, parameter in enumerate(group["params"])
             ]
-            options = {k: leaves.encode(f"{label}.{k}", v) for k, v in group.items() if k != "params"}
+            # "params" only keeps its place among them
+            options = {k: leaves.encode(f"{label}.{k}", None if k == "params" else v) for k, v in group.items()}
             groups.append((members, options))
         state = [
             (key, leaves.encode(f"{self.name}.state[{i}]", values))
@@ -231,7 +232,8 @@ class OptimizerPart(StatePart):
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         groups, state, attributes = saved
         for (_, options), group in zip(groups, self.optimizer.param_groups, strict=True):
-            _refill(group, {"params": group["params"], **{k: self._decode(leaves, tree) for k, tree in options.items()}})
+            values = {key: self._decode(leaves, tree) for key, tree in options.items()}
+            _refill(group, {**values, "params": group["params"]})
         live = self.optimizer.state
         restored: dict[Any, Any] = {}
         for key, tree in state:
@@ -241,7 +243,7 @@ class OptimizerPart(StatePart):
                 restored[key] = live[key]
         _refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
         for key in self._plain_attributes():
-            if key not in attributes and not key.startswith("_"):
+            if key not in attributes:
                 delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))

@@ -127,8 +127,8 @@ class TrainState:
                 for part, saved in zip(self.parts, survey.saved, strict=True)
                 for difference in part.differences(saved, survey.leaves)
             ]
-            storages = survey.leaves.storages
-            found += [f"{leaf.name}: its memory was freed" for leaf in survey.leaves.leaves if storages[leaf.storage].shrunk()]
+            freed = {index for index, storage in enumerate(survey.leaves.storages) if storage.shrunk()}
+            found += [f"the memory of {leaf.name} was freed" for leaf in survey.leaves.leaves if leaf.storage in freed]
         found = list(dict.fromkeys(found))
         if found:
             shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")

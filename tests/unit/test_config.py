@@ -1,0 +1,57 @@
+"""Every value is checked before anything is built."""
+
+import pytest
+
+from tolaria import GovernorConfig, InvalidConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", "watch"),
+        ("rng", "reset"),
+        ("on_veto", "ignore"),
+        ("cadence", 0),
+        ("cadence", 1.5),
+        ("cadence", True),
+        ("cadence", "auto"),
+        ("probation", -1),
+        ("slots", 2),
+        ("slots", 0),
+        ("keep_batches", 0),
+        ("check_weights_every", 0),
+        ("max_retries", 0),
+        ("retry_window", 0),
+        ("cool_lr", 0.0),
+        ("cool_lr", 1.1),
+        ("cool_lr", float("nan")),
+        ("cool_steps", 0),
+        ("gate_timeout_s", 0.0),
+        ("gate_timeout_s", float("nan")),
+    ],
+)
+def test_bad_values_are_named(name, value):
+    with pytest.raises(InvalidConfig, match=f"{name}=") as caught:
+        GovernorConfig(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.state_intact
+
+
+@pytest.mark.parametrize(
+    ("settings", "slots", "cadence"),
+    [
+        ({"cadence": 10, "probation": 10}, 3, 10),
+        ({"cadence": 1, "probation": 8}, 10, 1),
+        ({"cadence": 3, "probation": 8}, 5, 3),
+        ({"cadence": 1, "probation": 8, "slots": 3}, 3, 8),
+        ({"cadence": 1, "probation": 8, "slots": 6}, 6, 2),
+        ({"cadence": 5, "probation": 0}, 2, 5),
+        ({"cadence": 5, "probation": 0, "slots": 2}, 2, 5),
+    ],
+)
+def test_slots_follow_cadence_and_probation_or_stretch_the_cadence(settings, slots, cadence):
+    config = GovernorConfig(**settings)
+    assert (config.num_slots, config.effective_cadence) == (slots, cadence)
+    # a candidate is never overwritten in probation: the candidates alive at once, the good one, and one to write into
+    in_probation = -(-config.probation // config.effective_cadence)
+    assert config.num_slots >= 2 + in_probation

@@ -1,0 +1,71 @@
+"""Losses, gradient norms and non-finite counts as host numbers."""
+
+import math
+
+import pytest
+import torch
+
+from tolaria import observe
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (None, None),
+        (1.5, 1.5),
+        (torch.tensor(2.5), 2.5),
+        (torch.tensor([1.0, 3.0]), 2.0),
+        ([torch.tensor(1.0), 2.0, torch.tensor(6.0)], 3.0),
+        ([], None),
+        ((None, 4.0), 4.0),
+        (torch.tensor(3, dtype=torch.int64), 3.0),
+    ],
+)
+def test_read_loss(loss, expected):
+    assert observe.read_loss(loss) == expected
+
+
+def test_read_loss_keeps_nan_and_infinity():
+    assert math.isnan(observe.read_loss(torch.tensor([1.0, float("nan")])))
+    assert observe.read_loss(float("inf")) == float("inf")
+
+
+def test_gradient_norm_of_no_gradients():
+    assert observe.gradient_norm([]) == (None, 0)
+
+
+def test_gradient_norm_is_that_of_torch():
+    grads = [torch.randn(3, 4), torch.randn(5)]
+    assert observe.gradient_norm(grads) == (float(torch.nn.utils.get_total_norm(grads)), 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_bad_gradients_are_counted(bad):
+    grads = [torch.ones(3), torch.tensor([1.0, bad]), torch.tensor([bad])]
+    norm, count = observe.gradient_norm(grads)
+    assert not math.isfinite(norm)
+    assert count == 2
+
+
+def test_a_norm_that_overflows_is_computed_again():
+    norm, count = observe.gradient_norm([torch.full((2,), 3e38), torch.zeros(3)])
+    assert count == 0
+    assert norm == pytest.approx(math.sqrt(2) * 3e38)
+
+
+def test_sparse_gradients_count_with_their_values():
+    grad = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (4,))
+    assert observe.gradient_norm([grad]) == (5.0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_num_nonfinite(dtype):
+    good = torch.ones(4, dtype=dtype)
+    bad = good.clone()
+    bad[2] = float("nan")
+    assert observe.num_nonfinite([good, torch.arange(3), torch.empty(0)]) == 0
+    assert observe.num_nonfinite([good, bad, bad]) == 2
+
+
+def test_finite_values_whose_sum_overflows_are_no_alarm():
+    assert observe.num_nonfinite([torch.full((8,), 6e4, dtype=torch.float16), torch.full((4,), 3e38)]) == 0
