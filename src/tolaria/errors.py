@@ -14,7 +14,7 @@
         StaleGradients           gradients began before a rollback (raised in strict mode)
         BudgetExceeded           the snapshot does not fit into memory
         SnapshotRejected         a snapshot is not finite, or its bytes changed since they were sealed
-      RetryBudgetExceeded      rolled back correctly, but the trouble keeps returning; ends the run at the last good state
+      RetryBudgetExceeded      rolled back correctly, but the trouble keeps returning; ends a run at the last good state
       RollbackFailed           failed after the first write; the train state is undefined
       TolariaInternalError     a bug in tolaria; its invariants are void
 

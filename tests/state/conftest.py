@@ -43,7 +43,7 @@ def freeze() -> Callable[..., Any]:
 @pytest.fixture
 def raw() -> Callable[[torch.Tensor], bytes]:
     """A function from a tensor to all bytes of the storage under it."""
-    return lambda tensor: bytes(tensor.untyped_storage().tolist())
+    return _storage_bytes
 
 
 @pytest.fixture
@@ -52,15 +52,20 @@ def read_random() -> Callable[[], Any]:
 
     def read() -> Any:
         kind, keys, *rest = np.random.get_state(legacy=True)
-        return random.getstate(), (kind, bytes(keys), *rest), bytes(torch.get_rng_state().tolist())
+        return random.getstate(), (kind, bytes(keys), *rest), _storage_bytes(torch.get_rng_state())
 
     return read
 
 
+def _storage_bytes(tensor: torch.Tensor) -> bytes:
+    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return bytes(flat.numpy().tobytes())
+
+
 def _freeze(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        dense = value.detach().resolve_conj().contiguous().clone().reshape(-1)
-        return "tensor", str(value.dtype), tuple(value.shape), value.requires_grad, bytes(dense.untyped_storage().tolist())
+        dense = value.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
+        return "tensor", str(value.dtype), tuple(value.shape), value.requires_grad, _storage_bytes(dense)
     if isinstance(value, nn.Module):
         return tuple(_freeze_module(name, module) for name, module in value.named_modules())
     if isinstance(value, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The CPU port moves exactly the bytes it is told to, whatever their sizes, and the shape of the work does not matter."""
+"""The CPU port moves exactly the bytes it is told to, whatever their sizes and however the work is cut."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def test_a_norm_that_overflows_is_computed_again():
 
 
 def test_sparse_gradients_count_with_their_values():
-    grad = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (4,))
+    grad = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (4,), check_invariants=True)
     assert observe.gradient_norm([grad]) == (5.0, 0)
 
 
