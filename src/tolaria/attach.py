@@ -43,7 +43,8 @@ class Sections:
         state: Whose gradients are dropped by a veto.
         timeout_s: How long a section waits for a submission that holds the gate.
         strict: Raise on stale gradients instead of dropping them.
-        at_boundary: Called when the calling thread has left its outermost section, outside of a backward pass.
+        at_boundary: Called before the calling thread opens its outermost section and after it has closed it, outside
+            of a backward pass; with True when that section was a write, so that an optimizer has just stepped.
         on_stale: Called after stale gradients were dropped.
     """
 
@@ -53,7 +54,7 @@ class Sections:
         state: TrainState,
         timeout_s: float,
         strict: bool,
-        at_boundary: Callable[[], None],
+        at_boundary: Callable[[bool], None],
         on_stale: Callable[[], None],
     ) -> None:
         self._driver, self._state = driver, state
@@ -70,7 +71,7 @@ class Sections:
         depth = self._driver.depth()
         outermost = depth == 0 and current_backward() == -1
         if outermost:
-            self._at_boundary()
+            self._at_boundary(False)
         try:
             yield self._driver.open_section(kind, current_backward() != -1, self._timeout_s)
         except TolariaError:
@@ -82,7 +83,7 @@ class Sections:
         finally:
             self._driver.close_section(depth)
         if outermost:
-            self._at_boundary()
+            self._at_boundary(kind is SectionKind.WRITE)
 
     def run_forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward launch: readers see one epoch, and gradients that flow back through the result carry it."""

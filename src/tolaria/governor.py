@@ -79,6 +79,7 @@ class TolariaGovernor:
     ) -> None:
         self.config = config or GovernorConfig()
         self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
+        self.model = model
         self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
         self._course = Course(self.config, detector or judge.default_detector(), self._rng_policy)
         self._closed = False
@@ -96,7 +97,6 @@ class TolariaGovernor:
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
-        self.model = model
         self._keeper = Keeper(
             TrainState(model, self._update.optimizers, self._update.schedulers, scaler),
             self.config,
@@ -178,7 +178,20 @@ class TolariaGovernor:
             self._update.plain(clip, metric, loss, closure)
             return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
         self._require_boundary("stepping")
-        self._keeper.run_requests()
+        self._keeper.run_requests(after_step=False)
+        with self._keeper.whole_step():
+            result = self._guarded_step(loss, clip, metric, closure, signs)
+        self._keeper.run_requests(after_step=True)
+        return result
+
+    def _guarded_step(
+        self,
+        loss: Loss,
+        clip: float | None,
+        metric: float | None,
+        closure: Any,
+        signs: Mapping[str, torch.Tensor | float],
+    ) -> StepResult:
         acting = self.config.mode == "act"
         parameters = list(self._keeper.state.parameters())
         factor = self._course.learning_rate_factor()
@@ -260,7 +273,7 @@ class TolariaGovernor:
         self._require_open(doing)
         if when == "boundary" and self._keeper.is_inside():
             receipt = self._keeper.info(None, None)
-            self._keeper.request(lambda: self._keeper.fill(receipt, self.snapshot(step, grads=grads)))
+            self._keeper.request(lambda: self._keeper.fill(receipt, self.snapshot(step, grads=grads)), after_step=True)
             return receipt
         self._require_boundary(doing)
         if grads is None:
@@ -317,7 +330,7 @@ class TolariaGovernor:
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
-            self._keeper.request(run)
+            self._keeper.request(run, after_step=False)
         else:
             self._require_boundary(doing)
             run()
@@ -381,6 +394,9 @@ class TolariaGovernor:
 
     def digest(self) -> str:
         """A fingerprint of the whole train state (xxh3-128, hex): equal digests mean bit-identical states."""
+        if self.is_disabled:
+            update = self._update
+            return TrainState(self.model, update.optimizers, update.schedulers, update.scaler).digest()
         self._require_boundary("taking a digest")
         return self._keeper.state.digest()
 

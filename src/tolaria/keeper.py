@@ -5,10 +5,11 @@ It joins the sans-I/O protocol, the driver, slot memory and the sections of one 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,9 +35,15 @@ Target = SnapshotInfo | int | None
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A snapshot or rollback that waits for the next boundary; `run` fills in the receipt its caller already holds."""
+    """A snapshot or rollback that waits for a boundary.
+
+    Attributes:
+        run: Does it, and fills in the receipt that its caller already holds.
+        after_step: Only right after an optimizer step (a snapshot); a rollback may run between any two sections.
+    """
 
     run: Callable[[], None]
+    after_step: bool
 
 
 class Keeper:
@@ -76,6 +83,7 @@ class Keeper:
         self.driver = Driver(HostState(ring=ring.empty_ring(config.num_slots)), self.vault, devices)
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
         self._requests: deque[Request] = deque()
+        self._stepping: set[int] = set()
 
     @property
     def ring(self) -> Ring:
@@ -121,18 +129,33 @@ class Keeper:
                 'Step or zero the gradients first, or pass grads="capture" (hold them too) or grads="drop".',
             )
 
-    def request(self, run: Callable[[], None]) -> None:
+    def request(self, run: Callable[[], None], *, after_step: bool) -> None:
         """Queue something for the next boundary of any thread."""
-        self._requests.append(Request(run))
+        self._requests.append(Request(run, after_step))
 
-    def run_requests(self) -> None:
-        """Run what was queued, unless the calling thread is inside a section. Errors are the boundary's to raise."""
-        while self._requests and not self.is_inside():
+    @contextlib.contextmanager
+    def whole_step(self) -> Generator[None]:
+        """Sections that the calling thread opens inside are parts of one step: boundaries are before and after it."""
+        thread = threading.get_ident()
+        self._stepping.add(thread)
+        try:
+            yield
+        finally:
+            self._stepping.discard(thread)
+
+    def run_requests(self, after_step: bool) -> None:
+        """Run what was queued, in order, if the calling thread is at a boundary. Errors are the boundary's to raise."""
+        if not self._requests or self.is_inside() or threading.get_ident() in self._stepping:
+            return
+        for _ in range(len(self._requests)):
             try:
                 request = self._requests.popleft()
             except IndexError:  # another thread reached its boundary first
                 return
-            request.run()
+            if request.after_step and not after_step:
+                self._requests.append(request)
+            else:
+                request.run()
 
     # ------------------------------------------------------------ snapshots
 

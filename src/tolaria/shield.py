@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,7 +13,7 @@ Handler = Any
 
 
 class Shield:
-    """A context manager: signals that arrive inside are delivered, in order, when it is left.
+    """A context manager: signals that arrive inside are delivered, in order and once each, when it is left.
 
     Python runs signal handlers in the main thread only, so elsewhere this does nothing. Handlers that are not Python
     functions (the system's defaults, faulthandler's) are not touched. Not re-entrant; make one per use.
@@ -33,19 +33,39 @@ class Shield:
                         self._held[number] = handler
                         signal.signal(number, self._note)
             except BaseException:
-                self._put_back()
+                self.__exit__()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
         handlers = dict(self._held)
-        self._put_back()
-        for number, frame in self._arrived:
-            handlers[number](number, frame)
+        try:
+            self._put_back()
+        finally:
+            self._deliver(handlers)
 
     def _put_back(self) -> None:
-        for number in list(self._held):
-            signal.signal(number, self._held.pop(number))
+        """Restore every handler. One that is back may run at once and raise; the others are restored all the same."""
+        raised: BaseException | None = None
+        while self._held:
+            number = next(iter(self._held))
+            try:
+                signal.signal(number, self._held[number])
+            except BaseException as error:
+                raised = raised or error
+            if signal.getsignal(number) != self._note:
+                del self._held[number]
+        if raised is not None:
+            raise raised
+
+    def _deliver(self, handlers: Mapping[int, Handler]) -> None:
+        """Call the handlers of what has arrived. One that raises keeps none of the others from being called."""
+        if self._arrived:
+            number, frame = self._arrived.pop(0)
+            try:
+                handlers[number](number, frame)
+            finally:
+                self._deliver(handlers)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._open:
@@ -56,12 +76,9 @@ class Shield:
     @contextmanager
     def interruptible(self) -> Generator[None]:
         """Let signals through inside: for waits that may be long and have changed nothing yet."""
-        arrived = list(self._arrived)
-        self._arrived.clear()
-        for number, frame in arrived:
-            self._held[number](number, frame)
         self._open = True
         try:
+            self._deliver(self._held)
             yield
         finally:
             self._open = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,9 @@ class Update:
         vetoed = bad > 0 and not by_scaler and may_veto
         if not vetoed:
             if clip is not None and norm is not None and not bad:
-                torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm))
+                # the same type as the norm had before it was read, or the factor would be rounded otherwise
+                dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
+                torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
             with self._scaled_learning_rate(lr_factor):
                 returned = self._step(closure)
             value = observe.read_loss(returned) if value is None else value

@@ -67,9 +67,7 @@ class Run:
 
     def __init__(self, seed: int = 1, batches: int = 40, optimizer: Callable[..., Any] | None = None) -> None:
         torch.manual_seed(seed)
-        self.model = nn.Sequential(
-            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25), nn.Linear(8, 3)
-        )
+        self.model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.25), nn.Linear(8, 3))
         make = optimizer or (lambda params: torch.optim.AdamW(params, lr=0.05))
         self.optimizer: torch.optim.Optimizer = make(self.model.parameters())
         self.scheduler: Any = torch.optim.lr_scheduler.StepLR(self.optimizer, 4, gamma=0.7)

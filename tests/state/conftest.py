@@ -17,6 +17,15 @@ from torch import nn
 from tolaria import GovernorConfig, TolariaGovernor, judge
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: waking a second thread costs more than it computes, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def govern() -> Iterator[Callable[..., TolariaGovernor]]:
     """Attach a governor with a small ring; every one is closed after the test, so that none changes the next one's."""

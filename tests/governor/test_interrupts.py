@@ -1,0 +1,226 @@
+"""Ctrl-C at every operation of a snapshot and of a rollback: raised to the caller, and the state is one of two."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tolaria import GovernorConfig, TolariaGovernor
+from tolaria.operations import Await, CaptureHost, Change, Check, Copy, Inspect, Op, Reserve, RestoreHost, Survey
+from tolaria.ring import SlotPhase, newest_good
+
+Govern = Callable[..., TolariaGovernor]
+
+MANUAL = ["snapshot", "rollback", "verified rollback"]
+AUTOMATIC = ["step with a snapshot", "step with a rollback"]
+
+
+class At:
+    """Performs the operations of a driver, and does something of its own before or after the k-th one.
+
+    Only operations of submissions count (they come with a shield), so the sections of forwards and steps do not.
+    """
+
+    def __init__(self, governor: TolariaGovernor, index: int, act: Callable[[], Any], when: str = "before") -> None:
+        self.seen: list[Op] = []
+        self.acted = 0
+        self._index, self._act, self._when = index, act, when
+        self._driver = governor._keeper.driver
+        self._perform = self._driver.perform
+        self._driver.perform = self  # type: ignore[method-assign]
+
+    def __call__(self, op: Op, shield: Any = None) -> Any:
+        if shield is None:
+            return self._perform(op, shield)
+        self.seen.append(op)
+        if len(self.seen) - 1 != self._index:
+            return self._perform(op, shield)
+        self.acted += 1
+        if self._when == "before":
+            self._act()
+            return self._perform(op, shield)
+        result = self._perform(op, shield)
+        self._act()
+        return result
+
+    def remove(self) -> None:
+        del self._driver.perform
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+class Scene:
+    """A run with a certified snapshot, a few steps further on, and one thing that is about to be done."""
+
+    def __init__(self, kit: Any, govern: Govern, what: str) -> None:
+        self.run = kit.Run()
+        self.what = what
+        self.governor = govern(
+            self.run.model,
+            self.run.optimizer,
+            scheduler=self.run.scheduler,
+            detector=kit.scripted({4: "panic"} if what == "step with a rollback" else {}),
+            config=GovernorConfig(cadence=4 if what == "step with a snapshot" else 100, probation=2, slots=4),
+        )
+        self.feed = self.governor.watch(self.run.batches)
+        first = next(self.feed)
+        self.good = self.run.state()  # of the snapshot that `watch` took
+        self.run.step(self.governor, first)
+        for _ in range(2):
+            self.run.step(self.governor, next(self.feed))
+        self.loss = self.run.backward(next(self.feed)) if what.startswith("step") else None
+        self.before = self.run.state()
+
+    def act(self) -> Any:
+        if self.what == "snapshot":
+            return self.governor.snapshot()
+        if self.loss is not None:
+            return self.governor.step(loss=self.loss)
+        return self.governor.execute_rollback(verify="before" if self.what.startswith("verified") else None)
+
+    @property
+    def certified(self) -> list[int]:
+        return [slot.step for slot in self.governor._keeper.ring if slot.phase is SlotPhase.CERTIFIED]
+
+
+def operations_of(kit: Any, govern: Govern, what: str) -> list[Op]:
+    scene = Scene(kit, govern, what)
+    at = At(scene.governor, -1, interrupt)
+    scene.act()
+    at.remove()
+    scene.governor.close()
+    return at.seen
+
+
+EXPECTED = {
+    "snapshot": {Change, Await, Survey, Reserve, Copy, CaptureHost, Inspect},
+    "rollback": {Change, Await, Check, Copy, RestoreHost},
+    "verified rollback": {Change, Await, Check, Copy, RestoreHost, Inspect},
+    "step with a snapshot": {Change, Await, Survey, Reserve, Copy, CaptureHost, Inspect},
+    "step with a rollback": {Change, Await, Check, Copy, RestoreHost, Inspect},
+}
+
+
+@pytest.mark.parametrize("what", [*MANUAL, *AUTOMATIC])
+def test_every_kind_of_operation_is_met(what: str, govern: Govern, kit: Any) -> None:
+    seen = operations_of(kit, govern, what)
+    assert {type(op) for op in seen} == EXPECTED[what]
+    assert len(seen) >= 9
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("what", [*MANUAL, *AUTOMATIC])
+def test_an_interrupt_at_every_operation(what: str, when: str, govern: Govern, kit: Any) -> None:
+    operations = operations_of(kit, govern, what)
+    for index, op in enumerate(operations):
+        scene = Scene(kit, govern, what)
+        governor, run = scene.governor, scene.run
+        handler = signal.getsignal(signal.SIGINT)
+        at = At(governor, index, interrupt, when)
+        with pytest.raises(KeyboardInterrupt):
+            scene.act()
+        at.remove()
+        assert at.acted == 1, op
+        assert signal.getsignal(signal.SIGINT) is handler
+        kit.assert_at_rest(governor)
+        assert not governor._keeper.driver.state.torn
+        assert scene.certified[:1] == [0], f"the certified snapshot is gone after an interrupt at {op}"
+
+        state = run.state(with_rng=False)
+        entered = [type(one) for one in operations].index(Await)
+        early = index < entered or (index == entered and when == "before")
+        if what in ("rollback", "verified rollback"):
+            assert (run.state() == scene.before) if early else (run.state() == scene.good), op
+        elif what == "snapshot":
+            assert run.state() == scene.before
+            assert len(scene.certified) == 1
+            taken = newest_good(governor._keeper.ring)
+            assert taken is not None
+            assert taken.step == (0 if early else 3), op
+        elif what == "step with a rollback" and not early:
+            assert run.state() == scene.good, op
+
+        run.optimizer.zero_grad()
+        info = governor.snapshot(step=99)
+        assert info.state == "sealed"
+        run.plain_step(run.batches[9])
+        governor.execute_rollback()
+        assert run.state(with_rng=False) == state
+        assert governor.execute_rollback(to=0).certified
+        assert run.state() == scene.good
+        governor.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_loop_that_catches_the_interrupt_of_a_recovery_goes_on_exactly(when: str, govern: Govern, kit: Any) -> None:
+    """A rollback that was completed is accounted for: the batches come again, and the ledger has its line."""
+    clean = kit.Run()
+    for batch in clean.batches:
+        clean.plain_step(batch)
+    operations = operations_of(kit, govern, "step with a rollback")
+    entered = [type(one) for one in operations].index(Await)
+    for index in range(entered + 1, len(operations)):
+        scene = Scene(kit, govern, "step with a rollback")
+        at = At(scene.governor, index, interrupt, when)
+        with pytest.raises(KeyboardInterrupt):
+            scene.act()
+        at.remove()
+        assert scene.governor.statistics().rollbacks == 1
+        for batch in scene.feed:
+            scene.run.step(scene.governor, batch)
+        assert scene.run.state() == clean.state(), operations[index]
+        scene.governor.close()
+
+
+@pytest.mark.parametrize("what", ["rollback", "verified rollback"])
+def test_an_interrupted_manual_rollback_is_accounted_for(what: str, govern: Govern, kit: Any) -> None:
+    operations = operations_of(kit, govern, what)
+    entered = [type(one) for one in operations].index(Await)
+    for index in range(entered + 1, len(operations)):
+        scene = Scene(kit, govern, what)
+        at = At(scene.governor, index, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scene.act()
+        at.remove()
+        assert scene.governor.statistics().rollbacks == 1
+        assert scene.governor.statistics().steps_lost == 3
+        scene.governor.close()
+
+
+def test_ctrl_c_ends_a_wait_for_open_sections(govern: Govern, kit: Any) -> None:
+    """Waiting has changed nothing yet and may last: there the signal is not held back."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(gate_timeout_s=kit.PATIENCE_S))
+    governor.snapshot()
+    before = run.state()
+    inside, leave = kit.Flag(), kit.Flag()
+
+    def hold() -> None:
+        with governor.using():
+            inside.set()
+            leave.wait()
+
+    holder = kit.Worker(hold)
+    inside.wait()
+    condition = governor._keeper.driver._changed
+    wait = condition.wait
+
+    def interrupted_wait(timeout: float | None = None) -> bool:
+        interrupt()
+        return wait(timeout)
+
+    condition.wait = interrupted_wait
+    for act in (governor.snapshot, governor.execute_rollback):
+        with pytest.raises(KeyboardInterrupt):
+            act()
+        assert governor._keeper.driver.state.gate.waiting == ()
+    condition.wait = wait
+    leave.set()
+    holder.join()
+    assert run.state() == before
+    assert governor.execute_rollback().success
