@@ -25,7 +25,7 @@ from torch.utils import _pytree
 
 from tolaria import gradients
 from tolaria.driver import Driver
-from tolaria.errors import StaleGradients, TolariaError
+from tolaria.errors import StaleGradients, UsageError
 from tolaria.operations import SectionKind
 from tolaria.state.train_state import TrainState
 
@@ -72,12 +72,13 @@ class Sections:
         outermost = depth == 0 and current_backward() == -1
         if outermost:
             self._at_boundary(False)
+        opened = False
         try:
-            yield self._driver.open_section(kind, current_backward() != -1, self._timeout_s)
-        except TolariaError:
-            raise  # ours come before or after a write, never in the middle of one
+            epoch = self._driver.open_section(kind, current_backward() != -1, self._timeout_s)
+            opened = True
+            yield epoch
         except BaseException:
-            if kind is SectionKind.WRITE:
+            if opened and kind is SectionKind.WRITE:
                 self._driver.change(lambda s: (gradients.mark_torn(s), None))
             raise
         finally:
@@ -97,16 +98,11 @@ class Sections:
         """An optimizer step: refused when its gradients began before a rollback."""
         token = current_backward()
         with self.section(SectionKind.WRITE):
-            if gradients.are_gradients_stale(self._driver.state, token):
-                self._refuse_stale(token)
-                return None
-            result = call(*args, **kwargs)
-            self._driver.change(lambda s: gradients.forget_gradients(s, token))
-            return result
-
-    def _refuse_stale(self, token: int) -> None:
-        self._state.drop_gradients()
-        self._driver.change(lambda s: gradients.forget_gradients(s, token))
+            stale = self._drop_stale(token)
+            if not stale:
+                result = call(*args, **kwargs)
+                self._driver.change(lambda s: gradients.forget_gradients(s, token))
+                return result
         self._on_stale()
         if self._strict:
             raise StaleGradients(
@@ -114,17 +110,34 @@ class Sections:
                 "their backward began before the last rollback, expected one that began after it",
                 "They were dropped. Run forward and backward again; register other writers with using().",
             )
+        return None
+
+    def are_stale(self) -> bool:
+        """Whether an optimizer step of this thread would be refused now."""
+        return gradients.are_gradients_stale(self._driver.state, current_backward())
+
+    def _drop_stale(self, token: int) -> bool:
+        if not self.are_stale():
+            return False
+        self._state.drop_gradients()
+        self._driver.change(lambda s: gradients.forget_gradients(s, token))
+        return True
 
     def _follow(self, result: Any, epoch: int) -> None:
-        driver = self._driver
+        # weak: a graph that somebody keeps must not keep the governor and its slots
+        sections = weakref.ref(self)
 
         def reached(_: torch.Tensor) -> None:
             token = current_backward()
-            if driver.change(lambda s: gradients.begin_backward(s, token, epoch)):
+            live = sections()
+            if live is not None and live._driver.change(lambda s: gradients.begin_backward(s, token, epoch)):
                 # runs when this backward is complete, after every gradient was accumulated
-                torch.autograd.Variable._execution_engine.queue_callback(
-                    lambda: driver.change(lambda s: gradients.end_backward(s, token))
-                )
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: ended(token))
+
+        def ended(token: int) -> None:
+            live = sections()
+            if live is not None:
+                live._driver.change(lambda s: gradients.end_backward(s, token, epoch))
 
         for tensor in _pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
@@ -133,7 +146,18 @@ class Sections:
     # ------------------------------------------------------------ attaching
 
     def attach_module(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        """Make `forward` and the other named methods of `module` forward sections."""
+        """Make `forward` and the other named methods of `module` forward sections.
+
+        Raises:
+            UsageError: It has no method of one of the names. Nothing was attached.
+        """
+        for name in names:
+            if not callable(getattr(module, name, None)):
+                raise UsageError(
+                    "attaching the governor",
+                    f"{type(module).__qualname__} has no method {name!r}, which sections= names",
+                    "Correct the name.",
+                )
         for name in ("forward", *names):
             self._replace(module, name, self.run_forward)
 

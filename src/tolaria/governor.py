@@ -107,10 +107,10 @@ class TolariaGovernor:
         )
         self._feed = Feed(self.config.num_kept_batches, self._keeper.accelerators, lambda: self._rng_policy() != "keep")
         self._course.begin(self._keeper, self._feed)
-        _install_fork_hook()
-        _live.add(self)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
+        _install_fork_hook()
+        _live.add(self)
 
     # ------------------------------------------------------------ the loop
 
@@ -195,7 +195,16 @@ class TolariaGovernor:
         acting = self.config.mode == "act"
         parameters = list(self._keeper.state.parameters())
         factor = self._course.learning_rate_factor()
-        done = self._update.run(parameters, loss, clip, metric, closure, factor if acting else 1.0, may_veto=acting)
+        done = self._update.run(
+            parameters,
+            loss,
+            clip,
+            metric,
+            closure,
+            factor if acting else 1.0,
+            may_veto=acting,
+            is_stale=acting and self._keeper.sections.are_stale(),
+        )
         if done.vetoed:
             self._course.count(vetoes=1)
         step = self._course.completed + 1
@@ -216,7 +225,7 @@ class TolariaGovernor:
             verdict = Verdict(
                 Health.PANIC, step, "GradScaler skips every step", step, {"skips": float(done.scaler_skips)}
             )
-        skipped = done.vetoed or done.scaler_skips > 0
+        skipped = done.vetoed or done.stale or done.scaler_skips > 0
         return self._course.conclude(vital, verdict, skipped)
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
@@ -319,9 +328,17 @@ class TolariaGovernor:
         self._require_open(doing)
 
         def run() -> None:
-            self._keeper.restore(
-                report, completed=self._course.completed, to=to, optimizer=optimizer, verify_before=verify == "before"
-            )
+            try:
+                self._keeper.restore(
+                    report,
+                    completed=self._course.completed,
+                    to=to,
+                    optimizer=optimizer,
+                    verify_before=verify == "before",
+                )
+            except BaseException:
+                report.status = "failed"  # the boundary raises, but who queued it holds only the report
+                raise
             self._feed.rewind(self._feed.position, None)
             signs = VitalSigns(step=report.panic_step)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)

@@ -20,9 +20,12 @@ def begin_backward(state: HostState, token: int, epoch: int) -> tuple[HostState,
     return replace(state, running=(*state.running, (token, epoch))), True
 
 
-def end_backward(state: HostState, token: int) -> tuple[HostState, None]:
-    """That pass is over: its gradients are accumulated."""
-    epochs = [epoch for known, epoch in state.running if known == token]
+def end_backward(state: HostState, token: int, epoch: int) -> tuple[HostState, None]:
+    """That pass is over: its gradients are accumulated.
+
+    `epoch` is the one it began with: an optimizer step of another thread may have forgotten the pass meanwhile.
+    """
+    epochs = [epoch, *(noted for known, noted in state.running if known == token)]
     oldest = min([*epochs, *([] if state.grad_epoch is None else [state.grad_epoch])], default=None)
     running = tuple(pair for pair in state.running if pair[0] != token)
     return replace(state, running=running, grad_epoch=oldest), None

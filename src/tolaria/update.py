@@ -27,6 +27,7 @@ class Outcome:
         grad_norm: L2 norm before clipping, after unscaling; None without gradients or where a scaler skipped.
         nonfinite_gradients: Gradient tensors with a non-finite value; 0 where a scaler skipped, which is routine.
         vetoed: The step was refused because of them.
+        stale: The step was refused because its backward straddled a rollback.
         scaler_skips: Steps in a row that the scaler has skipped, this one included; 0 when it did not.
     """
 
@@ -34,6 +35,7 @@ class Outcome:
     grad_norm: float | None
     nonfinite_gradients: int
     vetoed: bool
+    stale: bool
     scaler_skips: int
 
 
@@ -62,6 +64,7 @@ class Update:
         closure: Closure | None,
         lr_factor: float,
         may_veto: bool,
+        is_stale: bool = False,
     ) -> Outcome:
         """Apply one update, or refuse it because a gradient is not finite.
 
@@ -73,6 +76,7 @@ class Update:
             closure: Handed to every optimizer; its gradients do not exist before, so nothing can be vetoed.
             lr_factor: Factor on every learning rate, for this step only.
             may_veto: False: apply whatever comes (observe mode).
+            is_stale: The optimizer's own section will refuse these gradients, so schedulers stay where they are.
         """
         self._unscale()
         grads = observe.gradients(parameters) if closure is None else []
@@ -88,7 +92,7 @@ class Update:
             with self._scaled_learning_rate(lr_factor):
                 returned = self._step(closure)
             value = observe.read_loss(returned) if value is None else value
-            if not by_scaler:
+            if not by_scaler and not is_stale:
                 self._step_schedulers(value if metric is None else metric)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -98,6 +102,7 @@ class Update:
             grad_norm=None if by_scaler else norm,
             nonfinite_gradients=0 if by_scaler else bad,
             vetoed=vetoed,
+            stale=is_stale,
             scaler_skips=self.scaler_skips,
         )
 

@@ -1,4 +1,4 @@
-"""What the tests of the whole governor share: small real runs, scripted verdicts, ordered threads, bitwise comparison."""
+"""What the tests of the whole governor share: small real runs, scripted verdicts, ordered threads, frozen states."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def scripted(script: Mapping[int, str | tuple[str, int]]) -> Detector[int]:
     """A detector that answers by count of judgements (from 1; undone steps count too).
 
     Args:
-        script: Judgement -> ``"suspect"`` or ``"panic"``, or a pair of that and the onset. Healthy where it says nothing.
+        script: Judgement -> ``"suspect"`` or ``"panic"``, or a pair of that and the onset. Healthy otherwise.
     """
     judged = 0
 
@@ -264,7 +264,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def govern() -> Iterator[Callable[..., TolariaGovernor]]:
-    """Builds governors, which judge by `non_finite` unless told; afterwards checks that each is at rest, and closes it."""
+    """Builds governors (judge: `non_finite` unless told); afterwards checks that each is at rest, and closes it."""
     made: list[TolariaGovernor] = []
 
     def make(*args: Any, **kwargs: Any) -> TolariaGovernor:

@@ -26,7 +26,7 @@ STEPS = 8
 
 
 class Hoarder(optim.Optimizer):
-    """A home-made optimizer with state in every corner: nested lists, scalars, attributes, some of them created late."""
+    """A home-made optimizer with state in every corner: nested lists, scalars, attributes, some created late."""
 
     def __init__(self, parameters: Parameters, lr: float) -> None:
         super().__init__(parameters, {"lr": lr, "drift": 0.0})

@@ -15,7 +15,7 @@ def roll_back(state):
 def backward(state, token, epoch):
     state, is_new = begin_backward(state, token, epoch)
     assert is_new
-    return end_backward(state, token)[0]
+    return end_backward(state, token, epoch)[0]
 
 
 def test_gradients_of_this_epoch_are_fresh():
@@ -24,7 +24,7 @@ def test_gradients_of_this_epoch_are_fresh():
 
 def test_a_pass_that_ends_after_a_rollback_is_stale():
     state, _ = begin_backward(HostState(), 1, 0)
-    state, _ = end_backward(roll_back(state), 1)
+    state, _ = end_backward(roll_back(state), 1, 0)
     assert are_gradients_stale(state, OUTSIDE)
 
 
@@ -47,7 +47,7 @@ def test_a_pass_that_reaches_graphs_of_two_epochs_counts_as_the_older():
     state, first = begin_backward(roll_back(HostState()), 1, 1)
     state, again = begin_backward(state, 1, 0)
     assert (first, again) == (True, False)
-    assert are_gradients_stale(end_backward(state, 1)[0], OUTSIDE)
+    assert are_gradients_stale(end_backward(state, 1, 1)[0], OUTSIDE)
 
 
 def test_an_optimizer_inside_a_backward_asks_about_that_pass():
@@ -65,3 +65,9 @@ def test_a_pass_that_failed_half_way_is_forgotten_by_the_next_step():
     state = forget_gradients(roll_back(state), OUTSIDE)[0]
     assert state.running == ()
     assert not are_gradients_stale(state, OUTSIDE)
+
+
+def test_a_step_of_another_thread_does_not_launder_a_running_pass():
+    state, _ = begin_backward(HostState(), 1, 0)
+    state = forget_gradients(roll_back(state), OUTSIDE)[0]  # the other thread steps
+    assert are_gradients_stale(end_backward(state, 1, 0)[0], OUTSIDE)
