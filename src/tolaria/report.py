@@ -141,16 +141,19 @@ class Ledger:
     def write(self, incident: Incident) -> None:
         """Report one incident. Never raises: a full disk must not end a run that was just saved."""
         logger.warning("%s", describe(incident))
-        try:
-            if self._path is not None:
-                path = Path(self._path)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(incident_line(incident) + "\n")
-            if self._sink is not None:
-                self._sink(incident)
-        except Exception:
-            logger.exception("an incident could not be reported")
+        for tell in (self._append, self._sink):
+            try:
+                if tell is not None:
+                    tell(incident)
+            except Exception:
+                logger.exception("an incident could not be reported")
+
+    def _append(self, incident: Incident) -> None:
+        if self._path is not None:
+            path = Path(self._path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(incident_line(incident) + "\n")
 
 
 def describe(incident: Incident) -> str:

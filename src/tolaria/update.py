@@ -85,7 +85,8 @@ class Update:
         by_scaler = self.scaler is not None and bad > 0
         vetoed = bad > 0 and not by_scaler and may_veto
         if not vetoed:
-            if clip is not None and norm is not None and not bad:
+            # what the scaler skips needs no clipping; what only observe mode lets pass is clipped as it would be anyway
+            if clip is not None and norm is not None and not by_scaler:
                 # the same type as the norm had before it was read, or the factor would be rounded otherwise
                 dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
@@ -112,9 +113,10 @@ class Update:
             self._unscale()
             parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip)
-        self._step(closure)
-        wants_metric = any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers)
-        self._step_schedulers(observe.read_loss(loss) if metric is None and wants_metric else metric)
+        returned = self._step(closure)
+        if metric is None and any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers):
+            metric = observe.read_loss(returned if loss is None else loss)
+        self._step_schedulers(metric)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 

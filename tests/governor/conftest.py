@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -289,7 +290,7 @@ def kit() -> Any:
     return sys.modules[__name__]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_script() -> Callable[..., str]:
     """Run Python source in a new process; returns what it printed. `env` is added to the environment."""
 
@@ -308,7 +309,5 @@ def run_script() -> Callable[..., str]:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

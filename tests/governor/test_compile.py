@@ -150,9 +150,12 @@ def test_a_compiled_module_handed_to_the_governor_is_a_section(
     opened: list[str] = []
     driver = governor._keeper.driver
     original = driver.open_section
-    monkeypatch.setattr(
-        driver, "open_section", lambda kind, *rest: (opened.append(kind.value), original(kind, *rest))[1]
-    )
+
+    def note(kind: Any, *rest: Any) -> int:
+        opened.append(kind.value)
+        return original(kind, *rest)
+
+    monkeypatch.setattr(driver, "open_section", note)
     torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
     assert opened == ["forward"]
     assert list(compiled.state_dict()) == keys

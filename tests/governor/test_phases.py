@@ -1,4 +1,4 @@
-"""Asked for from inside a section, a hook or a backward: `PhaseError` and no change, or with `when="boundary"` later."""
+"""Asked for inside a section, a hook or a backward: `PhaseError` and no change, or with `when="boundary"` later."""
 
 from __future__ import annotations
 

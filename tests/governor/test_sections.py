@@ -248,14 +248,15 @@ def test_an_interrupt_while_waiting_for_a_section_is_no_torn_write(
     def interrupted(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    for kind in ("step", "using"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def use() -> None:
+        with governor.using(write=True):
+            raise AssertionError("never reached")
+
+    for act in (run.optimizer.step, use):
+        with monkeypatch.context() as patch:
             patch.setattr(driver, "open_section", interrupted)
-            if kind == "step":
-                run.optimizer.step()
-            else:
-                with governor.using(write=True):
-                    raise AssertionError("never reached")
+            with pytest.raises(KeyboardInterrupt):
+                act()
         assert not driver.state.torn  # nothing was written: the section never opened
 
 

@@ -256,7 +256,12 @@ def test_a_step_of_another_thread_does_not_launder_a_straddling_backward(govern:
 
     def slow_backward() -> None:
         out = run.model(run.x)
-        out.register_hook(lambda _: (inside.set(), go_on.wait()) and None)
+
+        def pause(_: torch.Tensor) -> None:
+            inside.set()
+            go_on.wait()
+
+        out.register_hook(pause)
         out.square().mean().backward()
 
     slow = kit.Worker(slow_backward)
@@ -321,10 +326,14 @@ def test_a_write_section_that_raised_is_rolled_back(error: BaseException, govern
     governor = govern(run.model, run.optimizer)
     governor.snapshot()
     good = run.state()
-    with pytest.raises(type(error)), governor.using(write=True):
-        with torch.no_grad():
+
+    def write_and_fail() -> None:
+        with governor.using(write=True), torch.no_grad():
             run.model.weight.add_(1.0)
-        raise error
+            raise error
+
+    with pytest.raises(type(error)):
+        write_and_fail()
     assert run.healthy_step(governor).rolled_back
     assert run.state() == good
 

@@ -8,6 +8,7 @@ the bytes it had then; so identities, aliasing and addresses come back together.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,7 +179,9 @@ def clone_tree(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(clone_tree, value))
     if isinstance(value, Mapping) and hasattr(value, "_metadata"):  # the OrderedDict of Module.state_dict
-        return {key: clone_tree(item) for key, item in value.items()}
+        copied = OrderedDict((key, clone_tree(item)) for key, item in value.items())
+        vars(copied)["_metadata"] = copy.deepcopy(value._metadata)  # the versions of its modules
+        return copied
     return copy.deepcopy(value)
 
 

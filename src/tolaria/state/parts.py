@@ -299,7 +299,7 @@ class ScalerPart(StatePart):
 
     def refuse_unscaled(self) -> None:
         """Raise `UnsupportedState` between `unscale_` and `step`: a rollback forgets which gradients were unscaled."""
-        if any(state["stage"] is not OptState.READY for state in self.scaler._per_optimizer_states.values()):
+        if any(state["stage"] is not OptState.READY for state in self._stages().values()):
             raise UnsupportedState(
                 "capturing gradients",
                 f"{self.name} has unscaled some of them for a step that did not follow yet, expected scaled ones",
@@ -309,7 +309,12 @@ class ScalerPart(StatePart):
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         for key, tree in saved.items():
             setattr(self.scaler, key, put_back(leaves, tree) if isinstance(tree, Ref) else tree)
-        self.scaler._per_optimizer_states.clear()  # whatever was unscaled belongs to gradients that are gone
+        self._stages().clear()  # whatever was unscaled belongs to gradients that are gone
+
+    def _stages(self) -> dict[int, dict[str, Any]]:
+        """Which optimizers have been unscaled; a scaler that is not enabled has no such table."""
+        stages: dict[int, dict[str, Any]] = getattr(self.scaler, "_per_optimizer_states", {})
+        return stages
 
 
 class StatefulPart(StatePart):

@@ -1,0 +1,193 @@
+"""One drill from seed to report, and `tolaria drill` around it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tolaria.drill import score
+from tolaria.drill.faults import KINDS, Fault, Moment, plan
+from tolaria.drill.picture import draw
+from tolaria.drill.records import RunRecord
+from tolaria.drill.runs import Audience, disturbed, drill_config, run_guarded, run_plain, without
+from tolaria.drill.show import Show, open_show
+from tolaria.drill.workloads import WORKLOADS, CannotRun
+from tolaria.report import incident_line, logger
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """One drill.
+
+    Attributes:
+        seed: Of the drill.
+        faults: As planned.
+        clean, unguarded, guarded, reference: The four runs.
+        score: What came of it.
+        report: The object that ``--json`` prints.
+    """
+
+    seed: int
+    faults: tuple[Fault, ...]
+    clean: RunRecord
+    unguarded: RunRecord
+    guarded: RunRecord
+    reference: RunRecord
+    score: score.Score
+    report: dict[str, Any]
+
+
+def run_drill(workload_name: str, seed: int, steps: int, device: torch.device, audience: Audience) -> Result:
+    """Run one drill: four trainings and their comparison. Deterministic in its arguments, on one machine.
+
+    Raises:
+        CannotRun: Unknown workload, too few steps, or scikit-learn is missing.
+    """
+    if workload_name not in WORKLOADS:
+        raise CannotRun(f"there is no workload {workload_name!r}: choose from {', '.join(WORKLOADS)}")
+    faults = plan(seed, steps, KINDS)
+    with deterministic(device):
+        workload = WORKLOADS[workload_name](seed, steps, device)
+        bad = disturbed(workload, faults)
+        clean = run_plain("clean", workload, workload.batches, (), audience, with_digests=True)
+        unguarded = run_plain("unguarded", workload, bad, faults, audience)
+        guarded = run_guarded(workload, bad, faults, audience, drill_config())
+        data_faults = [fault for fault in faults if fault.kind.moment is Moment.DATA]
+        kept = without(bad, score.skipped_batches(guarded, steps))
+        reference = run_plain("reference", workload, kept, data_faults, audience, with_digests=True)
+    kinds = [fault.kind.name for fault in faults]
+    result = score.score(clean, unguarded, guarded, reference, kinds, workload.chance_loss, steps)
+    report = score.as_json(
+        result, (clean, unguarded, guarded), workload=workload_name, seed=seed, device=str(device), steps=steps
+    )
+    return Result(seed, faults, clean, unguarded, guarded, reference, result, report)
+
+
+def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_json: bool, out: Path | None) -> int:
+    """`tolaria drill`, see `tolaria.cli.Drill` for its arguments.
+
+    Returns:
+        0 when every drill recovered from every fault without a false rollback, 1 otherwise.
+
+    Raises:
+        CannotRun: As `run_drill`; also for a device that is not there and a folder that cannot be written.
+    """
+    if seeds < 1:
+        raise CannotRun(f"--seeds {seeds} is no number of drills: use 1 or more")
+    where = open_device(device)
+    if out is not None:
+        _make_folder(out)
+    show = open_show(as_json)
+    results: list[Result] = []
+    with _quiet_log():
+        for one in range(seed, seed + seeds):
+            with show.drill(workload, one, steps, str(where)):
+                result = run_drill(workload, one, steps, where, show)
+            folder = out if out is None or seeds == 1 else out / f"seed-{one}"
+            if folder is not None:
+                _write(result, folder)
+            if as_json:
+                print(json.dumps(result.report, allow_nan=False), flush=True)
+            _present(show, result, folder)
+            results.append(result)
+    if seeds > 1:
+        show.seeds([result.report for result in results])
+    return 0 if all(result.score.is_good for result in results) else 1
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name; ``"auto"`` is CUDA where there is any, else the CPU.
+
+    Raises:
+        CannotRun: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when CUDA is first used
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise CannotRun(f"--device {name} cannot be used here ({first}): try --device cpu") from error
+    return device
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Equal arguments give equal bits inside: one CPU thread (the model is small), deterministic kernels on a GPU."""
+    threads, was_on = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)
+    if device.type != "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was_on)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """The show tells of incidents; the library's own log lines would tear its display."""
+    silent, propagate = logging.NullHandler(), logger.propagate
+    logger.addHandler(silent)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(silent)
+        logger.propagate = propagate
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotRun(f"--out {folder} cannot be written ({error.strerror}): choose another folder") from error
+
+
+def _write(result: Result, folder: Path) -> None:
+    """`report.json`, `incidents.jsonl` (the governor's ledger) and `drill.svg`, replacing those of an earlier drill."""
+    _make_folder(folder)
+    ledger = "".join(incident_line(incident) + "\n" for incident in result.guarded.incidents)
+    (folder / "incidents.jsonl").write_text(ledger, encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(result.report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "drill.svg").write_text(draw_result(result), encoding="utf-8")
+
+
+def draw_result(result: Result) -> str:
+    """The picture of one drill, an SVG document."""
+    titles = {fault.kind.name: fault.kind.title for fault in result.faults}
+    workload = WORKLOADS[result.report["workload"]]
+    return draw(
+        clean=result.clean,
+        unguarded=result.unguarded,
+        guarded=result.guarded,
+        score=result.score,
+        titles=titles,
+        heading=f"{result.report['workload']}, seed {result.seed}, {result.report['steps']} steps",
+    )
+
+
+def _present(show: Show, result: Result, folder: Path | None) -> None:
+    show.result(
+        result.report,
+        steps_lost=[fault.steps_lost for fault in result.score.faults],
+        num_skipped=len(result.score.skipped),
+        is_equal_at_end=result.score.is_equal_at_end,
+        ended_by=result.guarded.ended_by,
+        folder=folder,
+    )

@@ -1,0 +1,232 @@
+"""What goes wrong in a drill, and when. A fault is one function here and one row in `KINDS`.
+
+A fault belongs to batches, not to step numbers: a batch keeps its number whatever is rolled back or skipped before it.
+So "comes again on replay" has one meaning, and a run whose data never held some batches meets the others unchanged.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from tolaria.drill.workloads import Batch, CannotRun, Training, Workload
+
+
+class Moment(Enum):
+    """Where in a training step a fault strikes."""
+
+    DATA = "data"  # the batch itself is bad, each time it is delivered
+    FORWARD = "forward"  # between forward and backward
+    UPDATE = "update"  # between backward and optimizer step
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a fault may touch.
+
+    Attributes:
+        workload: Knows where this model can be hurt.
+        training: The run's own state; None for faults of the data.
+        batch: The batch of this step, as it should be.
+        generator: On the CPU. Seeded by drill, fault and batch, so a fault that returns is the same fault.
+    """
+
+    workload: Workload
+    training: Training | None
+    batch: Batch
+    generator: torch.Generator
+
+
+@dataclass(frozen=True, slots=True)
+class FaultKind:
+    """One row of `KINDS`.
+
+    Attributes:
+        name: In reports.
+        title: For people: what is done to the run.
+        moment: When in a step.
+        act: Does it. Faults of the data return the bad batch, others None.
+        at: When in a run, as a share of its steps.
+        length: Consecutive batches that it hits.
+        times: Of the occasions on which its first batch is trained, at how many it strikes. Bad data strikes each time.
+    """
+
+    name: str
+    title: str
+    moment: Moment
+    act: Callable[[Scene], Batch | None]
+    at: float
+    length: int = 1
+    times: int = 1
+
+
+def _training(scene: Scene) -> Training:
+    assert scene.training is not None  # only faults of the data have none
+    return scene.training
+
+
+def _explode_gradients(scene: Scene) -> None:
+    """Every gradient a million times too large, and finite. Adam divides by its size, so the harm comes over ten steps:
+    the first moments forget it by 0.9 a step, the second by 0.999, and in between every weight marches one way; after
+    that the second moments are too large to learn anything for thousands of steps.
+    """
+    for parameter in _training(scene).model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1e6)
+
+
+def _zero_second_moments(scene: Scene) -> None:
+    """`exp_avg_sq` reads zero: the step divides a first moment with a past by the square root of nothing."""
+    for values in _training(scene).optimizer.state.values():
+        values["exp_avg_sq"].zero_()
+
+
+def _write_from_foreign_thread(scene: Scene) -> None:
+    """A thread that the governor knows nothing of fills weights with noise of size 10 while the step is under way.
+
+    Started and joined here, so where it falls does not depend on scheduling. Through `.data`: like a stray kernel or an
+    extension it leaves no version counter behind.
+    """
+    parameters = list(_training(scene).model.parameters())
+    wrote = threading.Event()
+
+    def write() -> None:
+        for parameter in parameters[::3]:
+            noise = torch.randn(parameter.shape, generator=scene.generator) * 10
+            parameter.data.copy_(noise)
+        wrote.set()
+
+    thread = threading.Thread(target=write, name="foreign-writer")
+    thread.start()
+    wrote.wait()
+    thread.join()
+
+
+def _flip_exponent_bit(scene: Scene) -> None:
+    """The highest exponent bit of one positive weight: 0.05 becomes 1.7e37. (A negative one would only silence a ReLU.)"""
+    flat = scene.workload.exposed_weight(_training(scene).model).data.view(-1)
+    positive = (flat > 0).nonzero().flatten()
+    chosen = positive[int(torch.randint(len(positive), (), generator=scene.generator))]
+    flat.view(torch.int32)[chosen] ^= 1 << 30
+
+
+def _spoil_labels(scene: Scene) -> Batch:
+    return scene.workload.garbage_batch(scene.batch, scene.generator)
+
+
+def _spoil_with_nan(scene: Scene) -> Batch:
+    return scene.workload.nan_batch(scene.batch)
+
+
+KINDS: tuple[FaultKind, ...] = (
+    # transient ones first: until a batch is skipped, the guarded run can be compared with the clean one itself
+    FaultKind("gradient_explosion", "gradients x 1e6 for one step", Moment.UPDATE, _explode_gradients, 0.20),
+    FaultKind(
+        "zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, _zero_second_moments, 0.32, length=3
+    ),
+    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, _write_from_foreign_thread, 0.44),
+    FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, _flip_exponent_bit, 0.56),
+    FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=16),
+    FaultKind(
+        "returning_bit_flip", "a bit flip that returns on replay", Moment.UPDATE, _flip_exponent_bit, 0.80, times=2
+    ),
+    FaultKind("nan_batch", "one batch holds a NaN", Moment.DATA, _spoil_with_nan, 0.91),
+)
+"""In the order in which they strike. Shares of the run leave room between them for a certified snapshot, see `plan`."""
+
+MIN_STEPS = 400
+"""Fewer would not leave cadence + probation + detection (10 + 10 + 20 steps) between two faults."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One planned fault.
+
+    Attributes:
+        kind: What.
+        batch: Index of the first batch it hits.
+        seed: Of the drill.
+    """
+
+    kind: FaultKind
+    batch: int
+    seed: int
+
+    def hits(self, index: int) -> bool:
+        """Whether it concerns the batch with this index."""
+        return self.batch <= index < self.batch + self.kind.length
+
+    def act(self, workload: Workload, training: Training | None, batch: Batch) -> Batch | None:
+        """Do it, with random numbers that depend on seed, kind and batch alone."""
+        number = random.Random(f"{self.seed}/{self.kind.name}/{batch.index}").getrandbits(63)
+        return self.kind.act(Scene(workload, training, batch, torch.Generator().manual_seed(number)))
+
+
+def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fault, ...]:
+    """When each fault strikes: its share of the run, moved by up to 2 % of the run, depending on the seed.
+
+    Raises:
+        CannotRun: Too few steps.
+    """
+    if steps < MIN_STEPS:
+        raise CannotRun(f"{steps} steps are too few to space the faults out: use --steps {MIN_STEPS} or more")
+    return tuple(Fault(kind, _batch_of(kind, seed, steps), seed) for kind in kinds)
+
+
+def _batch_of(kind: FaultKind, seed: int, steps: int) -> int:
+    share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.02, 0.02)
+    return round(share * steps)
+
+
+class Injector:
+    """Strikes planned faults in one run. Make one per run and call it in the order in which it is written.
+
+    Args:
+        faults: From `plan`; empty for an undisturbed run.
+        workload: What is trained.
+        training: The run's own.
+    """
+
+    def __init__(self, faults: Sequence[Fault], workload: Workload, training: Training) -> None:
+        self._faults, self._workload, self._training = faults, workload, training
+        self._occasions = dict.fromkeys((fault.kind.name for fault in faults), 0)
+        self._struck: list[str] = []
+
+    def begin(self, batch: Batch) -> None:
+        """A step takes up `batch`."""
+        self._struck = []
+        for fault in self._faults:
+            if batch.index == fault.batch:
+                self._occasions[fault.kind.name] += 1
+            if fault.kind.moment is Moment.DATA and fault.hits(batch.index):
+                self._struck.append(fault.kind.name)
+
+    def strike(self, moment: Moment, batch: Batch) -> None:
+        """The step has come to `moment`."""
+        for fault in self._faults:
+            due = fault.kind.moment is moment and fault.hits(batch.index)
+            if due and self._occasions[fault.kind.name] <= fault.kind.times:
+                fault.act(self._workload, self._training, batch)
+                self._struck.append(fault.kind.name)
+
+    @property
+    def struck(self) -> tuple[str, ...]:
+        """Names of the faults that struck in this step so far."""
+        return tuple(self._struck)
+
+
+def spoil(batches: Iterable[Batch], faults: Sequence[Fault], workload: Workload) -> list[Batch]:
+    """The data as a disturbed run gets it: the same batches, with the bad ones in place of theirs."""
+    bad = [fault for fault in faults if fault.kind.moment is Moment.DATA]
+    spoilt = []
+    for batch in batches:
+        for fault in bad:
+            if fault.hits(batch.index):
+                batch = fault.act(workload, None, batch) or batch
+        spoilt.append(batch)
+    return spoilt

@@ -1,0 +1,175 @@
+"""The training loops: one as anybody writes it, and the same one under a governor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from tolaria.config import GovernorConfig
+from tolaria.drill.faults import Fault, Injector, Moment, spoil
+from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.workloads import Batch, Training, Workload
+from tolaria.errors import TolariaError
+from tolaria.governor import TolariaGovernor
+from tolaria.records import Incident
+
+
+class Audience(Protocol):
+    """Who watches the runs. Called on the thread that trains, between two steps."""
+
+    def begin(self, run: str, steps: int) -> None:
+        """A run of at most `steps` steps starts."""
+        ...
+
+    def trained(self, run: str, step: Trained) -> None:
+        """One more step."""
+        ...
+
+    def incident(self, run: str, incident: Incident) -> None:
+        """The governor has answered a panic."""
+        ...
+
+    def end(self, record: RunRecord) -> None:
+        """The run is over."""
+        ...
+
+
+def run_plain(
+    name: str,
+    workload: Workload,
+    batches: Iterable[Batch],
+    faults: Sequence[Fault],
+    audience: Audience,
+    *,
+    with_digests: bool = False,
+) -> RunRecord:
+    """Train once without a governor.
+
+    Args:
+        name: Of the run.
+        workload: What to train, from its seed.
+        batches: In order; one optimizer step each.
+        faults: Strike along the way; bad data is expected in `batches` already (`faults.spoil`).
+        audience: Told about each step.
+        with_digests: Take the digest of the train state after every step.
+    """
+    training, record = workload.build(), RunRecord(name)
+    injector = Injector(faults, workload, training)
+    state = training.state()
+    batches = list(batches)
+    audience.begin(name, len(batches))
+    for step, batch in enumerate(batches, start=1):
+        injector.begin(batch)
+        loss = _forward_and_backward(workload, training, injector, batch)
+        training.optimizer.step()
+        training.scheduler.step()
+        training.optimizer.zero_grad()
+        _note(record, audience, Trained(step, batch.index, float(loss.detach()), injector.struck))
+        if with_digests:
+            record.digests[step] = state.digest()
+    record.state_digest = state.digest()
+    return _finish(record, workload, training, audience)
+
+
+def run_guarded(
+    workload: Workload,
+    batches: Iterable[Batch],
+    faults: Sequence[Fault],
+    audience: Audience,
+    config: GovernorConfig,
+) -> RunRecord:
+    """Train once under a governor with its default detectors, through its public interface alone.
+
+    A `TolariaError` ends the run and is noted; the state is measured as it was left.
+
+    Args:
+        workload: What to train, from its seed.
+        batches: In order.
+        faults: As for `run_plain`.
+        audience: Told about each step and incident.
+        config: Of the governor; its `on_incident` is replaced.
+    """
+    training, record = workload.build(), RunRecord("guarded")
+    injector = Injector(faults, workload, training)
+    batches = list(batches)
+    audience.begin(record.name, len(batches))
+    answered: list[Incident] = []
+    with TolariaGovernor(
+        training.model,
+        training.optimizer,
+        scheduler=training.scheduler,
+        config=replace(config, on_incident=answered.append),
+    ) as governor:
+        governor.register("ema", training.ema)
+        try:
+            for batch in governor.watch(batches):
+                injector.begin(batch)
+                loss = _forward_and_backward(workload, training, injector, batch)
+                result = governor.step(loss=loss)
+                _note(
+                    record, audience, Trained(result.verdict.step, batch.index, float(loss.detach()), injector.struck)
+                )
+                _note_incidents(record, audience, answered)
+                if not result.rolled_back:
+                    record.digests[result.verdict.step] = governor.digest()
+        except TolariaError as error:
+            _note_incidents(record, audience, answered)
+            record.ended_by = f"{type(error).__name__}: {error}"
+        record.state_digest = governor.digest()
+    return _finish(record, workload, training, audience)
+
+
+def drill_config(ledger: str | None = None) -> GovernorConfig:
+    """The governor's defaults, with every policy off that would make a recovery differ from the reference run.
+
+    Those are the cool-down of the learning rate and nothing else: moments and random state are restored by default.
+    """
+    return GovernorConfig(cool_lr=1.0, ledger=ledger)
+
+
+def disturbed(workload: Workload, faults: Sequence[Fault]) -> list[Batch]:
+    """The data of the runs with faults."""
+    return spoil(workload.batches, faults, workload)
+
+
+def without(batches: Iterable[Batch], skipped: Iterable[int]) -> list[Batch]:
+    """The data of the reference run: those batches never existed."""
+    gone = set(skipped)
+    return [batch for batch in batches if batch.index not in gone]
+
+
+def _forward_and_backward(
+    workload: Workload, training: Training, injector: Injector, batch: Batch
+) -> torch.Tensor:
+    # The average is moved at the head of the step, from the weights that the last step left: a snapshot is taken inside
+    # of `governor.step`, so what is moved after it would be missing from the snapshot and be lost by a rollback.
+    training.ema.update_parameters(training.model)
+    loss = workload.loss(training.model, batch)
+    injector.strike(Moment.FORWARD, batch)
+    loss.backward()
+    injector.strike(Moment.UPDATE, batch)
+    return loss
+
+
+def _note(record: RunRecord, audience: Audience, step: Trained) -> None:
+    record.events.append(step)
+    audience.trained(record.name, step)
+
+
+def _note_incidents(record: RunRecord, audience: Audience, answered: list[Incident]) -> None:
+    for incident in answered:
+        record.events.append(incident)
+        if incident.restored_step is not None:
+            record.note_rollback(incident.restored_step)
+        audience.incident(record.name, incident)
+    answered.clear()
+
+
+def _finish(record: RunRecord, workload: Workload, training: Training, audience: Audience) -> RunRecord:
+    record.val_loss = workload.validate(training.model)
+    record.weights_finite = all(bool(p.isfinite().all()) for p in training.model.parameters())
+    audience.end(record)
+    return record

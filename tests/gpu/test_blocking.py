@@ -1,0 +1,160 @@
+"""A train state on a GPU under the `blocking` barrier: exact, in place, whole."""
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria import GovernorConfig, SnapshotRejected, TolariaGovernor, judge
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Run:
+    """A model with BatchNorm and Dropout on the GPU, its optimizer, and data."""
+
+    def __init__(self, make_optimizer, *, scaler=False, dtype=None):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 4)
+        ).cuda()
+        self.optimizer = make_optimizer(self.model.parameters())
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 50)
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=256.0, growth_interval=4) if scaler else None
+        self.dtype = dtype
+        generator = torch.Generator().manual_seed(1)
+        self.batches = [
+            (torch.randn(32, 16, generator=generator).cuda(), torch.randint(0, 4, (32,), generator=generator).cuda())
+            for _ in range(40)
+        ]
+
+    def govern(self, **settings):
+        config = GovernorConfig(**{"cadence": 4, "probation": 4, **settings})
+        return TolariaGovernor(
+            self.model,
+            self.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            config=config,
+            detector=judge.non_finite(),
+        )
+
+    def loss(self, x, y):
+        if self.dtype is None:
+            return nn.functional.cross_entropy(self.model(x), y)
+        with torch.autocast("cuda", dtype=self.dtype):
+            return nn.functional.cross_entropy(self.model(x), y)
+
+    def train(self, governor, batches):
+        for x, y in governor.watch(batches):
+            loss = self.loss(x, y)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            governor.step(loss=loss)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW capturable": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2, device="cuda"), capturable=True),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+}
+PRECISIONS = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16 scaler": {"dtype": torch.float16, "scaler": True},
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_poisoned_batch_leaves_no_trace(name, precision):
+    """Trained with a NaN batch, and without it: the same state, bit for bit."""
+    digests = []
+    for poisoned in (True, False):
+        run = Run(OPTIMIZERS[name], **PRECISIONS[precision])
+        batches = list(run.batches)
+        if poisoned:
+            batches.insert(17, (torch.full_like(batches[0][0], float("nan")), batches[0][1]))
+        with run.govern() as governor:
+            run.train(governor, batches)
+            digests.append(governor.digest())
+            assert governor.rollbacks == (2 if poisoned else 0)
+    assert digests[0] == digests[1]
+
+
+def test_nothing_moves_and_nothing_differs_over_many_rollbacks():
+    run = Run(OPTIMIZERS["AdamW"])
+    with run.govern() as governor:
+        run.train(governor, run.batches[:10])
+        governor.snapshot()
+        before = governor.digest()
+        tensors = [*run.model.parameters(), *run.model.buffers()]
+        moments = [v for s in run.optimizer.state.values() for v in s.values()]
+        addresses = [t.data_ptr() for t in (*tensors, *moments)]
+        for _ in range(20):
+            run.train(governor, run.batches[10:12])
+            report = governor.execute_rollback(verify="before").wait()
+            assert report.verified
+            assert report.barrier == "blocking"
+            assert governor.digest() == before
+        assert [t.data_ptr() for t in (*tensors, *moments)] == addresses
+
+
+def test_the_quoted_interface():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).cuda()
+    optimizer = torch.optim.Adam(model.parameters())
+    governor = TolariaGovernor(model)
+    governor.snapshot()
+    before = [p.clone() for p in model.parameters()]
+    model(torch.randn(4, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    report = governor.execute_rollback(env_id=0, optimizer=optimizer)
+    assert report.success
+    assert report.optimizer == "reset"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    governor.close()
+
+
+def test_random_state_of_the_device_comes_back():
+    run = Run(OPTIMIZERS["AdamW"])
+    with run.govern() as governor:
+        governor.snapshot()
+        first = torch.rand(8, device="cuda")
+        governor.execute_rollback()
+        assert torch.equal(torch.rand(8, device="cuda"), first)
+
+
+def test_a_flipped_bit_in_a_device_slot_is_noticed():
+    run = Run(OPTIMIZERS["AdamW"])
+    with run.govern() as governor:
+        governor.snapshot()
+        before = governor.digest()
+        arena = governor._keeper.vault.slots[0].arena
+        for flat in arena.flat.values():
+            flat[100] ^= 1
+        with pytest.raises(SnapshotRejected):
+            governor.execute_rollback(verify="before")
+        assert governor.digest() == before
+
+
+def test_a_model_on_two_kinds_of_device():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4).cuda()})
+    with TolariaGovernor(model) as governor:
+        assert governor.capabilities().barrier == "blocking"
+        assert governor.capabilities().devices == ("cuda:0", "cpu")
+        governor.snapshot()
+        before = governor.digest()
+        with governor.using(), torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        assert governor.digest() != before
+        governor.execute_rollback()
+        assert governor.digest() == before
