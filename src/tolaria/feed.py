@@ -86,6 +86,7 @@ class Feed:
         self._open: list[int] = []
         self._next = 0
         self._dropped: set[int] = set()
+        self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._devices, self._track_draws = devices, track_draws
 
     @property
@@ -140,6 +141,8 @@ class Feed:
             draws = None if before.equals(after) else (before, after)
         delivery = Delivery(self._next, batch, _versions(batch), draws)
         self._next += 1
+        if len(self._kept) == self._kept.maxlen and self._kept[0].draws is not None:
+            self._last_draw_not_kept = self._kept[0].index
         self._kept.append(delivery)
         return delivery
 
@@ -165,7 +168,8 @@ class Feed:
         self._queue = deque(d for d in due if d.index not in gone)
         self._kept = deque((d for d in self._kept if d.index not in gone), maxlen=self._kept.maxlen)
         self._dropped |= gone
-        return Rewind(len(self._queue), len(gone), note, any(d.draws is not None for d in dropped))
+        drew = self._last_draw_not_kept >= position or any(d.draws is not None for d in dropped)
+        return Rewind(len(self._queue), len(gone), note, drew)
 
     def _obstacle(self, position: int, due: list[Delivery], dropped: list[Delivery]) -> str:
         have = {d.index for d in due}

@@ -181,6 +181,8 @@ class TolariaGovernor:
         self._keeper.run_requests(after_step=False)
         with self._keeper.whole_step():
             result = self._guarded_step(loss, clip, metric, closure, signs)
+        if result.rolled_back:
+            self._update.scaler_skips = 0  # the run of skips belongs to the abandoned future
         self._keeper.run_requests(after_step=True)
         return result
 
@@ -390,7 +392,7 @@ class TolariaGovernor:
         newest = ring.newest_good(self._keeper.ring)
         return Capabilities(
             barrier=self._keeper.ground.barrier.value,
-            devices=self._keeper.ground.devices,
+            devices=tuple(self._keeper.vault.devices),
             tier=self._keeper.tier,
             copy_path="foreach copy of whole storages",
             state_bytes=self._keeper.vault.num_bytes(newest.index) if newest else 0,

@@ -76,10 +76,10 @@ class Keeper:
         devices = {d.name: d for d in open_devices({s.key[0] for s in storages} or {torch.device("cpu")})}
         host_only = all(device.barrier is Barrier.HOST for device in devices.values())
         self.state, self.config = state, config
-        self.ground = Ground(tuple(devices), Barrier.HOST if host_only else Barrier.BLOCKING, config.gate_timeout_s)
+        self.ground = Ground(Barrier.HOST if host_only else Barrier.BLOCKING, config.gate_timeout_s)
         self.accelerators = [torch.device(name) for name in devices if name != "cpu"]
         self.tier = "device" if self.accelerators else "host"
-        self.vault = Vault(state, config.num_slots, devices, with_rng, read_journal, write_journal)
+        self.vault = Vault(state, config.num_slots, devices, self.ground.barrier, with_rng, read_journal, write_journal)
         self.driver = Driver(HostState(ring=ring.empty_ring(config.num_slots)), self.vault, devices)
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
         self._requests: deque[Request] = deque()

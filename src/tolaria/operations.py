@@ -102,7 +102,10 @@ class Await:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Find every governed tensor, check that each can be restored exactly, and lay the table of copies."""
+    """Find every governed tensor, check that each can be restored exactly, and lay the table of copies.
+
+    Answers the names of the devices that hold them: they change when optimizer state appears.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,10 @@ class CaptureHost:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Compare the live train state with the slot; raise `StateMismatch` if it cannot be restored exactly."""
+    """Compare the live train state with the slot; raise `StateMismatch` if it cannot be restored exactly.
+
+    Answers the names of the devices that the slot's tensors are on.
+    """
 
     slot: int
 

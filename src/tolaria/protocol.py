@@ -61,12 +61,13 @@ from tolaria.operations import (
 )
 from tolaria.ring import Ring, Slot
 
+Devices = tuple[DeviceName, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """What the protocol knows of the machine: the devices with governed tensors, and how to order work on them."""
+    """What the protocol knows of the machine: how to order work on its devices, and how long to wait for sections."""
 
-    devices: tuple[DeviceName, ...]
     barrier: Barrier
     gate_timeout_s: float | None = None
 
@@ -125,44 +126,44 @@ def close_section(thread: ThreadId, to_depth: int) -> Protocol:
 # ---------------------------------------------------------------- barriers
 
 
-def _pre_barrier(ground: Ground) -> Protocol:
+def _pre_barrier(ground: Ground, devices: Devices) -> Protocol:
     """Order everything launched so far, on any stream of any device, before the governor's copies."""
     if ground.barrier is Barrier.BLOCKING:
-        for device in ground.devices:
+        for device in devices:
             yield Synchronize(device)
     elif ground.barrier is Barrier.CONTEXT:
         events = []
-        for device in ground.devices:
+        for device in devices:
             events.append((yield ContextRecord(device)))
         # a tensor of one device may be written by work of another: every copy stream waits for all of them
-        for device in ground.devices:
+        for device in devices:
             for event in events:
                 yield StreamWait(device, event)
 
 
-def _post_barrier(ground: Ground) -> Protocol:
+def _post_barrier(ground: Ground, devices: Devices) -> Protocol:
     """Order the governor's copies before everything launched from now on, on any stream of any device."""
     if ground.barrier is Barrier.BLOCKING:
-        for device in ground.devices:
+        for device in devices:
             yield Synchronize(device)
     elif ground.barrier is Barrier.CONTEXT:
         events = []
-        for device in ground.devices:
+        for device in devices:
             events.append((yield StreamRecord(device)))
-        for device in ground.devices:
+        for device in devices:
             for event in events:
                 yield ContextWait(device, event)
 
 
-def _copies_done(ground: Ground) -> Protocol:
+def _copies_done(ground: Ground, devices: Devices) -> Protocol:
     """Mark the end of a capture. With a device queue: events for writers to wait for; else wait here, or nothing."""
     if ground.barrier is Barrier.BLOCKING:
-        for device in ground.devices:
+        for device in devices:
             yield Synchronize(device)
     if ground.barrier is not Barrier.CONTEXT:
         return ()
     events = []
-    for device in ground.devices:
+    for device in devices:
         events.append((device, (yield StreamRecord(device))))
     return tuple(events)
 
@@ -204,7 +205,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Proto
 
     Args:
         thread: The calling thread.
-        ground: Devices and barrier.
+        ground: Barrier and time-out.
         step: Optimizer steps completed.
         manual: Vouched for by the caller, so a rollback target from now on.
 
@@ -232,17 +233,17 @@ def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Proto
 
     try:
         waited_s = yield from _enter_exclusive(thread, ground, doing)
-        yield Survey()
+        devices: Devices = yield Survey()
         slot, serial = yield Change("claim a slot", claim)
         claimed.append((slot, serial))
         yield Reserve(slot)
-        yield from _pre_barrier(ground)
-        for device in ground.devices:
+        yield from _pre_barrier(ground, devices)
+        for device in devices:
             yield Copy(slot, device, Part.BUFFERS, Direction.CAPTURE)
-        buffers_done = yield from _copies_done(ground)
-        for device in ground.devices:
+        buffers_done = yield from _copies_done(ground, devices)
+        for device in devices:
             yield Copy(slot, device, Part.REST, Direction.CAPTURE)
-        all_done = yield from _copies_done(ground)
+        all_done = yield from _copies_done(ground, devices)
         yield CaptureHost(slot)
 
         # publish last: until here nobody can choose this slot
@@ -328,7 +329,7 @@ def rollback(
 
     Args:
         thread: The calling thread.
-        ground: Devices and barrier.
+        ground: Barrier and time-out.
         choose: Picks the slot from the ring; its second argument, when not None, excludes snapshots from that serial
             number on (used to go further back past a corrupted one).
         doing: For messages.
@@ -378,7 +379,7 @@ def rollback(
         while True:
             target = yield Change("choose a snapshot", select)
             pinned.append(target.index)
-            yield Check(target.index)
+            devices: Devices = yield Check(target.index)
             if not verify_before:
                 break
             found: Inspection = yield Inspect(target.index)
@@ -388,12 +389,12 @@ def rollback(
             yield Change("discard a corrupted snapshot", discard)
             pinned.clear()
         # the copies below run on the stream that filled the slot, so they are ordered behind its `done` by themselves
-        yield from _pre_barrier(ground)
+        yield from _pre_barrier(ground, devices)
         wrote = True
-        for device in ground.devices:
+        for device in devices:
             for part in Part:
                 yield Copy(target.index, device, part, Direction.RESTORE)
-        yield from _post_barrier(ground)
+        yield from _post_barrier(ground, devices)
         yield RestoreHost(target.index, reset)
         epoch = yield Change("commit", commit)
         return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s)

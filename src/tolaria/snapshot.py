@@ -15,9 +15,10 @@ import torch
 import xxhash
 
 from tolaria import memory
-from tolaria.device import Device
-from tolaria.errors import TolariaInternalError
+from tolaria.device import Device, open_devices
+from tolaria.errors import TolariaInternalError, UnsupportedState
 from tolaria.operations import (
+    Barrier,
     CaptureHost,
     Check,
     Copy,
@@ -100,7 +101,8 @@ class Vault:
     Args:
         state: The train state.
         num_slots: Slots in the ring.
-        devices: Ports by name.
+        devices: Ports by name; new ones are added as state appears on further devices.
+        barrier: The barrier kind in use.
         with_rng: Whether snapshots hold global random state.
         read_journal: Called at a capture: the governor's own counters and detector states (immutable values).
         write_journal: Called at a restore with what `read_journal` returned.
@@ -112,6 +114,7 @@ class Vault:
     state: TrainState
     num_slots: int
     devices: dict[str, Device]
+    barrier: Barrier
     with_rng: Callable[[], bool]
     read_journal: Callable[[], Any]
     write_journal: Callable[[Any], None]
@@ -122,9 +125,20 @@ class Vault:
         self.slots = [SlotMemory() for _ in range(self.num_slots)]
 
     @torch.inference_mode(False)
-    def survey(self, _: Survey) -> None:
-        """Perform `Survey`."""
-        self._surveyed = self.state.survey()
+    def survey(self, _: Survey) -> tuple[str, ...]:
+        """Perform `Survey`; a device that is new to us gets its port."""
+        surveyed = self.state.survey()
+        names = _device_names(surveyed)
+        for port in open_devices(torch.device(name) for name in names if name not in self.devices):
+            if port.barrier is not Barrier.HOST and self.barrier is Barrier.HOST:
+                raise UnsupportedState(
+                    "surveying the train state",
+                    f"tensors are on {port.name}, but everything was on the CPU when the governor was built",
+                    "Build the governor after moving the model.",
+                )
+            self.devices[port.name] = port
+        self._surveyed = surveyed
+        return names
 
     @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
@@ -163,12 +177,13 @@ class Vault:
         self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), self.read_journal())
 
     @torch.inference_mode(False)
-    def check(self, op: Check) -> None:
+    def check(self, op: Check) -> tuple[str, ...]:
         """Perform `Check`."""
         survey = self.slots[op.slot].survey
         if survey is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
         self.state.check(survey, "rolling back")
+        return _device_names(survey)
 
     @torch.inference_mode(False)
     def inspect(self, op: Inspect) -> Inspection:
@@ -216,6 +231,12 @@ class Vault:
 def _is_summable(dtype: torch.dtype) -> bool:
     """Whether one sum over a stretch tells if all of it is finite."""
     return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
+
+
+def _device_names(survey: SurveyResult) -> tuple[str, ...]:
+    """Devices of a survey, CPU last: its copies run at once, while an accelerator's are under way."""
+    names = {str(storage.key[0]) for storage in survey.leaves.storages}
+    return tuple(sorted(names, key=lambda name: (name == "cpu", name)))
 
 
 def _digest(arena: Arena) -> bytes:

@@ -133,7 +133,7 @@ for batch in governor.watch(batches):
 assert bits(model, optimizer, scheduler, scaler) == plain, "training differs"
 assert not any(result.rolled_back or result.skipped for result in results)
 
-again = TolariaGovernor(model, optimizer)  # a second one is refused otherwise
+again = TolariaGovernor(model, optimizer, detector=NoDetector())  # a second one is refused otherwise
 info, report = governor.snapshot(), governor.execute_rollback(optimizer=optimizer)
 assert info.state == "dropped" and info.wait() is info
 assert (report.success, report.status) == (False, "failed") and "disabled" in report.reason

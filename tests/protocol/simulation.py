@@ -241,7 +241,9 @@ class Machine:
         yield f"{label} {micro[done][2]}", replace(after, partial=_at(after.partial, thread, done + 1))
 
     def _device_call(self, world: World, thread: int, op: Any, label: str) -> Iterator[tuple[str, World]]:
-        if isinstance(op, Survey | Reserve | CaptureHost | Check | RestoreHost):
+        if isinstance(op, Survey | Check):
+            yield label, self._sent(world, thread, ("dev",))
+        elif isinstance(op, Reserve | CaptureHost | RestoreHost):
             yield label, self._sent(world, thread, None)
         elif isinstance(op, Inspect):
             yield label, self._sent(world, thread, Inspection())

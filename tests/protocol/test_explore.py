@@ -24,7 +24,7 @@ HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
 
 
 def ground(barrier):
-    return Ground(("dev",), barrier)
+    return Ground(barrier)
 
 
 def roll_back(thread, barrier):

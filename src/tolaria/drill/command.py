@@ -20,7 +20,7 @@ from tolaria.drill.records import RunRecord
 from tolaria.drill.runs import Audience, disturbed, drill_config, run_guarded, run_plain, without
 from tolaria.drill.show import Show, open_show
 from tolaria.drill.workloads import WORKLOADS, CannotRun
-from tolaria.report import incident_line, logger
+from tolaria.report import logger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +33,7 @@ class Result:
         clean, unguarded, guarded, reference: The four runs.
         score: What came of it.
         report: The object that ``--json`` prints.
+        chance_loss: Of the workload.
     """
 
     seed: int
@@ -43,10 +44,26 @@ class Result:
     reference: RunRecord
     score: score.Score
     report: dict[str, Any]
+    chance_loss: float
 
 
-def run_drill(workload_name: str, seed: int, steps: int, device: torch.device, audience: Audience) -> Result:
+def run_drill(
+    workload_name: str,
+    seed: int,
+    steps: int,
+    device: torch.device,
+    audience: Audience,
+    ledger: Path | None = None,
+) -> Result:
     """Run one drill: four trainings and their comparison. Deterministic in its arguments, on one machine.
+
+    Args:
+        workload_name: A key of `WORKLOADS`.
+        seed: Of weights, data and faults.
+        steps: Optimizer steps of each run.
+        device: From `open_device`.
+        audience: Told about each step and incident.
+        ledger: Where the guarded run's governor writes its incidents; it appends.
 
     Raises:
         CannotRun: Unknown workload, too few steps, or scikit-learn is missing.
@@ -59,7 +76,7 @@ def run_drill(workload_name: str, seed: int, steps: int, device: torch.device, a
         bad = disturbed(workload, faults)
         clean = run_plain("clean", workload, workload.batches, (), audience, with_digests=True)
         unguarded = run_plain("unguarded", workload, bad, faults, audience)
-        guarded = run_guarded(workload, bad, faults, audience, drill_config())
+        guarded = run_guarded(workload, bad, faults, audience, drill_config(ledger))
         data_faults = [fault for fault in faults if fault.kind.moment is Moment.DATA]
         kept = without(bad, score.skipped_batches(guarded, steps))
         reference = run_plain("reference", workload, kept, data_faults, audience, with_digests=True)
@@ -68,7 +85,7 @@ def run_drill(workload_name: str, seed: int, steps: int, device: torch.device, a
     report = score.as_json(
         result, (clean, unguarded, guarded), workload=workload_name, seed=seed, device=str(device), steps=steps
     )
-    return Result(seed, faults, clean, unguarded, guarded, reference, result, report)
+    return Result(seed, faults, clean, unguarded, guarded, reference, result, report, workload.chance_loss)
 
 
 def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_json: bool, out: Path | None) -> int:
@@ -89,9 +106,9 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
     results: list[Result] = []
     with _quiet_log():
         for one in range(seed, seed + seeds):
-            with show.drill(workload, one, steps, str(where)):
-                result = run_drill(workload, one, steps, where, show)
             folder = out if out is None or seeds == 1 else out / f"seed-{one}"
+            with show.drill(workload, one, steps, str(where)):
+                result = run_drill(workload, one, steps, where, show, _new_ledger(folder))
             if folder is not None:
                 _write(result, folder)
             if as_json:
@@ -159,26 +176,33 @@ def _make_folder(folder: Path) -> None:
         raise CannotRun(f"--out {folder} cannot be written ({error.strerror}): choose another folder") from error
 
 
-def _write(result: Result, folder: Path) -> None:
-    """`report.json`, `incidents.jsonl` (the governor's ledger) and `drill.svg`, replacing those of an earlier drill."""
+def _new_ledger(folder: Path | None) -> Path | None:
+    """An empty ledger in place of an earlier drill's."""
+    if folder is None:
+        return None
     _make_folder(folder)
-    ledger = "".join(incident_line(incident) + "\n" for incident in result.guarded.incidents)
-    (folder / "incidents.jsonl").write_text(ledger, encoding="utf-8")
+    ledger = folder / "incidents.jsonl"
+    ledger.write_text("", encoding="utf-8")
+    return ledger
+
+
+def _write(result: Result, folder: Path) -> None:
+    """`report.json` and `drill.svg`, replacing those of an earlier drill. The governor has written `incidents.jsonl`."""
     (folder / "report.json").write_text(json.dumps(result.report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "drill.svg").write_text(draw_result(result), encoding="utf-8")
 
 
 def draw_result(result: Result) -> str:
     """The picture of one drill, an SVG document."""
-    titles = {fault.kind.name: fault.kind.title for fault in result.faults}
-    workload = WORKLOADS[result.report["workload"]]
+    report = result.report
     return draw(
-        clean=result.clean,
-        unguarded=result.unguarded,
-        guarded=result.guarded,
-        score=result.score,
-        titles=titles,
-        heading=f"{result.report['workload']}, seed {result.seed}, {result.report['steps']} steps",
+        result.clean,
+        result.unguarded,
+        result.guarded,
+        result.score,
+        num_batches=report["steps"],
+        chance_loss=result.chance_loss,
+        heading=f"tolaria drill: {report['workload']}, seed {result.seed}, {report['steps']} steps, {report['device']}",
     )
 
 

@@ -131,7 +131,7 @@ KINDS: tuple[FaultKind, ...] = (
     ),
     FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, _write_from_foreign_thread, 0.44),
     FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, _flip_exponent_bit, 0.56),
-    FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=16),
+    FaultKind("garbage_batches", "12 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=12),
     FaultKind(
         "returning_bit_flip", "a bit flip that returns on replay", Moment.UPDATE, _flip_exponent_bit, 0.80, times=2
     ),
@@ -168,7 +168,7 @@ class Fault:
 
 
 def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fault, ...]:
-    """When each fault strikes: its share of the run, moved by up to 2 % of the run, depending on the seed.
+    """When each fault strikes: its share of the run, moved by up to 1.5 % of the run, depending on the seed.
 
     Raises:
         CannotRun: Too few steps.
@@ -179,7 +179,7 @@ def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fau
 
 
 def _batch_of(kind: FaultKind, seed: int, steps: int) -> int:
-    share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.02, 0.02)
+    share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.015, 0.015)
     return round(share * steps)
 
 

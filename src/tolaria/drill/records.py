@@ -32,7 +32,7 @@ class RunRecord:
     Attributes:
         name: ``"clean"``, ``"unguarded"``, ``"guarded"`` or ``"reference"``.
         events: Steps and incidents in the order in which they happened. An incident follows the step it judged.
-        digests: Digest of the train state after each step that was not undone, by step.
+        digests: Digest of the train state by step, every few steps; none of a step that was undone.
         val_loss: Validation loss at the end; NaN when the run did not get there.
         weights_finite: Every parameter at the end.
         state_digest: Of the train state at the end.

@@ -3,8 +3,8 @@
 *Detected*: the governor answered an incident at a step whose state held the fault's effect (it had struck at most
 `PATIENCE` steps before, and no rollback had undone it yet). An incident without such a fault is a *false rollback*.
 
-*Recovered*: detected, and from its last rollback up to the next fault the train state is bit-identical, after every
-step, to a reference run whose data never held the batches that were skipped, and which no fault ever touched. As long
+*Recovered*: detected, and from its last rollback up to the next fault the train state is bit-identical, at every
+digest taken, to a reference run whose data never held the batches that were skipped, and which no fault ever touched. As long
 as nothing was skipped, that is the clean run, and the clean run is what it is compared with as well.
 
 *Survived*: all weights are finite at the end and the validation loss is no worse than that of a model that has learnt
@@ -186,12 +186,9 @@ def _is_recovered(
     restored = fault.incidents[-1].restored_step
     if restored is None:
         return False
-    last = max(guarded.digests, default=0)
-    until = min((start for start in starts if start > fault.step), default=last + 1)
-    window = range(restored + 1, until)
-    return len(window) > 0 and all(
-        step in expected and guarded.digests.get(step) == expected[step] for step in window
-    )
+    until = min((start for start in starts if start > fault.step), default=math.inf)
+    window = [step for step in guarded.digests if restored < step < until]
+    return bool(window) and all(guarded.digests[step] == expected.get(step) for step in window)
 
 
 def as_json(

@@ -1,0 +1,366 @@
+"""What follows a panic: replay, then skip, then an older snapshot, then the end; and which batches come again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tolaria import GovernorConfig, Incident, NoSnapshot, RetryBudgetExceeded, TolariaGovernor
+
+Govern = Callable[..., TolariaGovernor]
+
+
+class Story:
+    """A governed run over numbered batches, with everything that happened."""
+
+    def __init__(self, kit: Any, govern: Govern, detector: Any = None, **config: Any) -> None:
+        self.kit = kit
+        self.run = kit.Run()
+        self.incidents: list[Incident] = []
+        self.delivered: list[int] = []
+        self.governor = govern(
+            self.run.model,
+            self.run.optimizer,
+            scheduler=self.run.scheduler,
+            config=GovernorConfig(
+                **{"cadence": 2, "probation": 1, "on_incident": self.incidents.append, "rng": "restore", **config}
+            ),
+            **({} if detector is None else {"detector": detector}),
+        )
+
+    def train(self, numbers: Any, bad: dict[int, int] | None = None) -> Story:
+        """Train on these batches; `bad`: how many deliveries of a batch are poisoned."""
+        left = dict(bad or {})
+        for number in self.governor.watch(numbers):
+            self.delivered.append(number)
+            batch = self.run.batches[number]
+            poisoned = left.get(number, 0) > 0
+            left[number] = left.get(number, 0) - 1
+            self.run.step(self.governor, self.kit.nan_batch(batch) if poisoned else batch)
+        return self
+
+    @property
+    def actions(self) -> list[str]:
+        return [incident.action for incident in self.incidents]
+
+
+def plain(kit: Any, numbers: Any) -> Any:
+    """The state of a run that trained on these batches, and no others, undisturbed."""
+    run = kit.Run()
+    for number in numbers:
+        run.plain_step(run.batches[number])
+    return run.state()
+
+
+ALWAYS = 10_000
+
+
+# ------------------------------------------------------------ replay and skip
+
+
+@pytest.mark.parametrize("bad", range(12))
+def test_a_fault_that_does_not_return_is_replayed(bad: int, govern: Govern, kit: Any) -> None:
+    """At every place, the first and the last batch of the loader included."""
+    expected = plain(kit, range(12))
+    story = Story(kit, govern).train(range(12), {bad: 1})
+    assert story.actions == ["replay"]
+    restored = story.incidents[0].restored_step
+    assert story.delivered == [*range(bad + 1), *range(restored, 12)]
+    assert story.run.state() == expected
+    statistics = story.governor.statistics()
+    assert (statistics.replayed_batches, statistics.skipped_batches) == (bad + 1 - restored, 0)
+
+
+@pytest.mark.parametrize("bad", range(12))
+def test_a_batch_that_is_bad_again_is_skipped(bad: int, govern: Govern, kit: Any) -> None:
+    """The run then equals one whose data never held that batch."""
+    expected = plain(kit, [number for number in range(12) if number != bad])
+    story = Story(kit, govern).train(range(12), {bad: ALWAYS})
+    assert story.actions == ["replay", "skip"]
+    restored = story.incidents[0].restored_step
+    assert story.delivered == [
+        *range(bad + 1),
+        *range(restored, bad + 1),
+        *(number for number in range(restored, 12) if number != bad),
+    ]
+    assert story.run.state() == expected
+    assert story.governor.statistics().skipped_batches == 1
+
+
+def test_two_troubles_are_two(govern: Govern, kit: Any) -> None:
+    expected = plain(kit, [number for number in range(20) if number not in (3, 15)])
+    story = Story(kit, govern).train(range(20), {3: ALWAYS, 15: ALWAYS})
+    assert story.actions == ["replay", "skip", "replay", "skip"]
+    assert story.run.state() == expected
+
+
+def test_the_whole_episode_is_skipped(govern: Govern, kit: Any) -> None:
+    """From its onset, which the detector names, to the panic: nothing in between is delivered again."""
+    first = {6: "suspect", 7: "suspect", 8: ("panic", 6)}
+    again = {10: "suspect", 11: "suspect", 12: ("panic", 6)}  # the same steps, replayed
+    story = Story(kit, govern, kit.scripted({**first, **again}), cadence=4, probation=1).train(range(12))
+    assert story.actions == ["replay", "skip"]
+    assert [incident.restored_step for incident in story.incidents] == [4, 4]
+    assert story.delivered == [*range(8), 4, 5, 6, 7, 4, 8, 9, 10, 11]
+    assert story.run.state() == plain(kit, [*range(5), *range(8, 12)])
+
+
+def test_neighbouring_bad_batches(govern: Govern, kit: Any) -> None:
+    """A window of garbage: each return skips what it found, until all of it is out."""
+    garbage = {5, 6, 7}
+    expected = plain(kit, [number for number in range(14) if number not in garbage])
+    story = Story(kit, govern, max_retries=10, probation=2).train(range(14), dict.fromkeys(garbage, ALWAYS))
+    assert story.actions[0] == "replay"
+    assert set(story.actions[1:]) == {"skip"}
+    assert len(story.delivered) == len(set(story.delivered)) + story.governor.statistics().steps_lost - 3
+    assert story.run.state() == expected
+
+
+# ------------------------------------------------------------ further back, and the end
+
+
+def test_trouble_that_stays_reaches_further_back(govern: Govern, kit: Any) -> None:
+    """The snapshot itself may hold the damage: after one replay and two skips an older one is used."""
+    story = Story(kit, govern, kit.scripted(dict.fromkeys(range(9, 13), "panic")), slots=6)
+    story.train(range(30))
+    assert story.actions == ["replay", "skip", "skip", "skip"]
+    steps = [incident.restored_step for incident in story.incidents]
+    assert steps[0] == steps[1] == steps[2]
+    assert steps[3] < steps[2]
+    assert all(incident.certified for incident in story.incidents)
+
+
+def test_the_retry_budget_ends_the_run_at_the_last_good_state(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, kit.scripted(dict.fromkeys(range(6, 100), "panic")), max_retries=3)
+    good: list[Any] = []
+    story.governor.register("probe", (lambda: good.append(story.run.state()), lambda _: None))
+    with pytest.raises(RetryBudgetExceeded) as caught:
+        story.train(range(30))
+    assert story.actions == ["replay", "skip", "skip", "stop"]
+    assert caught.value.state_intact
+    assert story.run.state() in good
+    assert "4 panics within 1000 steps" in str(caught.value)
+    assert story.governor.statistics().rollbacks == 4
+    story.governor.snapshot()  # it can be inspected, saved, or trained on
+    story.run.plain_step(story.run.batches[0])
+
+
+def test_panics_far_apart_do_not_add_up(govern: Govern, kit: Any) -> None:
+    panics = dict.fromkeys(range(5, 60, 6), "panic")
+    story = Story(kit, govern, kit.scripted(panics), max_retries=2, retry_window=10)
+    story.train([number % 40 for number in range(45)])
+    assert len(story.actions) == len(panics)
+    assert "stop" not in story.actions
+
+
+def test_without_a_snapshot_a_panic_cannot_be_answered(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({1: "panic"}))
+    with pytest.raises(NoSnapshot) as caught:
+        run.step(governor, run.batches[0])
+    assert caught.value.state_intact
+
+
+def test_a_loop_without_watch_is_rolled_back_and_goes_on(govern: Govern, kit: Any) -> None:
+    run, incidents = kit.Run(), []
+    governor = govern(
+        run.model,
+        run.optimizer,
+        scheduler=run.scheduler,
+        detector=kit.scripted({5: "panic"}),
+        config=GovernorConfig(cadence=2, probation=1, on_incident=incidents.append),
+    )
+    states = []
+    for batch in run.batches[:8]:
+        states.append(run.state())
+        run.step(governor, batch)
+    assert [incident.action for incident in incidents] == ["skip"]  # nobody can deliver its batches again
+    assert incidents[0].restored_step == 2
+    assert states[5] == states[2]  # the state before the sixth step is that after the second
+    assert governor.statistics().replayed_batches == 0
+
+
+# ------------------------------------------------------------ loaders
+
+
+@pytest.mark.parametrize("bad", [6, 7, 8])
+def test_a_replay_reaches_into_the_last_epoch(bad: int, govern: Govern, kit: Any) -> None:
+    """Two epochs of six batches; the snapshot is from the first, the panic in the second."""
+    expected = plain(kit, range(12))
+    story = Story(kit, govern, cadence=5, probation=1)
+    story.train(range(6), {bad: 1}).train(range(6, 12), {bad: 1})
+    assert story.actions == ["replay"]
+    assert story.incidents[0].restored_step == 5
+    assert story.delivered == [*range(bad + 1), *range(5, 12)]
+    assert story.run.state() == expected
+
+
+def test_panics_on_the_last_batches_are_answered_before_the_loader_ends(govern: Govern, kit: Any) -> None:
+    expected = plain(kit, range(10))
+    story = Story(kit, govern, cadence=4).train(range(10), {8: 1, 9: 1})
+    assert story.actions == ["replay", "skip"]  # so soon after the first, it counts as the same trouble
+    assert story.run.state() == plain(kit, range(9))
+    other = Story(kit, govern, cadence=4).train(range(10), {9: 1})
+    assert other.run.state() == expected
+
+
+def test_a_loop_that_breaks_off_and_begins_again(govern: Govern, kit: Any) -> None:
+    """What a panic put back comes first, also from the next `watch`."""
+    expected = plain(kit, range(10))
+    story = Story(kit, govern)
+    for number in story.governor.watch(range(6)):
+        batch = story.run.batches[number]
+        if story.run.step(story.governor, kit.nan_batch(batch) if number == 5 else batch).rolled_back:
+            break
+    story.train(range(6, 10))
+    assert story.delivered == [4, 5, *range(6, 10)]
+    assert story.run.state() == expected
+
+
+def test_a_loader_that_raises(govern: Govern, kit: Any) -> None:
+    def loader() -> Iterator[int]:
+        yield from range(3)
+        raise OSError("the loader's own")
+
+    story = Story(kit, govern)
+    with pytest.raises(OSError, match="own"):
+        story.train(loader())
+    assert story.delivered == [0, 1, 2]
+    story.train(range(3, 6), {4: 1})
+    assert story.run.state() == plain(kit, range(6))
+
+
+def test_an_empty_loader_and_one_that_is_never_asked(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern).train([])
+    assert story.governor.execute_rollback().certified
+    asked: list[int] = []
+    story.governor.watch(iter(asked.append(1) or [1]))
+    assert story.governor.statistics().snapshots == 1
+
+
+def test_a_manual_rollback_lets_the_batches_go_on(govern: Govern, kit: Any) -> None:
+    """They are not delivered again, neither now nor by a replay later: the state is that of a run without them."""
+    story = Story(kit, govern, cadence=100)
+    for number in story.governor.watch(range(10)):
+        story.delivered.append(number)
+        batch = story.run.batches[number]
+        poisoned = number == 6 and story.delivered.count(6) == 1
+        story.run.step(story.governor, kit.nan_batch(batch) if poisoned else batch)
+        if number == 3 and story.delivered.count(3) == 1:
+            story.governor.execute_rollback()
+    assert story.delivered == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
+    assert story.run.state() == plain(kit, range(4, 10))
+
+
+# ------------------------------------------------------------ what cannot be replayed
+
+
+def test_a_replay_beyond_keep_batches_becomes_a_skip(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, cadence=100, keep_batches=3).train(range(10), {6: 1})
+    assert story.actions == ["skip"]
+    assert "no longer kept (keep_batches=3)" in story.incidents[0].note
+    assert story.delivered == list(range(10))
+    assert story.run.state() == plain(kit, range(7, 10))  # back to the start, and on with the next batch
+    assert story.incidents[0].batches_replayed == 0
+
+
+def test_keep_batches_is_just_enough(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, cadence=100, keep_batches=7).train(range(10), {6: 1})
+    assert story.actions == ["replay"]
+    assert story.run.state() == plain(kit, range(10))
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "dict", "nested"])
+def test_a_batch_that_was_changed_in_place_becomes_a_skip(form: str, govern: Govern, kit: Any) -> None:
+    def wrap(tensor: torch.Tensor) -> Any:
+        return {
+            "tensor": tensor,
+            "tuple": (0, tensor),
+            "dict": {"x": tensor, "text": "no tensor"},
+            "nested": [{"x": (tensor, None)}],
+        }[form]
+
+    run, incidents = kit.Run(), []
+    governor = govern(
+        run.model,
+        run.optimizer,
+        detector=kit.scripted({4: "panic"}),
+        config=GovernorConfig(cadence=100, on_incident=incidents.append),
+    )
+    seen = 0
+    for batch in governor.watch([wrap(x.clone()) for x, _ in run.batches[:6]]):
+        [x] = [leaf for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+        seen += 1
+        if seen == 2:
+            x.mul_(0.5)  # normalised in place
+        loss = run.model(x).square().mean()
+        loss.backward()
+        governor.step(loss=loss)
+    assert [incident.action for incident in incidents] == ["skip"]
+    assert "1 batches were changed in place" in incidents[0].note
+    assert seen == 6
+
+
+def test_a_changed_batch_that_is_skipped_anyway_is_no_obstacle(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, cadence=100)
+    changed = torch.zeros(3)
+    bad = 0
+    order = []
+    for number, extra in story.governor.watch([(n, changed if n == 4 else torch.zeros(3)) for n in range(8)]):
+        order.append(number)
+        batch = story.run.batches[number]
+        if number == 4:
+            bad += 1
+            if bad == 2:
+                extra.add_(1)
+            batch = kit.nan_batch(batch)
+        story.run.step(story.governor, batch)
+    assert story.actions == ["replay", "skip"]
+    assert [incident.note for incident in story.incidents] == ["", ""]
+    assert order == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 7]
+
+
+# ------------------------------------------------------------ cool-down
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_cool_down_touches_the_rate_during_the_step_only(as_tensor: bool, govern: Govern, kit: Any) -> None:
+    rate = torch.tensor(0.05) if as_tensor else 0.05
+    run = kit.Run(optimizer=lambda params: torch.optim.SGD(params, lr=rate))
+    governor = govern(
+        run.model,
+        run.optimizer,
+        config=GovernorConfig(cadence=2, probation=1, cool_lr=0.5, cool_steps=4, rng="restore"),
+    )
+    group = run.optimizer.param_groups[0]
+    held = group["lr"]
+    during: list[float] = []
+    run.optimizer.register_step_pre_hook(lambda *_: during.append(float(group["lr"])))
+    after: list[float] = []
+    bad = {3, 15}
+    number = -1
+    for number in governor.watch(range(26)):
+        batch = run.batches[number]
+        run.step(governor, kit.nan_batch(batch) if number in bad else batch)
+        after.append(float(group["lr"]))
+        assert group["lr"] is held or not as_tensor
+    assert number == 25
+    base = float(torch.tensor(0.05)) if as_tensor else 0.05
+    assert set(after) == {base}
+    cooled = [value for value in during if value != base]
+    assert cooled == pytest.approx([base * factor for factor in (0.5, 0.625, 0.75, 0.875)])
+    assert during[-7:] == [base] * 7  # and back, exactly
+
+
+def test_one_lasting_incident_does_not_cool(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, cool_lr=0.1)
+    rates = set()
+    lr = story.run.optimizer.param_groups[0]
+    story.run.optimizer.register_step_pre_hook(lambda *_: rates.add(lr["lr"]))
+    story.run.scheduler = None
+    story.train(range(12), {5: ALWAYS})
+    assert story.run.optimizer.param_groups[0]["lr"] in rates
+    assert min(rates) > 0.05 * 0.7**4
