@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         command = tyro.cli(
-            Command,  # pyrefly: ignore
+            Command,
             prog="tolaria",
             description="Keeps a PyTorch training run alive: in-memory snapshots, judged steps, exact rollback.",
             args=None if argv is None else list(argv),

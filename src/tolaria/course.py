@@ -6,10 +6,13 @@ Joins judge, snapshot, recover and report for one governor; `governor` is its pu
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
+
+from torch.optim import Optimizer
 
 from tolaria import recover, ring
 from tolaria.config import GovernorConfig
@@ -17,9 +20,11 @@ from tolaria.coordinate import world_size
 from tolaria.errors import RetryBudgetExceeded, SlotsBusy, SnapshotRejected, UnsupportedState, UsageError
 from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
-from tolaria.keeper import Keeper
+from tolaria.keeper import Keeper, Target
+from tolaria.operations import Inspection
 from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
-from tolaria.report import Ledger, RollbackReport, logger
+from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
+from tolaria.shield import Shield
 from tolaria.state import rng
 
 _HISTORY_STEPS = 4096
@@ -115,23 +120,41 @@ class Course:
 
     def take_first(self) -> None:
         """The first snapshot of a run. Nothing earlier could be better, so it is certified if it is finite."""
-        info, found = self.keeper.take(self.completed, manual=False)
-        self._last_automatic = self.completed
+        with Shield() as shield:
+            info, found = self.take(shield, manual=False)
+            self._last_automatic = self.completed
+            if found is None or not found.nonfinite:
+                self.keeper.certify(info)
         if found is not None and found.nonfinite:
             raise SnapshotRejected(
                 f"taking the first snapshot at step {self.completed}",
                 f"the train state is not finite: {', '.join(found.nonfinite[:8])}",
                 "Start from finite weights.",
             )
-        self.keeper.certify(info)
-        self.count(snapshots=1)
+
+    def take(
+        self, shield: Shield, *, manual: bool, step: int | None = None, gradients: bool = False
+    ) -> tuple[SnapshotInfo, Inspection | None]:
+        """Take a snapshot and count it."""
+        started = time.perf_counter()
+        info, found = self.keeper.take(
+            shield, self.completed if step is None else step, manual=manual, gradients=gradients
+        )
+        rejected = found is not None and bool(found.nonfinite) and not manual
+        self.count(
+            snapshots=int(not rejected), snapshots_rejected=int(rejected), snapshot_s=time.perf_counter() - started
+        )
+        return info, found
 
     def _take_automatic(self) -> tuple[str, ...]:
         """Take the snapshot that is due. Returns the names of non-finite tensors, for which it was rejected."""
         self._last_automatic = self.completed
         first = not any(slot.phase in ring.READABLE for slot in self.keeper.ring)
         try:
-            info, found = self.keeper.take(self.completed, manual=False)
+            with Shield() as shield:
+                info, found = self.take(shield, manual=False)
+                if first and (found is None or not found.nonfinite):
+                    self.keeper.certify(info)
         except SlotsBusy:
             self.count(snapshots_deferred=1)  # candidates in probation come first; the next cadence tries again
             return ()
@@ -142,13 +165,7 @@ class Course:
             self.count(snapshots_failed=1)
             logger.warning("step %d: no snapshot could be taken: %s", self.completed, error)
             return ()
-        if found is not None and found.nonfinite:
-            self.count(snapshots_rejected=1)
-            return found.nonfinite
-        if first:
-            self.keeper.certify(info)
-        self.count(snapshots=1)
-        return ()
+        return () if found is None else found.nonfinite
 
     # ------------------------------------------------------------ rollback and recovery
 
@@ -174,19 +191,19 @@ class Course:
             retry_window=self.config.retry_window,
         )
         report = RollbackReport(success=False, status="failed", reason=verdict.reason)
-        self.keeper.restore(report, completed=vital.step, generations_back=plan.generations_back, verify_before=True)
         skip = {
             recover.Action.REPLAY: range(0),
             recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
             recover.Action.STOP: None,
         }[plan.action]
-        rewind = self.feed.rewind(self._position, skip)
-        if rewind.drew and self._rng_policy() == "restore":
-            # those batches had drawn shuffle seeds or augmentation from random state that was just put back
-            rng.rekey(self.tick)
-        self.after_rollback(report, rewind)
-        action = recover.Action.SKIP.value if rewind.note else plan.action.value
-        self.report(vital, verdict, action, report, rewind, rewind.note)
+        with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
+            self.keeper.restore(
+                shield, report, completed=vital.step, generations_back=plan.generations_back, verify_before=True
+            )
+            rewind = self.feed.rewind(self._position, skip)
+            self._after_rollback(report, rewind)
+            action = recover.Action.SKIP.value if rewind.note else plan.action.value
+            self.report(vital, verdict, action, report, rewind, rewind.note)
         if plan.action is recover.Action.STOP:
             raise RetryBudgetExceeded(
                 f"recovering at step {vital.step}",
@@ -200,10 +217,23 @@ class Course:
         taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
         return (min(taken), max(taken)) if taken else (self.tick - (step - onset), self.tick)
 
-    def after_rollback(self, report: RollbackReport, rewind: Rewind = NO_REWIND) -> None:
-        """Count it, and re-key random state where the policy says so."""
-        if self._rng_policy() == "fork":
-            rng.rekey(self.tick)
+    def roll_back(self, report: RollbackReport, to: Target, optimizer: Optimizer | None, verify_before: bool) -> None:
+        """A rollback on request. Data goes on: batches delivered since the snapshot are not delivered again."""
+        with Shield() as shield:
+            try:
+                self.keeper.restore(
+                    shield, report, completed=self.completed, to=to, optimizer=optimizer, verify_before=verify_before
+                )
+            except BaseException:
+                report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report
+                raise
+            rewind = self.feed.rewind(self._position, None)
+            self._after_rollback(report, rewind)
+            verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
+            self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
+
+    def _after_rollback(self, report: RollbackReport, rewind: Rewind) -> None:
+        """Count it, and re-key random state where draws would repeat."""
         self.count(
             rollbacks=1,
             steps_lost=report.steps_lost,
@@ -212,6 +242,10 @@ class Course:
             rollback_s=report.host_ms / 1e3,
             gate_wait_s=report.wait_ms / 1e3,
         )
+        policy = self._rng_policy()
+        # skipped batches had drawn shuffle seeds or augmentation from random state that was just put back
+        if policy == "fork" or (policy == "restore" and rewind.drew):
+            rng.rekey(self.statistics.rollbacks)
 
     def report(
         self,
@@ -275,17 +309,22 @@ class Course:
 
     def load_state_dict(self, saved: Any) -> None:
         """The inverse, also after a round trip through JSON. Raises `UsageError` for another schema."""
-        if saved.get("schema_version") != SCHEMA_VERSION:
+        try:
+            version = saved["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
+            completed, tick = int(saved["completed"]), int(saved["tick"])
+            judgement = _as_tuples(saved["judgement"])
+            recovery = recover.RecoveryState(**{name: _as_tuples(value) for name, value in saved["recovery"].items()})
+            statistics = Statistics(**saved["statistics"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 "resuming the governor",
-                f"schema_version {saved.get('schema_version')!r}, expected {SCHEMA_VERSION}",
+                f"this is not a state_dict of a governor of this version ({type(error).__name__}: {error})",
                 "Resume with the version of tolaria that wrote it, or start the governor afresh.",
-            )
-        self.completed = self._last_automatic = saved["completed"]
-        self.tick = saved["tick"]
-        self._judgement = _as_tuples(saved["judgement"])
-        self.recovery = recover.RecoveryState(**{name: _as_tuples(value) for name, value in saved["recovery"].items()})
-        self.statistics = Statistics(**saved["statistics"])
+            ) from error
+        self.completed = self._last_automatic = completed
+        self.tick, self._judgement, self.recovery, self.statistics = tick, judgement, recovery, statistics
 
 
 def _as_tuples(value: Any) -> Any:

@@ -60,10 +60,17 @@ class Driver:
             Synchronize: lambda op: devices[op.device].synchronize(),
         }
 
-    def submit(self, protocol: Protocol) -> Any:
-        """Run a snapshot, seal or rollback. Signals are held back, except while it waits for open sections."""
-        with Shield() as shield:
+    def submit(self, protocol: Protocol, shield: Shield | None = None) -> Any:
+        """Run a snapshot, seal or rollback. Signals are held back, except while it waits for open sections.
+
+        Args:
+            protocol: What to run.
+            shield: The caller's, when signals are to be held back for longer than the submission.
+        """
+        if shield is not None:
             return drive(protocol, lambda op: self.perform(op, shield))
+        with Shield() as own:
+            return drive(protocol, lambda op: self.perform(op, own))
 
     def change(self, function: Callable[[HostState], tuple[HostState, Any]]) -> Any:
         """Apply one atomic change outside of a protocol."""

@@ -23,6 +23,7 @@ from tolaria.observe import Loss
 from tolaria.operations import SectionKind
 from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict, VitalSigns
 from tolaria.report import RollbackReport, SnapshotInfo
+from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.update import Update
 
@@ -182,7 +183,7 @@ class TolariaGovernor:
         with self._keeper.whole_step():
             result = self._guarded_step(loss, clip, metric, closure, signs)
         if result.rolled_back:
-            self._update.scaler_skips = 0  # the run of skips belongs to the abandoned future
+            self._update.scaler_skips = 0  # as above
         self._keeper.run_requests(after_step=True)
         return result
 
@@ -289,10 +290,8 @@ class TolariaGovernor:
         self._require_boundary(doing)
         if grads is None:
             self._keeper.require_dead_gradients(doing)
-        info, _ = self._keeper.take(
-            self._course.completed if step is None else step, manual=True, gradients=grads == "capture"
-        )
-        self._course.count(snapshots=1)
+        with Shield() as shield:
+            info, _ = self._course.take(shield, manual=True, step=step, gradients=grads == "capture")
         return info
 
     def execute_rollback(
@@ -330,22 +329,8 @@ class TolariaGovernor:
         self._require_open(doing)
 
         def run() -> None:
-            try:
-                self._keeper.restore(
-                    report,
-                    completed=self._course.completed,
-                    to=to,
-                    optimizer=optimizer,
-                    verify_before=verify == "before",
-                )
-            except BaseException:
-                report.status = "failed"  # the boundary raises, but who queued it holds only the report
-                raise
-            self._feed.rewind(self._feed.position, None)
-            signs = VitalSigns(step=report.panic_step)
-            verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
-            self._course.after_rollback(report)
-            self._course.report(signs, verdict, "manual", report)
+            self._course.roll_back(report, to, optimizer, verify == "before")
+            self._update.scaler_skips = 0  # a run of skips belongs to the abandoned future
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -462,6 +447,7 @@ class TolariaGovernor:
         """Stand aside in a forked child: no lock may be taken, its owner may not exist here."""
         self._closed = True
         self._keeper.sections.is_open = False
+        _live.discard(self)
 
 
 def _as_list(value: Any) -> list[Any]:

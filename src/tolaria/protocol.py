@@ -289,7 +289,15 @@ def seal(slot: int, serial: int, vouched: bool) -> Protocol:
 def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Protocol:
     """`snapshot`, then `seal` with the gate open again. Answers (`Taken`, `Inspection` or None)."""
     taken: Taken = yield from snapshot(thread, ground, step, manual)
-    found = yield from seal(taken.slot, taken.snapshot, vouched=manual)
+    try:
+        found = yield from seal(taken.slot, taken.snapshot, vouched=manual)
+    except BaseException:
+        # nobody learns of this snapshot: never sealed, it would hold its slot for ever
+        yield Change(
+            "give the slot up",
+            lambda s: (replace(s, ring=ring.release(s.ring, taken.slot, taken.snapshot)), None),
+        )
+        raise
     return taken, found
 
 
@@ -400,6 +408,7 @@ def rollback(
         return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
+            yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
             raise RollbackFailed(
                 doing,
                 f"{type(error).__name__} after the first write: {error}",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tolaria.errors import PhaseError
+from tolaria.errors import PhaseError, SnapshotRejected
 from tolaria.records import SCHEMA_VERSION, Incident
 
 logger = logging.getLogger("tolaria")
@@ -94,7 +94,7 @@ class RollbackReport:
     corrupted_steps: tuple[int, ...] = ()
     device_ms: float | None = None
     verified: bool | None = None
-    _finish: Callable[[], bool] | None = field(default=None, repr=False)
+    _finish: Callable[[], bool | None] | None = field(default=None, repr=False)
 
     def wait(self) -> RollbackReport:
         """Block until the copies are done, then check that the slot still has the bytes it was sealed with.
@@ -109,6 +109,12 @@ class RollbackReport:
             finish, self._finish = self._finish, None
             self.verified = finish()
             self.status = "done"
+        if self.verified is False:
+            raise SnapshotRejected(
+                "verifying a rollback",
+                f"the bytes of the snapshot of step {self.snapshot_step} changed since they were sealed",
+                'The train state was restored from them: roll back again with verify="before".',
+            )
         return self
 
 

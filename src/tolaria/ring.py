@@ -10,8 +10,9 @@ on.
 Pure values and pure transitions, like `gate`: the model checker explores this code.
 
 Invariants
-    * The newest good snapshot (manual or certified) is never claimed for writing, and never dropped before a newer
-      good one is published.
+    * The newest certified snapshot is never claimed for writing, nor dropped before a newer one is certified.
+    * The newest good snapshot (manual or certified) is not either, except a manual one by its manual successor, while a
+      certified one stands behind it.
     * A candidate in probation is never claimed for writing.
     * A slot with readers (a rollback under way, a transfer out of it) is never claimed.
 """
@@ -83,6 +84,15 @@ def newest_good(ring: Ring, before: int | None = None) -> Slot | None:
     return max(good, key=lambda slot: slot.snapshot, default=None)
 
 
+def newest_certified(ring: Ring) -> Slot | None:
+    """The newest certified snapshot."""
+    return max((slot for slot in ring if slot.phase is SlotPhase.CERTIFIED), key=_age, default=None)
+
+
+def _age(slot: Slot) -> int:
+    return slot.snapshot
+
+
 def by_serial(ring: Ring, snapshot: int) -> Slot | None:
     """The slot that holds the snapshot with this serial number and may be read."""
     return next((slot for slot in ring if slot.snapshot == snapshot and slot.phase in READABLE), None)
@@ -95,17 +105,22 @@ def by_step(ring: Ring, step: int) -> Slot | None:
 
 
 def claim(ring: Ring, snapshot: int, step: int, manual: bool) -> tuple[Ring, int] | None:
-    """Take a slot for writing: a free one, else the oldest good one that is not the newest good one.
+    """Take a slot for writing: a free one, else the oldest good one that may be given up.
+
+    The newest certified snapshot is always kept, and so is the newest good one, except that a manual snapshot may take
+    the place of an older manual one while a certified one stands behind it.
 
     Returns:
         The ring with that slot filling, and its index; None when every slot must be kept.
     """
-    keep = newest_good(ring)
-    free = [slot for slot in ring if slot.phase is SlotPhase.FREE and not slot.readers]
-    spent = [slot for slot in ring if slot.is_good and slot is not keep and not slot.readers]
-    chosen = min(free, key=lambda slot: slot.index, default=None) or min(
-        spent, key=lambda slot: slot.snapshot, default=None
-    )
+    certified = newest_certified(ring)
+    keep = (newest_good(ring), certified)
+    idle = [slot for slot in ring if not slot.readers]
+    chosen = min((s for s in idle if s.phase is SlotPhase.FREE), key=lambda slot: slot.index, default=None)
+    if chosen is None:
+        chosen = min((s for s in idle if s.is_good and s not in keep), key=_age, default=None)
+    if chosen is None and manual and certified is not None:
+        chosen = min((s for s in idle if s.is_good and s is not certified), key=_age, default=None)
     if chosen is None:
         return None
     filling = Slot(chosen.index, SlotPhase.FILLING, snapshot, step, manual)

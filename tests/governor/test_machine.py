@@ -101,8 +101,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 5))
     def new_optimizer_state(self, index: int) -> None:
-        parameter = self.run.optimizer.param_groups[0]["params"][index]
-        self.run.optimizer.state[parameter][f"extra{self.number}"] = torch.full((2,), float(self.number))
+        values = self.run.optimizer.state.get(self.run.optimizer.param_groups[0]["params"][index])
+        if values:
+            values[f"extra{self.number}"] = torch.full((2,), float(self.number))
 
     @rule()
     def drop_optimizer_state(self) -> None:

@@ -137,7 +137,7 @@ again = TolariaGovernor(model, optimizer, detector=NoDetector())  # a second one
 info, report = governor.snapshot(), governor.execute_rollback(optimizer=optimizer)
 assert info.state == "dropped" and info.wait() is info
 assert (report.success, report.status) == (False, "failed") and "disabled" in report.reason
-assert len(optimizer.state) == 4
+assert len(optimizer.state) == 6
 assert governor.check_vital_signs(float("nan")) is False
 assert governor.observe(loss=float("nan")).health.value == "healthy"
 assert len(governor.digest()) == 32

@@ -311,7 +311,7 @@ def test_twenty_skips_in_a_row_are_a_panic(govern: Govern, kit: Any) -> None:
     good, scale = run.state(with_rng=False), scaler.get_scale()
     results = []
     for batch in run.batches[:45]:
-        scaler.scale(run.loss(kit.nan_batch(batch)).nan_to_num(1.0)).backward()
+        scaler.scale(run.loss(batch)).backward()
         for parameter in run.model.parameters():
             parameter.grad.fill_(float("inf"))
         results.append(governor.step(loss=1.0))

@@ -186,7 +186,9 @@ def test_dropped_gradients_stay_alive_but_are_not_in_the_snapshot(model: nn.Sequ
     _backward(model, 0)
     alive = _gradients(model)
     governor.snapshot(grads="drop")
-    assert all(torch.equal(a, b) for a, b in zip(_gradients(model), alive, strict=True) if a is not None and b is not None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(_gradients(model), alive, strict=True) if a is not None and b is not None
+    )
     assert model[0].weight.grad is not None
     governor.execute_rollback()
     assert _gradients(model) == [None] * 4
@@ -228,7 +230,9 @@ def test_unscaled_gradients_cannot_be_captured(model: nn.Sequential, govern: Gov
     before = _gradients(model)
     with pytest.raises(tolaria.UnsupportedState, match="scaler has unscaled"):
         governor.snapshot(grads="capture")
-    assert all(torch.equal(a, b) for a, b in zip(_gradients(model), before, strict=True) if a is not None and b is not None)
+    assert all(
+        torch.equal(a, b) for a, b in zip(_gradients(model), before, strict=True) if a is not None and b is not None
+    )
 
     def finish() -> Any:
         scaler.step(optimizer)

@@ -109,7 +109,9 @@ def test_views_of_a_flat_parameter(govern: Govern, raw: Raw, freeze: Freeze) -> 
 def test_overlapping_views(govern: Govern, raw: Raw, freeze: Freeze) -> None:
     flat = torch.arange(10, dtype=torch.float32)
     windows = flat.unfold(0, 4, 2)  # every element in up to two rows
-    model = Bag(windows=windows, front=nn.Parameter(flat[:6]), back=flat[4:], twos=flat[::2], bits=flat.view(torch.int32))
+    model = Bag(
+        windows=windows, front=nn.Parameter(flat[:6]), back=flat[4:], twos=flat[::2], bits=flat.view(torch.int32)
+    )
     _rolls_back(govern(model), raw, freeze, flat)
 
 

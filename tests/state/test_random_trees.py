@@ -124,13 +124,15 @@ def _change(draw: st.DrawFn, forest: Forest, number: int) -> None:
     elif kind == "assign" and keys:
         holder._buffers[draw(st.sampled_from(keys))] = draw(views(draw(st.sampled_from(forest.pools))))
     elif kind == "data" and forest.tensors:
-        draw(st.sampled_from(forest.tensors)).data = torch.ones(draw(st.integers(0, 3)), dtype=draw(st.sampled_from(DTYPES)))
+        draw(st.sampled_from(forest.tensors)).data = torch.ones(
+            draw(st.integers(0, 3)), dtype=draw(st.sampled_from(DTYPES))
+        )
     elif kind == "delete" and keys:
         del holder._buffers[draw(st.sampled_from(keys))]
     elif kind == "add":
         forest.put(draw(st.integers(0, NUM_PLACES - 1)), f"late{number}", torch.ones(2))
     elif kind == "state":
-        optimizer.state["shared"]["nested"] = [draw(st.integers(0, 9))]
+        optimizer.state["shared"] = {"nested": [draw(st.integers(0, 9)), {"deep": []}]}
     elif kind == "group":
         optimizer.param_groups[0]["lr"] = draw(st.floats(0, 1))
     elif kind == "forget":

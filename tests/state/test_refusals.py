@@ -277,9 +277,7 @@ def test_an_unsupported_buffer_is_refused_at_construction(kind: str, govern: Gov
 
 @pytest.mark.parametrize("place", ["buffer", "optimizer state", "param group", "optimizer attribute", "registered"])
 @pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_an_unsupported_tensor_is_refused_at_a_snapshot(
-    kind: str, place: str, govern: Govern, freeze: Freeze
-) -> None:
+def test_an_unsupported_tensor_is_refused_at_a_snapshot(kind: str, place: str, govern: Govern, freeze: Freeze) -> None:
     make, message = UNSUPPORTED[kind]
     model, optimizer = _world()
     extra = nn.Module()

@@ -101,7 +101,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters], Any]] = {
 class Run:
     """One training run of a tiny classifier. `step` is what a user would write, and knows nothing of a governor."""
 
-    def __init__(self, name: str, seed: int) -> None:
+    def __init__(self, name: str, seed: int, averages: bool = True) -> None:
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -118,7 +118,7 @@ class Run:
         self.batches = [
             (torch.randn(5, 6, generator=data), torch.randint(3, (5,), generator=data)) for _ in range(STEPS)
         ]
-        self.averages = True
+        self.averages = averages
         self.losses: dict[int, list[float]] = {}
 
     def loss(self, number: int) -> torch.Tensor:
@@ -156,6 +156,22 @@ class Run:
     def play(self, first: int, end: int) -> None:
         for number in range(first, end):
             self.step(number)
+
+    def play_governed(self, governor: TolariaGovernor, panic_at: int | None) -> None:
+        panics = {panic_at}
+        for number in governor.watch(range(STEPS)):
+            loss, closure = None, None
+            if self.scaler is None:
+                closure = self.closure(number)
+            else:
+                loss = self.loss(number)
+                self.scaler.scale(loss).backward()
+                self.losses[number] = [float(loss.detach())]
+            reading = float("nan") if number in panics else loss
+            panics.discard(number)
+            result = governor.step(loss=reading, closure=closure)
+            if self.averages and not result.rolled_back:
+                self.average.update_parameters(self.model)
 
     def damage(self) -> None:
         """What a fault may leave behind: NaN weights, shrunk moments, another learning rate, a spoiled average."""
@@ -199,33 +215,36 @@ def undisturbed(
     return play
 
 
-@pytest.mark.parametrize("rollbacks", [0, 1, 2, 5])
 @pytest.mark.parametrize("taken_at", [0, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_replay_equals_the_undisturbed_run(
     name: str,
     taken_at: int,
-    rollbacks: int,
     seed: int,
     govern: Govern,
     undisturbed: Callable[[str], Any],
     freeze: Callable[..., Any],
     read_random: Callable[[], Any],
 ) -> None:
+    """After 1, 2 and 5 rollbacks to one snapshot, taken before the optimizer has any state, or later."""
     reference = undisturbed(name)
     run = Run(name, seed)
     governor = run.govern(govern)
     run.play(0, taken_at)
     governor.snapshot()
     digest, before = governor.digest(), freeze(*run.everything[:-1])
-    for repetition in range(rollbacks):
-        run.play(taken_at, taken_at + 2 + repetition % 2)
+    run.play(taken_at, STEPS)
+    assert (freeze(*run.everything), read_random()) == reference  # governed, and never rolled back
+    for count in range(1, 6):
         run.damage()
         governor.execute_rollback()
         assert freeze(*run.everything[:-1]) == before
         assert governor.digest() == digest
-    run.play(taken_at, STEPS)
-    assert (freeze(*run.everything), read_random()) == reference
+        if count in (1, 2, 5):
+            run.play(taken_at, STEPS)
+            assert (freeze(*run.everything), read_random()) == reference
+        else:
+            run.play(taken_at, taken_at + count - 1)
 
 
 @pytest.mark.parametrize("chosen", [0, 1, 2, 3])
@@ -268,29 +287,42 @@ def test_the_governed_loop_equals_the_undisturbed_run(
 ) -> None:
     """`watch` and `step` instead of the user's own loop; the loss of one step reads NaN, once."""
     if f"governed {name}" not in references:
-        reference = Run(name, seed)
-        reference.averages = False
-        reference.play(0, STEPS)
-        references[f"governed {name}"] = freeze(*reference.everything), read_random()
-    run = Run(name, seed)
+        undisturbed = Run(name, seed, averages=False)
+        undisturbed.play(0, STEPS)
+        references[f"governed {name}"] = freeze(*undisturbed.everything), read_random()
+    run = Run(name, seed, averages=False)
     governor = run.govern(govern, slots=4, cadence=2, probation=2)
-    panics = [] if panic_at is None else [panic_at]
-    for number in governor.watch(range(STEPS)):
-        loss, closure = None, None
-        if run.scaler is None:
-            closure = run.closure(number)
-        else:
-            loss = run.loss(number)
-            run.scaler.scale(loss).backward()
-            run.losses[number] = [float(loss.detach())]
-        if number in panics:
-            panics.remove(number)
-            governor.step(loss=float("nan"), closure=closure)
-        else:
-            governor.step(loss=loss, closure=closure)
+    run.play_governed(governor, panic_at)
     assert governor.rollbacks == (panic_at is not None)
     assert governor.statistics().replayed_batches == {None: 0, 1: 2, 5: 4}[panic_at]
     assert (freeze(*run.everything), read_random()) == references[f"governed {name}"]
+
+
+@pytest.mark.parametrize(
+    "panic_at",
+    [
+        1,
+        pytest.param(
+            5,
+            marks=pytest.mark.xfail(
+                strict=True, reason="course.py: automatic snapshots are taken inside step(), before the loop body ends"
+            ),
+        ),
+    ],
+)
+def test_what_follows_the_step_in_the_loop_body_is_replayed_exactly(
+    panic_at: int,
+    seed: int,
+    govern: Govern,
+    undisturbed: Callable[[str], Any],
+    freeze: Callable[..., Any],
+    read_random: Callable[[], Any],
+) -> None:
+    """An average that the user updates after each step that stands belongs to that step."""
+    reference = undisturbed("adam")
+    run = Run("adam", seed)
+    run.play_governed(run.govern(govern, slots=4, cadence=2, probation=2), panic_at)
+    assert (freeze(*run.everything), read_random()) == reference
 
 
 def test_the_loop_is_sensitive_to_everything_it_holds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,65 +14,84 @@ from typing import Any
 import torch
 
 from tolaria.drill import score
-from tolaria.drill.faults import KINDS, Fault, Moment, plan
+from tolaria.drill.faults import KINDS, Fault, FaultKind, Moment, plan
 from tolaria.drill.picture import draw
 from tolaria.drill.records import RunRecord
 from tolaria.drill.runs import Audience, disturbed, drill_config, run_guarded, run_plain, without
 from tolaria.drill.show import Show, open_show
-from tolaria.drill.workloads import WORKLOADS, CannotRun
+from tolaria.drill.workloads import WORKLOADS, CannotRun, Workload
 from tolaria.report import logger
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Result:
-    """One drill.
+class Stage:
+    """One drill before it runs.
 
     Attributes:
-        seed: Of the drill.
+        workload: With its data.
         faults: As planned.
+        seed: Of weights, data and faults.
+        steps: Optimizer steps of each run.
+        device: Where all of it happens.
+    """
+
+    workload: Workload
+    faults: tuple[Fault, ...]
+    seed: int
+    steps: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """One drill after it ran.
+
+    Attributes:
+        stage: What was run.
         clean, unguarded, guarded, reference: The four runs.
         score: What came of it.
         report: The object that ``--json`` prints.
-        chance_loss: Of the workload.
     """
 
-    seed: int
-    faults: tuple[Fault, ...]
+    stage: Stage
     clean: RunRecord
     unguarded: RunRecord
     guarded: RunRecord
     reference: RunRecord
     score: score.Score
     report: dict[str, Any]
-    chance_loss: float
 
 
-def run_drill(
-    workload_name: str,
-    seed: int,
-    steps: int,
-    device: torch.device,
-    audience: Audience,
-    ledger: Path | None = None,
-) -> Result:
-    """Run one drill: four trainings and their comparison. Deterministic in its arguments, on one machine.
+def prepare(workload: str, seed: int, steps: int, device: torch.device, kinds: Sequence[FaultKind] = KINDS) -> Stage:
+    """Load the data of one drill and plan its faults.
 
     Args:
-        workload_name: A key of `WORKLOADS`.
-        seed: Of weights, data and faults.
-        steps: Optimizer steps of each run.
+        workload: A key of `WORKLOADS`.
+        seed: Not negative.
+        steps: `MIN_STEPS` or more.
         device: From `open_device`.
-        audience: Told about each step and incident.
-        ledger: Where the guarded run's governor writes its incidents; it appends.
+        kinds: Faults to inject.
 
     Raises:
-        CannotRun: Unknown workload, too few steps, or scikit-learn is missing.
+        CannotRun: One of them is not possible, or scikit-learn is missing.
     """
-    if workload_name not in WORKLOADS:
-        raise CannotRun(f"there is no workload {workload_name!r}: choose from {', '.join(WORKLOADS)}")
-    faults = plan(seed, steps, KINDS)
-    with deterministic(device):
-        workload = WORKLOADS[workload_name](seed, steps, device)
+    if workload not in WORKLOADS:
+        raise CannotRun(f"there is no workload {workload!r}: choose from {', '.join(WORKLOADS)}")
+    if not 0 <= seed < 2**63:
+        raise CannotRun(f"--seed {seed} is out of range: use one from 0 to 2^63 - 1")
+    return Stage(WORKLOADS[workload](seed, steps, device), plan(seed, steps, kinds), seed, steps, device)
+
+
+def run_drill(stage: Stage, audience: Audience, ledger: Path | None = None) -> Result:
+    """Run one drill: four trainings and their comparison. Deterministic in its stage, on one machine.
+
+    Args:
+        stage: From `prepare`; may be run again.
+        audience: Told about each step and incident.
+        ledger: Where the guarded run's governor writes its incidents; it appends.
+    """
+    workload, faults, steps = stage.workload, stage.faults, stage.steps
+    with deterministic(stage.device):
         bad = disturbed(workload, faults)
         clean = run_plain("clean", workload, workload.batches, (), audience, with_digests=True)
         unguarded = run_plain("unguarded", workload, bad, faults, audience)
@@ -83,9 +102,14 @@ def run_drill(
     kinds = [fault.kind.name for fault in faults]
     result = score.score(clean, unguarded, guarded, reference, kinds, workload.chance_loss, steps)
     report = score.as_json(
-        result, (clean, unguarded, guarded), workload=workload_name, seed=seed, device=str(device), steps=steps
+        result,
+        (clean, unguarded, guarded),
+        workload=workload.name,
+        seed=stage.seed,
+        device=str(stage.device),
+        steps=steps,
     )
-    return Result(seed, faults, clean, unguarded, guarded, reference, result, report, workload.chance_loss)
+    return Result(stage, clean, unguarded, guarded, reference, result, report)
 
 
 def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_json: bool, out: Path | None) -> int:
@@ -95,20 +119,20 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
         0 when every drill recovered from every fault without a false rollback, 1 otherwise.
 
     Raises:
-        CannotRun: As `run_drill`; also for a device that is not there and a folder that cannot be written.
+        CannotRun: As `prepare`; also for a device that is not there and a folder that cannot be written.
     """
     if seeds < 1:
         raise CannotRun(f"--seeds {seeds} is no number of drills: use 1 or more")
     where = open_device(device)
-    if out is not None:
-        _make_folder(out)
     show = open_show(as_json)
     results: list[Result] = []
     with _quiet_log():
         for one in range(seed, seed + seeds):
+            stage = prepare(workload, one, steps, where)
             folder = out if out is None or seeds == 1 else out / f"seed-{one}"
+            ledger = _new_ledger(folder)
             with show.drill(workload, one, steps, str(where)):
-                result = run_drill(workload, one, steps, where, show, _new_ledger(folder))
+                result = run_drill(stage, show, ledger)
             if folder is not None:
                 _write(result, folder)
             if as_json:
@@ -140,7 +164,7 @@ def open_device(name: str) -> torch.device:
 
 
 @contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Generator[None]:
     """Equal arguments give equal bits inside: one CPU thread (the model is small), deterministic kernels on a GPU."""
     threads, was_on = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     benchmark = torch.backends.cudnn.benchmark
@@ -157,7 +181,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_log() -> Iterator[None]:
+def _quiet_log() -> Generator[None]:
     """The show tells of incidents; the library's own log lines would tear its display."""
     silent, propagate = logging.NullHandler(), logger.propagate
     logger.addHandler(silent)
@@ -169,25 +193,21 @@ def _quiet_log() -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotRun(f"--out {folder} cannot be written ({error.strerror}): choose another folder") from error
-
-
 def _new_ledger(folder: Path | None) -> Path | None:
     """An empty ledger in place of an earlier drill's."""
     if folder is None:
         return None
-    _make_folder(folder)
     ledger = folder / "incidents.jsonl"
-    ledger.write_text("", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ledger.write_text("", encoding="utf-8")
+    except OSError as error:
+        raise CannotRun(f"--out {folder} cannot be written ({error.strerror}): choose another folder") from error
     return ledger
 
 
 def _write(result: Result, folder: Path) -> None:
-    """`report.json` and `drill.svg`, replacing those of an earlier drill. The governor has written `incidents.jsonl`."""
+    """`report.json` and `drill.svg`, in place of an earlier drill's; the governor has written `incidents.jsonl`."""
     (folder / "report.json").write_text(json.dumps(result.report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "drill.svg").write_text(draw_result(result), encoding="utf-8")
 
@@ -201,8 +221,8 @@ def draw_result(result: Result) -> str:
         result.guarded,
         result.score,
         num_batches=report["steps"],
-        chance_loss=result.chance_loss,
-        heading=f"tolaria drill: {report['workload']}, seed {result.seed}, {report['steps']} steps, {report['device']}",
+        chance_loss=result.stage.workload.chance_loss,
+        heading=f"tolaria drill: {report['workload']}, seed {result.stage.seed}, {report['steps']} steps, {report['device']}",
     )
 
 

@@ -71,9 +71,10 @@ def _training(scene: Scene) -> Training:
 
 
 def _explode_gradients(scene: Scene) -> None:
-    """Every gradient a million times too large, and finite. Adam divides by its size, so the harm comes over ten steps:
-    the first moments forget it by 0.9 a step, the second by 0.999, and in between every weight marches one way; after
-    that the second moments are too large to learn anything for thousands of steps.
+    """Every gradient a million times too large, and finite.
+
+    Adam divides by its size, so the harm comes over ten steps: the first moments forget it by 0.9 a step, the second by
+    0.999, and in between every weight marches one way. After that the second moments are too large to learn anything.
     """
     for parameter in _training(scene).model.parameters():
         if parameter.grad is not None:
@@ -108,7 +109,7 @@ def _write_from_foreign_thread(scene: Scene) -> None:
 
 
 def _flip_exponent_bit(scene: Scene) -> None:
-    """The highest exponent bit of one positive weight: 0.05 becomes 1.7e37. (A negative one would only silence a ReLU.)"""
+    """The highest exponent bit of a positive weight: 0.05 becomes 1.7e37. A negative one would only silence a ReLU."""
     flat = scene.workload.exposed_weight(_training(scene).model).data.view(-1)
     positive = (flat > 0).nonzero().flatten()
     chosen = positive[int(torch.randint(len(positive), (), generator=scene.generator))]

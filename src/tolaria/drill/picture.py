@@ -18,9 +18,9 @@ from tolaria.records import Incident
 from tolaria.report import describe
 
 _WIDTH, _HEIGHT = 1200, 640
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 1172, 196, 560  # of the plot
-_LANE = 22  # height of the lane above the plot, for losses beyond the scale
-_CAP = 100.0  # top of the scale
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 1172, 216, 562  # of the plot
+_LANE = 26  # height of the lane above the plot, for losses beyond the scale
+_CAP = 50.0  # top of the scale
 _SMOOTH = 9  # steps of the running median that is drawn
 
 _STYLE = """
@@ -31,6 +31,7 @@ _STYLE = """
   .grid { stroke: #d0d7de; stroke-width: 1 } .faint { stroke-opacity: .45 } .axis { stroke: #8c959f }
   .chance { stroke: #57606a; stroke-width: 1.2; stroke-dasharray: 2 5 }
   .fault { stroke: #8250df; stroke-width: 1.3; stroke-dasharray: 5 4 } .fault-text { fill: #8250df; font-weight: 600 }
+  .label { paint-order: stroke; stroke: #ffffff; stroke-width: 5px; stroke-linejoin: round }
   .skipped { fill: #8250df; fill-opacity: .16 }
   path { fill: none; stroke-linejoin: round; stroke-linecap: round }
   .clean { stroke: #afb8c1; stroke-width: 7 }
@@ -45,7 +46,8 @@ _STYLE = """
     .page { fill: #0d1117 } .panel { fill: #161b22 } .lane { fill: #2d1a12 }
     text { fill: #e6edf3 } .quiet { fill: #9198a1 }
     .grid { stroke: #30363d } .axis { stroke: #6e7681 } .chance { stroke: #9198a1 }
-    .fault { stroke: #bc8cff } .fault-text { fill: #bc8cff } .skipped { fill: #bc8cff; fill-opacity: .22 }
+    .label { stroke: #0d1117 } .fault { stroke: #bc8cff } .fault-text { fill: #bc8cff }
+    .skipped { fill: #bc8cff; fill-opacity: .22 }
     .clean { stroke: #484f58 } .unguarded { stroke: #f0883e } .guarded { stroke: #79c0ff } .undone { stroke: #58a6ff }
     .incident circle { fill: #0d1117; stroke: #79c0ff } .incident path { stroke: #79c0ff }
     .missed { fill: #ff7b72 } .good { fill: #3fb950 } .name-unguarded { fill: #f0883e }
@@ -95,8 +97,8 @@ def draw(
     Returns:
         An SVG document of 1200 x 640, well-formed XML.
     """
-    kept = [step.loss for record in (clean, guarded) for step in record.kept if 0 < step.loss < _CAP]
-    scale = _Scale(num_batches, 10 ** math.floor(math.log10(min(kept, default=0.1))))
+    calm = [loss for record in (clean, guarded) for _, loss in _smooth(record.kept) if 0 < loss < _CAP]
+    scale = _Scale(num_batches, _round_down(min(calm, default=0.1)))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
         f'role="img" aria-label="{escape(heading)}">',
@@ -109,7 +111,7 @@ def draw(
         _curve(scale, "guarded", _smooth(guarded.kept)),
         *_undone(scale, guarded),
         *_faults(scale, guarded, score),
-        *_headline(heading, score, guarded),
+        *_headline(heading, score, clean, unguarded, guarded),
         *_legend(),
         "</svg>",
     ]
@@ -124,30 +126,35 @@ def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
 
 
+def _round_down(value: float) -> float:
+    """The next lower of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(power * lead for lead in (1, 2, 5) if power * lead <= value * 1.0001)
+
+
 def _axes(scale: _Scale, chance_loss: float) -> Iterable[str]:
     width = _RIGHT - _LEFT
     yield f'<rect class="panel" x="{_LEFT}" y="{_TOP}" width="{width}" height="{_BOTTOM - _TOP}"/>'
     yield f'<rect class="lane" x="{_LEFT}" y="{_TOP - _LANE}" width="{width}" height="{_LANE}"/>'
-    yield _text(_LEFT - 8, _TOP - _LANE / 2 + 4, "NaN, ∞", "quiet small", "end")
-    decade = scale.floor
-    while decade <= _CAP * 1.001:
-        yield _line(_LEFT, scale.y(decade), _RIGHT, scale.y(decade), "grid")
-        yield _text(_LEFT - 8, scale.y(decade) + 4, f"{decade:g}", "quiet", "end")
-        for between in (2, 5):
-            if decade * between < _CAP:
-                yield _line(_LEFT, scale.y(decade * between), _RIGHT, scale.y(decade * between), "grid faint")
-        decade *= 10
-    stride = max(1, 10 ** math.floor(math.log10(scale.num_batches)) // 2)
-    stride = stride if scale.num_batches / stride > 4 else max(1, stride // 2)
-    for batch in range(0, scale.num_batches + 1, stride):
-        if scale.x(batch) <= _RIGHT + 2:
-            yield _line(scale.x(batch), _BOTTOM, scale.x(batch), _BOTTOM + 6, "grid axis")
-            yield _text(scale.x(batch), _BOTTOM + 22, str(batch), "quiet", "middle")
+    yield _text(_LEFT + 8, _TOP - _LANE / 2 + 4, f"above {_CAP:g}, or not finite", "quiet small")
+    for power in range(math.floor(math.log10(scale.floor)), math.ceil(math.log10(_CAP)) + 1):
+        for lead in (1, 2, 5):
+            value = lead * 10.0**power
+            if scale.floor * 0.999 <= value <= _CAP * 1.001:
+                yield _line(_LEFT, scale.y(value), _RIGHT, scale.y(value), "grid" if lead == 1 else "grid faint")
+                yield _text(_LEFT - 8, scale.y(value) + 4, f"{value:g}", "quiet" if lead == 1 else "quiet small", "end")
+    stride = next((s for s in (10, 20, 50, 100, 200, 500) if scale.num_batches / s <= 13), 1000)
+    for batch in range(0, scale.num_batches, stride):
+        yield _line(scale.x(batch), _BOTTOM, scale.x(batch), _BOTTOM + 6, "grid axis")
+        yield _text(scale.x(batch), _BOTTOM + 22, str(batch), "quiet", "middle")
     yield _line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "grid axis")
-    yield _text((_LEFT + _RIGHT) / 2, _BOTTOM + 44, "batch, in the order of the data", "quiet", "middle")
-    yield f'<text transform="translate(22 {(_TOP + _BOTTOM) / 2}) rotate(-90)" class="quiet" text-anchor="middle">training loss</text>'
+    yield _text(_RIGHT, _BOTTOM + 22, "batch", "quiet", "end")
+    yield (
+        f'<text transform="translate(20 {(_TOP + _BOTTOM) / 2}) rotate(-90)" class="quiet" text-anchor="middle">'
+        "training loss</text>"
+    )
     yield _line(_LEFT, scale.y(chance_loss), _RIGHT, scale.y(chance_loss), "chance")
-    yield _text(_LEFT + 6, scale.y(chance_loss) - 5, "nothing learnt", "quiet small")
+    yield _text(_LEFT + 8, scale.y(chance_loss) - 6, "nothing learnt", "quiet small")
 
 
 def _smooth(steps: Sequence[Trained]) -> list[tuple[int, float]]:
@@ -185,11 +192,16 @@ def _undone(scale: _Scale, guarded: RunRecord) -> Iterable[str]:
 
 def _incident(scale: _Scale, incident: Incident, at: Trained | None) -> str:
     x, y = (scale.x(at.batch), scale.y(at.loss)) if at is not None else (_LEFT, _TOP)
-    arrow = f'<path d="M{x + 2.6:.1f} {y:.1f} h-5 m2 -2 l-2 2 l2 2"/>'
     return (
         f'<g class="incident" data-step="{incident.step}" data-action="{escape(incident.action)}">'
-        f'<title>{escape(describe(incident))}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="6"/>{arrow}</g>'
+        f"<title>{escape(describe(incident))}</title>{_mark(x, y)}</g>"
     )
+
+
+def _mark(x: float, y: float) -> str:
+    """A ring with an arrow to the left."""
+    arrow = f"M{x + 2.6:.1f} {y:.1f} h-5 m2 -2 l-2 2 l2 2"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6"/><path d="{arrow}"/>'
 
 
 def _skips(scale: _Scale, skipped: Sequence[int]) -> Iterable[str]:
@@ -202,21 +214,23 @@ def _skips(scale: _Scale, skipped: Sequence[int]) -> Iterable[str]:
 
 
 def _faults(scale: _Scale, guarded: RunRecord, score: Score) -> Iterable[str]:
+    """A dashed line for each fault, with a label above the plot: two rows, so that neighbours have room."""
     struck = _first_batches(guarded)
-    shown = [fault for fault in score.faults if fault.kind in struck]
-    for place, fault in enumerate(sorted(shown, key=lambda fault: struck[fault.kind])):
-        x, y = scale.x(struck[fault.kind]), 84 + 46 * (place % 2)
-        yield '<g class="injected">'
-        yield f"<title>{escape(_story(fault))}</title>"
-        yield _line(x, y - 10, x, _BOTTOM, "fault")
-        yield _text(x + 6, y, fault.kind.replace("_", " "), "fault-text")
-        outcome, css = ("recovered", "good small bold") if fault.recovered else ("not recovered", "missed small bold")
+    shown = sorted((fault for fault in score.faults if fault.kind in struck), key=lambda fault: struck[fault.kind])
+    rows = [106 + 46 * (place % 2) for place in range(len(shown))]
+    for fault, y in zip(shown, rows, strict=True):
+        yield _line(scale.x(struck[fault.kind]), y - 12, scale.x(struck[fault.kind]), _BOTTOM, "fault")
+    for fault, y in zip(shown, rows, strict=True):
+        x = scale.x(struck[fault.kind])
+        x, anchor = (x + 6, "start") if x + 130 < _WIDTH else (x - 6, "end")
+        outcome, css = ("recovered", "good") if fault.recovered else ("not recovered", "missed")
         action = fault.incidents[-1].action if fault.incidents else "not detected"
         yield (
-            f'<text x="{x + 6:.1f}" y="{y + 16:.1f}"><tspan class="quiet small">{escape(action)}, </tspan>'
-            f'<tspan class="{css}">{outcome}</tspan></text>'
+            f'<g class="injected" text-anchor="{anchor}"><title>{escape(_story(fault))}</title>'
+            f'<text class="label fault-text" x="{x:.1f}" y="{y}">{escape(fault.kind.replace("_", " "))}</text>'
+            f'<text class="label small" x="{x:.1f}" y="{y + 16}"><tspan class="quiet">{escape(action)},</tspan>'
+            f'<tspan class="{css} bold" dx="4">{outcome}</tspan></text></g>'
         )
-        yield "</g>"
 
 
 def _first_batches(guarded: RunRecord) -> dict[str, int]:
@@ -234,18 +248,24 @@ def _story(fault: FaultScore) -> str:
     return f"{fault.kind.replace('_', ' ')} at step {fault.step}: {told}"
 
 
-def _headline(heading: str, score: Score, guarded: RunRecord) -> Iterable[str]:
+def _headline(heading: str, score: Score, clean: RunRecord, unguarded: RunRecord, guarded: RunRecord) -> Iterable[str]:
     good = sum(fault.recovered for fault in score.faults)
     rollbacks = sum(incident.restored_step is not None for incident in guarded.incidents)
+    end = "bit-identical to" if score.is_equal_at_end else "NOT identical to"
+    losses = ", ".join(
+        f"{record.name} {record.val_loss:.3g}" if score.survived[record.name] else f"{record.name} dead"
+        for record in (clean, unguarded, guarded)
+    )
     yield _text(24, 38, heading, "heading")
-    end = "ends bit-identical to the reference" if score.is_equal_at_end else "does not end like the reference"
+    yield _text(24, 62, f"validation loss: {losses}", "quiet")
     yield _text(
         _RIGHT,
         38,
-        f"{good} of {len(score.faults)} faults recovered, {rollbacks} rollbacks, {len(score.false)} false; {end}",
-        "quiet",
+        f"{good} of {len(score.faults)} faults recovered, {rollbacks} rollbacks, {len(score.false)} of them false",
+        "bold",
         "end",
     )
+    yield _text(_RIGHT, 62, f"the guarded run ended {end} one that never had the skipped batches", "quiet", "end")
 
 
 def _legend() -> Iterable[str]:
@@ -261,7 +281,7 @@ def _legend() -> Iterable[str]:
         yield f'<path class="{css}" d="M{x:.1f} {y - 4} h30"/>'
         yield _text(x + 38, y, words)
         x += 38 + 7.0 * len(words) + 26
-    yield f'<g class="incident"><circle cx="{x + 6:.1f}" cy="{y - 4}" r="6"/><path d="M{x + 8.6:.1f} {y - 4} h-5 m2 -2 l-2 2 l2 2"/></g>'
+    yield f'<g class="legend incident">{_mark(x + 6, y - 4)}</g>'
     yield _text(x + 18, y, "rollback")
     x += 18 + 7.0 * 8 + 26
     yield f'<rect class="skipped" x="{x:.1f}" y="{y - 12}" width="14" height="15"/>'

@@ -17,9 +17,8 @@ from tolaria.errors import TolariaError
 from tolaria.governor import TolariaGovernor
 from tolaria.records import Incident
 
-
 DIGEST_EVERY = 5
-"""Steps between two digests of the train state. A state that is off by one bit stays off, so nothing hides in between."""
+"""Steps between two digests of the train state. A state that is off by one bit stays off: nothing hides in between."""
 
 
 class Audience(Protocol):
@@ -146,9 +145,7 @@ def without(batches: Iterable[Batch], skipped: Iterable[int]) -> list[Batch]:
     return [batch for batch in batches if batch.index not in gone]
 
 
-def _forward_and_backward(
-    workload: Workload, training: Training, injector: Injector, batch: Batch
-) -> torch.Tensor:
+def _forward_and_backward(workload: Workload, training: Training, injector: Injector, batch: Batch) -> torch.Tensor:
     # The average is moved at the head of the step, from the weights that the last step left: a snapshot is taken inside
     # of `governor.step`, so what is moved after it would be missing from the snapshot and be lost by a rollback.
     training.ema.update_parameters(training.model)

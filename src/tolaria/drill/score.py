@@ -3,9 +3,9 @@
 *Detected*: the governor answered an incident at a step whose state held the fault's effect (it had struck at most
 `PATIENCE` steps before, and no rollback had undone it yet). An incident without such a fault is a *false rollback*.
 
-*Recovered*: detected, and from its last rollback up to the next fault the train state is bit-identical, at every
-digest taken, to a reference run whose data never held the batches that were skipped, and which no fault ever touched. As long
-as nothing was skipped, that is the clean run, and the clean run is what it is compared with as well.
+*Recovered*: detected, and from its last rollback up to the next fault the train state is bit-identical, at every digest
+taken, to a reference run that no fault ever touched and whose data never held the batches that were skipped. As long as
+nothing was skipped, that is the clean run, and the reference must agree with the clean run itself.
 
 *Survived*: all weights are finite at the end and the validation loss is no worse than that of a model that has learnt
 nothing (`Workload.chance_loss`).
@@ -147,7 +147,7 @@ def score(
         clean: Undisturbed, with digests.
         unguarded: With the faults, without a governor.
         guarded: With both, with digests.
-        reference: Unguarded, on the disturbed data without `skipped_batches(guarded)`, and no other fault; with digests.
+        reference: Unguarded, on the disturbed data without `skipped_batches(guarded)`, no other fault, with digests.
         kinds: Names of the planned faults.
         chance_loss: Of the workload.
         num_batches: That each run was offered.
@@ -178,9 +178,7 @@ def _confirmed(reference: RunRecord, clean: RunRecord) -> dict[int, str]:
     return expected
 
 
-def _is_recovered(
-    fault: FaultScore, starts: Sequence[int], guarded: RunRecord, expected: dict[int, str]
-) -> bool:
+def _is_recovered(fault: FaultScore, starts: Sequence[int], guarded: RunRecord, expected: dict[int, str]) -> bool:
     if fault.step is None or not fault.incidents:
         return False
     restored = fault.incidents[-1].restored_step

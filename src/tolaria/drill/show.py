@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from tolaria.drill.faults import KINDS
 from tolaria.drill.records import RunRecord, Trained
 from tolaria.records import Incident
 
 _PLAIN_WIDTH = 118  # of tables where there is no terminal
+_TITLES = {kind.name: kind.title for kind in KINDS}
 
 
 class Show:
@@ -41,10 +43,11 @@ class Show:
     # -- while it runs
 
     @contextmanager
-    def drill(self, workload: str, seed: int, steps: int, device: str) -> Iterator[None]:
+    def drill(self, workload: str, seed: int, steps: int, device: str) -> Generator[None]:
         """Around one drill."""
         self._say(f"[bold]tolaria drill[/bold]  {workload}, seed {seed}, {steps} steps, {device}")
-        self._tasks, self._told = {}, set()
+        self._tasks.clear()
+        self._told.clear()
         if self._console is None or not self._console.is_terminal:
             yield
             return
@@ -71,14 +74,14 @@ class Show:
         for kind in step.struck:
             if run == "guarded" and kind not in self._told:
                 self._told.add(kind)
-                self._say(f"  step {step.step:>4}  [magenta]{_plain(kind)}[/magenta] strikes")
+                self._say(f"  step {step.step:>4}  [magenta]{_plain(kind)}[/magenta]: {_TITLES.get(kind, 'strikes')}")
 
     def incident(self, run: str, incident: Incident) -> None:
         """The governor has answered a panic."""
         answer = (
             "nothing restored"
             if incident.restored_step is None
-            else f"back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, {incident.steps_lost} steps lost"
+            else f"back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, {incident.steps_lost} lost"
         )
         data = f"{incident.batches_replayed} batches again, {incident.batches_skipped} skipped"
         self._say(f"  step {incident.step:>4}  [yellow]{incident.reason}[/yellow]: {answer}; {incident.action}, {data}")
@@ -128,7 +131,16 @@ class Show:
         if self._console is None or not self._with_tables:
             return
         table = Table(title="All seeds", title_justify="left", title_style="bold")
-        for name in ("seed", "recovered", "rollbacks", "false", "steps lost", "val loss: clean", "unguarded", "guarded"):
+        for name in (
+            "seed",
+            "recovered",
+            "rollbacks",
+            "false",
+            "steps lost",
+            "val loss: clean",
+            "unguarded",
+            "guarded",
+        ):
             table.add_column(name, justify="right")
         for report in reports:
             runs = report["runs"]

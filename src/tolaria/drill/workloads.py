@@ -196,10 +196,12 @@ def _load_digits() -> tuple[torch.Tensor, torch.Tensor]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "sklearn":
             raise
-        raise CannotRun("the digits come with scikit-learn, which is not installed: pip install 'tolaria[demo]'") from error
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    return images, torch.tensor(digits.target, dtype=torch.int64)
+        raise CannotRun(
+            "the digits come with scikit-learn, which is not installed: pip install 'tolaria[demo]'"
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    return images, torch.tensor(labels, dtype=torch.int64)
 
 
 def _shifted(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

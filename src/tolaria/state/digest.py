@@ -46,7 +46,8 @@ def _update(hasher: xxhash.xxh3_128, value: Any, around: tuple[int, ...]) -> Non
         dense = value.detach().resolve_conj().resolve_neg().contiguous()
         _tell(hasher, "tensor", f"{dense.dtype}{tuple(dense.shape)}")
         if dense.numel():
-            update_bytes(hasher, dense.reshape(-1).view(torch.uint8))
+            # as_strided: one element with a stride of 0 counts as contiguous, and cannot be viewed as bytes
+            update_bytes(hasher, dense.as_strided((dense.numel(),), (1,)).view(torch.uint8))
     elif isinstance(value, dict):
         _tell(hasher, "dict", len(value))
         for key, item in value.items():
