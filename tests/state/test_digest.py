@@ -48,6 +48,16 @@ def test_equal_states_of_different_objects_have_equal_digests(govern: Govern) ->
     assert one.digest() == two.digest()
 
 
+def test_it_does_not_depend_on_how_the_governor_is_attached(govern: Govern) -> None:
+    world = World()
+    acting = world.govern(govern)
+    digest = acting.digest()
+    acting.close()
+    observing = govern(world.model, world.optimizer, scheduler=world.scheduler, scaler=world.scaler, mode="observe")
+    observing.register("value", (lambda: world.value, world.write))
+    assert observing.digest() == digest
+
+
 MEDDLERS: dict[str, Callable[[World], object]] = {
     "parameter": lambda w: w.model[0].weight.data[0, 0].mul_(1.0000001),  # type: ignore[index]
     "signed zero": lambda w: w.model.hidden.neg_(),

@@ -30,6 +30,10 @@ def _gradients(model: nn.Module) -> list[torch.Tensor | None]:
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
+def _same(left: list[torch.Tensor | None], right: list[torch.Tensor | None]) -> bool:
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
 def _bucket_views(model: nn.Module) -> torch.Tensor:
     """Make every gradient a view of one flat bucket, like DDP with `gradient_as_bucket_view`."""
     parameters = list(model.parameters())
@@ -141,10 +145,7 @@ def test_captured_gradients_come_back(views: bool, model: nn.Sequential, govern:
     reference = finish()
     for _ in range(2):
         governor.execute_rollback()
-        for now, then in zip(_gradients(model), captured, strict=True):
-            assert now is not None
-            assert then is not None
-            assert torch.equal(now, then)
+        assert _same(_gradients(model), captured)
         if bucket is not None:
             assert all(parameter.grad is grad for parameter, grad in zip(model.parameters(), held, strict=True))
             assert torch.equal(bucket, torch.cat([grad.flatten() for grad in captured if grad is not None]))
@@ -186,10 +187,7 @@ def test_dropped_gradients_stay_alive_but_are_not_in_the_snapshot(model: nn.Sequ
     _backward(model, 0)
     alive = _gradients(model)
     governor.snapshot(grads="drop")
-    assert all(
-        torch.equal(a, b) for a, b in zip(_gradients(model), alive, strict=True) if a is not None and b is not None
-    )
-    assert model[0].weight.grad is not None
+    assert _same(_gradients(model), alive)
     governor.execute_rollback()
     assert _gradients(model) == [None] * 4
 
@@ -204,6 +202,17 @@ def test_captured_gradients_are_in_no_later_snapshot(model: nn.Sequential, gover
     assert _gradients(model) == [None] * 4
     governor.execute_rollback(to=first)
     assert model[0].weight.grad is not None
+
+
+@pytest.mark.xfail(strict=True, reason="protocol.py: a rollback forgets grad_epoch although gradients came back")
+def test_gradients_that_came_back_are_alive(model: nn.Sequential, govern: Govern) -> None:
+    """A snapshot that would leave them out is refused, like before the rollback."""
+    governor = govern(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    _backward(model, 0)
+    governor.snapshot(grads="capture")
+    governor.execute_rollback()
+    with pytest.raises(tolaria.PhaseError, match="gradients are alive"):
+        governor.snapshot()
 
 
 def test_sparse_gradients_cannot_be_captured(govern: Govern, freeze: Freeze) -> None:
@@ -230,9 +239,7 @@ def test_unscaled_gradients_cannot_be_captured(model: nn.Sequential, govern: Gov
     before = _gradients(model)
     with pytest.raises(tolaria.UnsupportedState, match="scaler has unscaled"):
         governor.snapshot(grads="capture")
-    assert all(
-        torch.equal(a, b) for a, b in zip(_gradients(model), before, strict=True) if a is not None and b is not None
-    )
+    assert _same(_gradients(model), before)
 
     def finish() -> Any:
         scaler.step(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_nothing_is_allocated_between_layout_changes(govern: Govern) -> None:
             counted[width].append(_count(world, governor, governor.snapshot))
             world.step()
             counted[width].append(_count(world, governor, governor.execute_rollback))
-            counted[width].append(_count(world, governor, lambda: governor.execute_rollback(verify="before")))
+            verified = functools.partial(governor.execute_rollback, verify="before")
+            counted[width].append(_count(world, governor, verified))
         sizes[width] = _state_bytes(world)
     assert counted[4] == counted[400]
     assert max(counted[400]) < 256

@@ -77,9 +77,6 @@ def test_fork_repeats_no_draw_and_is_deterministic(model: nn.Linear, govern: Gov
     assert [_draw() for _ in range(2)] == second
 
 
-@pytest.mark.xfail(
-    strict=True, reason="course.py: after_rollback re-keys with `tick`, which only step and observe move"
-)
 def test_fork_repeats_no_draw_over_many_rollbacks_to_one_snapshot(model: nn.Linear, govern: Govern) -> None:
     governor = govern(model, rng="fork")
     governor.snapshot()

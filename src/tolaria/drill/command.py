@@ -79,7 +79,9 @@ def prepare(workload: str, seed: int, steps: int, device: torch.device, kinds: S
         raise CannotRun(f"there is no workload {workload!r}: choose from {', '.join(WORKLOADS)}")
     if not 0 <= seed < 2**63:
         raise CannotRun(f"--seed {seed} is out of range: use one from 0 to 2^63 - 1")
-    return Stage(WORKLOADS[workload](seed, steps, device), plan(seed, steps, kinds), seed, steps, device)
+    faults = plan(seed, steps, kinds)
+    with deterministic(device):
+        return Stage(WORKLOADS[workload](seed, steps, device), faults, seed, steps, device)
 
 
 def run_drill(stage: Stage, audience: Audience, ledger: Path | None = None) -> Result:
@@ -119,10 +121,12 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
         0 when every drill recovered from every fault without a false rollback, 1 otherwise.
 
     Raises:
-        CannotRun: As `prepare`; also for a device that is not there and a folder that cannot be written.
+        CannotRun: As `prepare`; also without such a device, a folder that can be written, or a governor at all.
     """
     if seeds < 1:
         raise CannotRun(f"--seeds {seeds} is no number of drills: use 1 or more")
+    if os.environ.get("TOLARIA_DISABLE", "") not in ("", "0"):
+        raise CannotRun("TOLARIA_DISABLE is set, so there would be no governor: unset it")
     where = open_device(device)
     show = open_show(as_json)
     results: list[Result] = []
@@ -214,15 +218,15 @@ def _write(result: Result, folder: Path) -> None:
 
 def draw_result(result: Result) -> str:
     """The picture of one drill, an SVG document."""
-    report = result.report
+    report, stage = result.report, result.stage
     return draw(
         result.clean,
         result.unguarded,
         result.guarded,
         result.score,
-        num_batches=report["steps"],
-        chance_loss=result.stage.workload.chance_loss,
-        heading=f"tolaria drill: {report['workload']}, seed {result.stage.seed}, {report['steps']} steps, {report['device']}",
+        num_batches=stage.steps,
+        chance_loss=stage.workload.chance_loss,
+        heading=f"tolaria drill: {report['workload']}, seed {stage.seed}, {stage.steps} steps, {report['device']}",
     )
 
 

@@ -84,7 +84,7 @@ class ModulePart(StatePart):
         for key, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
             with contextlib.suppress(UnsupportedState):  # the survey will name it
                 refuse_unsupported(key, tensor)
-                self._trained[key] = is_finite(tensor) or tensor.requires_grad
+                self._trained[key] = tensor.requires_grad or is_finite(tensor)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         yield from self.module.parameters()
@@ -168,7 +168,7 @@ class OptimizerPart(StatePart):
     """State tensors and scalars, keys that come and go, hyper-parameters (tensors too), plain attributes.
 
     An attribute is plain when it is a number, string, tensor, or a list, tuple or dict of such. One that appeared after
-    the snapshot is deleted.
+    the snapshot is deleted; others are left alone.
 
     Restored in place: `Optimizer.load_state_dict` would alias the snapshot, cast moments to the parameter's dtype and
     replace every tensor.
@@ -205,7 +205,9 @@ class OptimizerPart(StatePart):
         attributes = {
             key: leaves.encode(f"{self.name}.{key}", getattr(self.optimizer, key)) for key in self._plain_attributes()
         }
-        return groups, state, attributes
+        # without methods: whether `step` is replaced on the instance is no part of the state
+        known = {key for key, value in vars(self.optimizer).items() if not callable(value)}
+        return groups, state, attributes, known
 
     def _plain_attributes(self) -> list[str]:
         return [
@@ -230,7 +232,7 @@ class OptimizerPart(StatePart):
                     yield f"{leaf.name} was given other storage, shape or dtype"
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        groups, state, attributes = saved
+        groups, state, attributes, known = saved
         for (_, options), group in zip(groups, self.optimizer.param_groups, strict=True):
             values = {key: self._decode(leaves, tree) for key, tree in options.items()}
             _refill(group, {**values, "params": group["params"]})
@@ -243,7 +245,7 @@ class OptimizerPart(StatePart):
                 restored[key] = live[key]
         _refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
         for key in self._plain_attributes():
-            if key not in attributes:
+            if key not in known:
                 delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))

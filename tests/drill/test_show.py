@@ -1,0 +1,108 @@
+"""What a person sees: live on a terminal, plain lines elsewhere, nothing where the report is the output."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.show import Show
+from tolaria.records import Incident
+
+INCIDENT = Incident(
+    step=3,
+    onset=3,
+    reason="non-finite loss",
+    signs={},
+    evidence={},
+    action="skip",
+    restored_step=1,
+    certified=True,
+    steps_lost=2,
+    batches_replayed=1,
+    batches_skipped=1,
+    rollback_ms=1.25,
+    barrier="host",
+)
+
+
+def report(recovered: bool) -> dict[str, Any]:
+    run = {"survived": True, "final_loss": 0.1, "val_loss": 0.1, "state_digest": "0123456789abcdef0123"}
+    return {
+        "seed": 7,
+        "runs": {
+            "clean": run,
+            "unguarded": {**run, "survived": False, "final_loss": None, "val_loss": None},
+            "guarded": {**run, "rollbacks": 1, "false_rollbacks": 0, "steps_lost": 2},
+        },
+        "faults": [
+            {
+                "kind": "nan_batch",
+                "step": 3,
+                "detected_step": 3 if recovered else None,
+                "restored_step": 1 if recovered else None,
+                "action": "skip" if recovered else None,
+                "rollback_ms": 1.25 if recovered else None,
+                "barrier": "host" if recovered else None,
+                "recovered": recovered,
+            }
+        ],
+        "injected": 1,
+        "recovered": int(recovered),
+    }
+
+
+def play(show: Show) -> None:
+    with show.drill("digits", 7, 4, "cpu"):
+        show.begin("guarded", 4)
+        for step in (1, 2, 3):
+            show.trained("guarded", Trained(step, step - 1, 0.5, ("nan_batch",) if step == 3 else ()))
+        show.incident("guarded", INCIDENT)
+        record = RunRecord("guarded", val_loss=0.25)
+        record.events = [Trained(1, 0, 0.5)]
+        show.end(record)
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
+def test_progress_tells_of_faults_and_incidents(terminal: bool) -> None:
+    out = io.StringIO()
+    play(Show(Console(file=out, force_terminal=terminal, width=118), with_tables=True))
+    shown = out.getvalue()
+    for words in ("digits, seed 7, 4 steps, cpu", "one batch holds a NaN", "non-finite loss", "back to step 1", "skip"):
+        assert words in shown
+    assert ("\x1b" in shown) is terminal
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_tables(recovered: bool, tmp_path: Path) -> None:
+    out = io.StringIO()
+    show = Show(Console(file=out, width=118), with_tables=True)
+    show.result(
+        report(recovered), steps_lost=[2], num_skipped=1, is_equal_at_end=recovered, ended_by="", folder=tmp_path
+    )
+    show.seeds([report(recovered)])
+    shown = out.getvalue()
+    for words in ("nan batch", "restored to", "steps lost", "dead", "0123456789abcdef", "drill.svg"):
+        assert words in shown
+    assert f"{int(recovered)} of 1 faults recovered" in shown
+    assert ("not end like" in shown) is not recovered
+
+
+def test_an_early_end_is_told() -> None:
+    out = io.StringIO()
+    show = Show(Console(file=out, width=118), with_tables=True)
+    show.result(
+        report(False), steps_lost=[2], num_skipped=0, is_equal_at_end=False, ended_by="NoSnapshot: x", folder=None
+    )
+    assert "NoSnapshot: x" in out.getvalue()
+
+
+def test_silence() -> None:
+    show = Show(None, with_tables=False)
+    play(show)
+    show.result(report(True), steps_lost=[2], num_skipped=1, is_equal_at_end=True, ended_by="", folder=None)
+    show.seeds([])
