@@ -2,9 +2,9 @@
 
     python benchmarks/state_copy.py [--megabytes 400] [--tensors 100] [--rounds 9]
 
-Floor and candidates take turns within each round, so that a busy machine slows all of them; ratios are taken per round
-and their median is printed (1.00 = as fast as the floor, higher is better). `done`: the bytes are copied. `sealed`: they
-are also known to be finite, and their digest is taken.
+Floor and candidates take turns within each round, so that a busy machine slows all of them; ratios are taken per
+round and their median is printed (1.00 = as fast as the floor, higher is better). `done`: the bytes are copied.
+`sealed`: they are also known to be finite, and their digest is taken.
 """
 
 from __future__ import annotations
@@ -68,10 +68,8 @@ def main() -> None:
             rows = []
             for _ in range(arguments.rounds):
                 floor = seconds(lambda: target.copy_(source))
-                rows.append(
-                    [floor, floor / seconds(stage), floor / seconds(governor.snapshot)]
-                    + [floor / seconds(governor.execute_rollback)]
-                )
+                calls = (stage, governor.snapshot, governor.execute_rollback)
+                rows.append([floor, *(floor / seconds(call) for call in calls)])
         floors, done, sealed, back = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"{num_tensors:>8} {num_bytes / floors / 1e9:>11.1f} {done:>14.2f} {sealed:>16.2f} {back:>9.2f}")
 

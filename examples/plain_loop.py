@@ -1,4 +1,4 @@
-"""A plain PyTorch loop under guard. Run: python examples/plain_loop.py
+"""A plain PyTorch loop under guard: `python examples/plain_loop.py`.
 
 One batch of this data set is poisoned. Ungoverned, the weights would be NaN from that step on; here the incident is one
 line on stderr and training goes on, exactly as if the batch had never been in the data.

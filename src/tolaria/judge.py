@@ -183,9 +183,9 @@ def loss_spike(*, threshold: float = 9.5, allowance: float = 1.0, clip: float = 
 
     A one-sided cumulative sum (Page 1954) of how far each loss lies above the location, in scales, minus `allowance`.
     The three largest pieces of an episode do not count towards the panic. Location: the lower of the medians of the
-    last 8 and the last 32 accepted losses, held near the lowest recent level so that a slow rise is not learnt as normal.
-    Scale: the wider of interquartile range and upper 90 % point of the residuals, widened where the sample is small,
-    where the curve has healed humps of its own, and where it is coming down steeply.
+    last 8 and of the last 32 accepted losses, held near the lowest recent level so that a slow rise is not learnt as
+    normal. Scale: the wider of interquartile range and upper 90 % point of the residuals, widened where the sample is
+    small, where the curve has healed humps of its own, and where it is coming down steeply.
 
     Args:
         threshold: Score at which it panics.

@@ -127,7 +127,7 @@ def test_a_tampered_end_is_a_finding() -> None:
 
 def test_a_reference_that_is_not_the_clean_run_proves_nothing() -> None:
     clean = run("clean", list(range(STEPS)))
-    clean.digests[35] = "tampered"
+    clean.digests[30] = "tampered"
     assert [fault.recovered for fault in judge(guarded_run(), clean=clean).faults] == [False, True]
 
 

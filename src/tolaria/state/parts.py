@@ -168,13 +168,14 @@ class OptimizerPart(StatePart):
     """State tensors and scalars, keys that come and go, hyper-parameters (tensors too), plain attributes.
 
     An attribute is plain when it is a number, string, tensor, or a list, tuple or dict of such. One that appeared after
-    the snapshot is deleted; others are left alone.
+    the snapshot is deleted. An attribute that is an optimizer itself (the one that SAM or Lookahead wraps) is a part of
+    its own; others are left alone.
 
     Restored in place: `Optimizer.load_state_dict` would alias the snapshot, cast moments to the parameter's dtype and
     replace every tensor.
     """
 
-    def __init__(self, name: str, optimizer: Optimizer) -> None:
+    def __init__(self, name: str, optimizer: Optimizer, around: tuple[Optimizer, ...] = ()) -> None:
         if not isinstance(optimizer, Optimizer):
             raise UnsupportedState(
                 "attaching the governor",
@@ -182,10 +183,20 @@ class OptimizerPart(StatePart):
                 "Pass the optimizer that it wraps (often its `.optimizer`).",
             )
         self.name, self.optimizer = name, optimizer
+        self._around = (*around, optimizer)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
+        for key, optimizer in self._wrapped().items():
+            yield from self._inner(key, optimizer).parameters()
+
+    def _wrapped(self) -> dict[str, Optimizer]:
+        found = {key: value for key, value in vars(self.optimizer).items() if isinstance(value, Optimizer)}
+        return {key: value for key, value in found.items() if all(value is not outer for outer in self._around)}
+
+    def _inner(self, key: str, optimizer: Optimizer) -> OptimizerPart:
+        return OptimizerPart(f"{self.name}.{key}", optimizer, self._around)
 
     def survey(self, leaves: Leaves) -> Any:
         groups = []
@@ -207,7 +218,8 @@ class OptimizerPart(StatePart):
         }
         # without methods: whether `step` is replaced on the instance is no part of the state
         known = {key for key, value in vars(self.optimizer).items() if not callable(value)}
-        return groups, state, attributes, known
+        wrapped = [(k, o, self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
+        return groups, state, attributes, known, wrapped
 
     def _plain_attributes(self) -> list[str]:
         return [
@@ -217,7 +229,9 @@ class OptimizerPart(StatePart):
         ]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
-        groups = saved[0]
+        groups, *_, wrapped = saved
+        for key, optimizer, inner in wrapped:
+            yield from self._inner(key, optimizer).differences(inner, leaves)
         live = self.optimizer.param_groups
         if len(groups) != len(live):
             yield f"{self.name} has {len(live)} parameter groups, had {len(groups)}"
@@ -232,7 +246,7 @@ class OptimizerPart(StatePart):
                     yield f"{leaf.name} was given other storage, shape or dtype"
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        groups, state, attributes, known = saved
+        groups, state, attributes, known, wrapped = saved
         for (_, options), group in zip(groups, self.optimizer.param_groups, strict=True):
             values = {key: self._decode(leaves, tree) for key, tree in options.items()}
             _refill(group, {**values, "params": group["params"]})
@@ -249,6 +263,9 @@ class OptimizerPart(StatePart):
                 delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))
+        for key, optimizer, inner in wrapped:
+            setattr(self.optimizer, key, optimizer)
+            self._inner(key, optimizer).restore(inner, None, leaves)
 
     @staticmethod
     def _decode(leaves: Leaves, tree: Any) -> Any:

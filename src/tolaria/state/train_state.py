@@ -200,14 +200,14 @@ class TrainState:
 
 
 def _without_identities(tree: Any) -> Any:
-    """Host values of a survey without modules and tensors, whose identity differs from run to run."""
+    """Host values of a survey without modules, optimizers and tensors, whose identity differs from run to run."""
     if isinstance(tree, dict):
         return {key: _without_identities(item) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_without_identities(item) for item in tree]
     if isinstance(tree, Ref):
         return tree.index
-    return None if isinstance(tree, (nn.Module, torch.Tensor)) else tree
+    return None if isinstance(tree, (nn.Module, torch.Tensor, Optimizer)) else tree
 
 
 def _numbered(kind: str, index: int, of: Sequence[Any]) -> str:
