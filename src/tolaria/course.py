@@ -57,6 +57,7 @@ class Course:
         self._ledger = Ledger(config.ledger, config.on_incident)
         self._count_lock = threading.Lock()
         self._last_automatic = 0  # `completed` at the last automatic snapshot
+        self._due: VitalSigns | None = None  # of the step whose snapshot waits for the end of the loop body
         self._position = 0  # of the data, at the snapshot restored last
         self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
         self.keeper: Keeper
@@ -76,6 +77,7 @@ class Course:
         """The inverse, at a rollback."""
         self.completed, self._judgement, self._position = journal
         self._last_automatic = self.completed
+        self._due = None
         while self._history and self._history[-1][0] > self.completed:
             self._history.pop()
 
@@ -107,14 +109,36 @@ class Course:
             return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
         due = self.completed - self._last_automatic >= self.config.effective_cadence
         if verdict.health is Health.HEALTHY and due:
-            poisoned = self._take_automatic()
-            if poisoned:
-                logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
-                verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
-                self.count(panics=1)
+            if self.feed.is_delivering and self._due is None:
+                self._due = vital  # `settle` takes it at the end of the loop body
+            else:
+                verdict = self._snapshot_or_panic(vital, verdict)
+        elif verdict.health is not Health.HEALTHY:
+            self._due = None
         if verdict.is_panic:
             self._panic(vital, verdict)
         return StepResult(verdict=verdict, rolled_back=verdict.is_panic, skipped=skipped)
+
+    def settle(self) -> None:
+        """The loop body is over: take the snapshot that its step has left due.
+
+        Not inside `step`: what the body does after it (an average of the weights, a scheduler) belongs to that step. A
+        loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
+        """
+        if self._due is not None and not self.feed.has_open:
+            vital, healthy = self._due, Verdict(Health.HEALTHY, self._due.step)
+            verdict = self._snapshot_or_panic(vital, healthy)
+            if verdict.is_panic:
+                self._panic(vital, verdict)
+
+    def _snapshot_or_panic(self, vital: VitalSigns, verdict: Verdict) -> Verdict:
+        self._due = None
+        poisoned = self._take_automatic()
+        if not poisoned:
+            return verdict
+        logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
+        self.count(panics=1)
+        return Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
 
     # ------------------------------------------------------------ snapshots
 

@@ -86,6 +86,7 @@ class Feed:
         self._open: list[int] = []
         self._next = 0
         self._dropped: set[int] = set()
+        self._delivering = 0
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._devices, self._track_draws = devices, track_draws
 
@@ -107,32 +108,43 @@ class Feed:
         self._open.clear()
         return taken
 
+    @property
+    def is_delivering(self) -> bool:
+        """Whether a loop is being fed now, so that the end of its body will be seen."""
+        return self._delivering > 0
+
+    @property
+    def has_open(self) -> bool:
+        """Whether a batch was delivered that no step has consumed yet."""
+        return bool(self._open)
+
     def deliver(self, loader: Iterable[Any], settle: Callable[[], None]) -> Iterator[Any]:
         """Yield the batches of `loader`, and again those that a rollback put back.
 
         Args:
             loader: Any iterable.
-            settle: Called when the loader is exhausted: outstanding verdicts may demand more deliveries.
+            settle: Called whenever the loop asks for more, so at the end of its body, and again at the end of the
+                loader. It may rewind, and so demand more deliveries.
         """
-        source: Iterator[Any] | None = None
-        exhausted = False
-        while True:
-            if self._queue:
-                delivery = self._again(self._queue.popleft())
-            elif exhausted:
-                return
-            else:
-                before = rng.read(self._devices) if self._track_draws() else None
-                source = iter(loader) if source is None else source
-                try:
-                    batch = next(source)
-                except StopIteration:
-                    exhausted = True
-                    settle()
-                    continue
-                delivery = self._first(batch, before)
-            self._open.append(delivery.index)
-            yield delivery.batch
+        self._delivering += 1
+        try:
+            source: Iterator[Any] | None = None
+            while True:
+                settle()
+                if self._queue:
+                    delivery = self._again(self._queue.popleft())
+                else:
+                    before = rng.read(self._devices) if self._track_draws() else None
+                    source = iter(loader) if source is None else source
+                    try:
+                        batch = next(source)
+                    except StopIteration:
+                        return
+                    delivery = self._first(batch, before)
+                self._open.append(delivery.index)
+                yield delivery.batch
+        finally:
+            self._delivering -= 1
 
     def _first(self, batch: Any, before: rng.RngState | None) -> Delivery:
         draws = None

@@ -135,7 +135,8 @@ class TolariaGovernor:
     def watch(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Deliver the batches of `loader`, and after a rollback those that its recovery wants again.
 
-        Takes the first snapshot before the first batch. At the end of the loader the last step has been judged.
+        Takes the first snapshot before the first batch, and later ones when the loop asks for its next batch, so that
+        they hold what the loop body does after `step`. At the end of the loader the last step has been judged.
         """
         if self.is_disabled:
             yield from loader
@@ -143,7 +144,7 @@ class TolariaGovernor:
         self._require_open("watching a loader")
         if self.config.mode == "act" and ring.newest_good(self._keeper.ring) is None:
             self._course.take_first()
-        yield from self._feed.deliver(loader, lambda: None)
+        yield from self._feed.deliver(loader, self._course.settle)
 
     def step(
         self,
@@ -218,7 +219,9 @@ class TolariaGovernor:
             grad_norm=done.grad_norm if judged_gradients else None,
             nonfinite_gradients=done.nonfinite_gradients if judged_gradients else 0,
             nonfinite_weights=(
-                observe.num_nonfinite(parameters) if step % self.config.check_weights_every == 0 else None
+                observe.num_nonfinite(self._keeper.state.trained_parameters())
+                if step % self.config.check_weights_every == 0
+                else None
             ),
             metric=metric,
             extra={name: observe.read_sign(value) for name, value in signs.items()},
@@ -244,7 +247,7 @@ class TolariaGovernor:
             loss=observe.read_loss(loss),
             grad_norm=extra.pop("grad_norm", norm),
             nonfinite_gradients=bad_grads,
-            nonfinite_weights=observe.num_nonfinite(parameters),
+            nonfinite_weights=observe.num_nonfinite(self._keeper.state.trained_parameters()),
             metric=extra.pop("metric", None),
             extra=extra,
         )

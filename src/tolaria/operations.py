@@ -141,7 +141,10 @@ class Inspect:
 
 @dataclass(frozen=True, slots=True)
 class RestoreHost:
-    """Put the host side back, drop gradients, bump version counters; clear optimizers that have no snapshot."""
+    """Put the host side back, drop gradients, bump version counters; clear optimizers that have no snapshot.
+
+    Answers whether gradients came back with the snapshot.
+    """
 
     slot: int
     reset: tuple[Any, ...] = ()

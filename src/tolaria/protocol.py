@@ -379,8 +379,9 @@ def rollback(
     def commit(state: HostState) -> tuple[HostState, int]:
         epoch = state.epoch + 1
         slots = ring.drop_newer(state.ring, target.snapshot)
-        # finished backward passes are forgotten (their gradients are dropped); running ones are not
-        return replace(state, ring=slots, epoch=epoch, grad_epoch=None, torn=False), epoch
+        # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
+        # holds any, belong to the new epoch); running passes are not
+        return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch
 
     try:
         waited_s = yield from _enter_exclusive(thread, ground, doing)
@@ -403,7 +404,7 @@ def rollback(
             for part in Part:
                 yield Copy(target.index, device, part, Direction.RESTORE)
         yield from _post_barrier(ground, devices)
-        yield RestoreHost(target.index, reset)
+        alive: bool = yield RestoreHost(target.index, reset)
         epoch = yield Change("commit", commit)
         return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s)
     except BaseException as error:

@@ -197,7 +197,7 @@ class Vault:
         return Inspection(nonfinite=_nonfinite(arena, survey))
 
     @torch.inference_mode(False)
-    def restore_host(self, op: RestoreHost) -> None:
+    def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)
         if host is None:
@@ -207,6 +207,7 @@ class Vault:
         self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices())
         for optimizer in op.reset:
             optimizer.state.clear()
+        return any(parameter.grad is not None for parameter in self.state.parameters())
 
     def num_bytes(self, index: int) -> int:
         """Bytes of tensors that a slot holds."""

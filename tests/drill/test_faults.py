@@ -121,6 +121,14 @@ def test_bad_data_is_in_its_batches_only(workload: Digits) -> None:
     assert all(torch.equal(a.targets, b.targets) for a, b in zip(spoilt, again, strict=True))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.moment is not Moment.DATA], ids=lambda kind: kind.name)
+def test_a_run_that_is_dead_already_goes_on(kind: FaultKind, workload: Digits, training: Training) -> None:
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter.fill_(torch.nan)
+    Fault(kind, 3, 0).act(workload, training, workload.batches[3])
+
+
 # -- when they come again
 
 

@@ -204,7 +204,6 @@ def test_captured_gradients_are_in_no_later_snapshot(model: nn.Sequential, gover
     assert model[0].weight.grad is not None
 
 
-@pytest.mark.xfail(strict=True, reason="protocol.py: a rollback forgets grad_epoch although gradients came back")
 def test_gradients_that_came_back_are_alive(model: nn.Sequential, govern: Govern) -> None:
     """A snapshot that would leave them out is refused, like before the rollback."""
     governor = govern(model, torch.optim.SGD(model.parameters(), lr=0.1))

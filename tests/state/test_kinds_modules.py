@@ -297,7 +297,6 @@ def test_mask_buffers_of_minus_infinity_are_no_damage(govern: Govern) -> None:
     _survives_ten_steps(govern(model, optimizer, cadence=2, probation=2), model)
 
 
-@pytest.mark.xfail(strict=True, reason="governor.py: num_nonfinite(parameters) counts masks, not trained_parameters()")
 def test_frozen_parameters_of_minus_infinity_are_no_damage(govern: Govern) -> None:
     model = Holder()
     model.layer.bound = nn.Parameter(torch.tensor([-INF, 0.0]), requires_grad=False)

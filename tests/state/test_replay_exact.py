@@ -302,12 +302,7 @@ def test_the_governed_loop_equals_the_undisturbed_run(
     "panic_at",
     [
         1,
-        pytest.param(
-            5,
-            marks=pytest.mark.xfail(
-                strict=True, reason="course.py: automatic snapshots are taken inside step(), before the loop body ends"
-            ),
-        ),
+        5,
     ],
 )
 def test_what_follows_the_step_in_the_loop_body_is_replayed_exactly(

@@ -111,8 +111,10 @@ def _write_from_foreign_thread(scene: Scene) -> None:
 def _flip_exponent_bit(scene: Scene) -> None:
     """The highest exponent bit of a positive weight: 0.05 becomes 1.7e37. A negative one would only silence a ReLU."""
     flat = scene.workload.exposed_weight(_training(scene).model).data.view(-1)
-    positive = (flat > 0).nonzero().flatten()
-    chosen = positive[int(torch.randint(len(positive), (), generator=scene.generator))]
+    candidates = (flat > 0).nonzero().flatten()
+    if not len(candidates):  # a run that is dead already
+        candidates = torch.arange(len(flat), device=flat.device)
+    chosen = candidates[int(torch.randint(len(candidates), (), generator=scene.generator))]
     flat.view(torch.int32)[chosen] ^= 1 << 30
 
 
