@@ -51,10 +51,9 @@ class Shield:
             number = next(iter(self._held))
             try:
                 signal.signal(number, self._held[number])
-            except BaseException as error:
-                raised = raised or error
-            if signal.getsignal(number) != self._note:
                 del self._held[number]
+            except BaseException as error:  # this one is set once more: it may not have been
+                raised = raised or error
         if raised is not None:
             raise raised
 

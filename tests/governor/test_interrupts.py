@@ -80,7 +80,10 @@ class Scene:
         if self.what == "snapshot":
             return self.governor.snapshot()
         if self.loss is not None:
-            return self.governor.step(loss=self.loss)
+            result = self.governor.step(loss=self.loss)
+            if self.what == "step with a snapshot":
+                next(self.feed)  # the end of the loop body, where the snapshot is taken
+            return result
         return self.governor.execute_rollback(verify="before" if self.what.startswith("verified") else None)
 
     @property

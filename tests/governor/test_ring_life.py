@@ -154,9 +154,8 @@ def test_a_candidate_that_is_not_finite_is_a_panic(where: str, govern: Govern, k
     else:
         life.run.optimizer.state[life.run.model[4].bias]["exp_avg_sq"][0] = float("nan")
         life.run.model[4].bias.requires_grad_(False)  # else its weight would be NaN at once
-    result = life.step()
-    assert result.rolled_back
-    assert result.verdict.reason == "non-finite train state"
+    life.step()
+    assert life.governor.rollbacks == 1
     assert life.governor.statistics().snapshots_rejected == 1
     assert life.ring == {0: "certified"}
     life.run.model[4].bias.requires_grad_(True)
