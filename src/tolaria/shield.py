@@ -51,9 +51,10 @@ class Shield:
             number = next(iter(self._held))
             try:
                 signal.signal(number, self._held[number])
-                del self._held[number]
-            except BaseException as error:  # this one is set once more: it may not have been
+            except BaseException as error:
                 raised = raised or error
+            if signal.getsignal(number) != self._note:
+                del self._held[number]
         if raised is not None:
             raise raised
 

@@ -276,6 +276,23 @@ def test_the_digest_sees_extra_state(govern: Govern) -> None:
     assert governor.digest() != digest
 
 
+# ---------------------------------------------------------------- not state
+
+
+def test_switches_of_the_user_are_left_as_they_are(govern: Govern) -> None:
+    """Train or eval mode and which parameters are frozen belong to the loop, like its own counters."""
+    model = Holder(table=torch.zeros(2))
+    governor = govern(model)
+    governor.snapshot()
+    model.eval()
+    model.layer.bias.requires_grad_(False)
+    digest = governor.digest()
+    governor.execute_rollback()
+    assert not model.training
+    assert not model.layer.bias.requires_grad
+    assert governor.digest() == digest
+
+
 # ---------------------------------------------------------------- not finite by intention
 
 

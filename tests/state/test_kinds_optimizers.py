@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+import tolaria
 from tolaria import TolariaGovernor
 
 Govern = Callable[..., TolariaGovernor]
@@ -261,6 +262,53 @@ def test_an_optimizer_given_only_to_the_rollback_is_cleared(
     assert foreign.param_groups[0] is held
     assert governor.execute_rollback(optimizer=governed).optimizer == "restored"
     assert freeze(governed) == before
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Like SAM or Lookahead: steps an optimizer of its own, which holds the momentum, and refers back to itself."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.inner = torch.optim.SGD(self.param_groups, momentum=0.9)
+        self.param_groups = self.inner.param_groups
+        self.inner.outer = self
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        self.inner.step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                slow = self.state[parameter].setdefault("slow", parameter.clone())
+                parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+def test_an_optimizer_inside_an_optimizer(model: nn.Sequential, govern: Govern, freeze: Freeze) -> None:
+    optimizer = Wrapping(model.parameters())
+    governor = govern(model, optimizer)
+    for _ in range(2):
+        governor.snapshot()
+        before, digest, inner = freeze(model, optimizer, optimizer.inner), governor.digest(), optimizer.inner
+        seed = torch.get_rng_state()
+        _train(model, optimizer, 2)
+        reference = freeze(model, optimizer, optimizer.inner)
+        optimizer.inner = torch.optim.SGD(model.parameters())
+        assert governor.digest() != digest
+        governor.execute_rollback()
+        assert optimizer.inner is inner
+        assert (freeze(model, optimizer, optimizer.inner), governor.digest()) == (before, digest)
+        torch.set_rng_state(seed)
+        _train(model, optimizer, 2)
+        assert freeze(model, optimizer, optimizer.inner) == reference
+    optimizer.inner.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    changed = freeze(model, optimizer)
+    with pytest.raises(tolaria.StateMismatch, match=r"optimizer\.inner has 2 parameter groups, had 1"):
+        governor.execute_rollback()
+    assert freeze(model, optimizer) == changed
+    optimizer.inner.param_groups.pop()
+    governor.execute_rollback()
+    assert (freeze(model, optimizer, optimizer.inner), governor.digest()) == (before, digest)
 
 
 # ---------------------------------------------------------------- schedulers
