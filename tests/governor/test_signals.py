@@ -232,7 +232,7 @@ class _Meddling:
 
     def signal(self, number: int, handler: Any) -> None:
         signal.signal(number, handler)
-        if number == self._after and self._when(handler):
+        if number == self._after and self._when(handler) and not self.fired:
             self.fired += 1
             signal.raise_signal(self._arrives)
 
