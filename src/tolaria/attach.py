@@ -86,6 +86,16 @@ class Sections:
         if outermost:
             self._at_boundary(kind is SectionKind.WRITE)
 
+    @contextmanager
+    def whole_step(self) -> Generator[None]:
+        """A write section around a whole governed step. The optimizer's own section inside says whether it is torn."""
+        depth = self._driver.depth()
+        try:
+            self._driver.open_section(SectionKind.WRITE, current_backward() != -1, self._timeout_s)
+            yield
+        finally:
+            self._driver.close_section(depth)
+
     def run_forward(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward launch: readers see one epoch, and gradients that flow back through the result carry it."""
         with self.section(SectionKind.FORWARD) as epoch:

@@ -24,7 +24,7 @@ class GovernorConfig:
         probation: Healthy steps that must follow a snapshot before it is certified.
         slots: Snapshots held at once, each as large as the train state. None: as many as cadence and probation need,
             2 + ceil(probation / cadence).
-        keep_batches: Delivered batches that `watch` keeps for a replay. None: twice what a rollback can need.
+        keep_batches: Delivered batches that `watch` keeps for a replay. None: those of `num_kept_steps` steps.
         rng: Global random state (Python, NumPy, torch): ``"restore"`` it with the rest, ``"fork"`` it (re-key, so that
             no draw repeats), or ``"keep"`` it as it runs. None: restore with one live governor in the process, keep
             as soon as there are several.
@@ -96,9 +96,9 @@ class GovernorConfig:
         return max(self.cadence, math.ceil(self.probation / (self.num_slots - 2)))
 
     @property
-    def num_kept_batches(self) -> int:
-        """Steps a rollback can reach back to (probation plus two cadences), twice."""
-        return self.keep_batches or 2 * (self.probation + 2 * self.effective_cadence)
+    def num_kept_steps(self) -> int:
+        """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences)."""
+        return 2 * (self.probation + 2 * self.effective_cadence)
 
     def _choice(self, name: str, allowed: tuple[object, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -71,7 +71,9 @@ class Course:
 
     def read_journal(self) -> Any:
         """What rolls back with the train state: step count, detector states, data position. Immutable."""
-        return self.completed, self._judgement, self.feed.position
+        # captured gradients hold the batches that are open, so those must not come again
+        position = self.feed.upcoming if self.keeper.state.model.include_gradients else self.feed.position
+        return self.completed, self._judgement, position
 
     def write_journal(self, journal: Any) -> None:
         """The inverse, at a rollback."""
@@ -90,25 +92,28 @@ class Course:
         self._judgement, verdict = self._detector.update(self._judgement, vital)
         return verdict
 
-    def account(self, vital: VitalSigns, verdict: Verdict) -> None:
-        """Count the step and move probation on; what follows a panic is somebody else's business."""
+    def account(self, vital: VitalSigns, verdict: Verdict, applied: bool = True) -> None:
+        """Count the step and move probation on; what follows a panic is somebody else's business.
+
+        A step that was not applied (a veto, a scaler that skipped) shows nothing about the state, so it counts for no
+        probation and leaves no snapshot due.
+        """
         self.completed, self.tick = vital.step, self.tick + 1
         self._history.append((vital.step, self.feed.consume()))
         self.count(steps=1, panics=int(verdict.is_panic))
-        if verdict.health is Health.HEALTHY:
-            self.keeper.advance(vital.step)
-        elif verdict.health is Health.SUSPECT:
+        if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
+        elif applied:
+            self.keeper.advance(vital.step)
 
     def conclude(self, vital: VitalSigns, verdict: Verdict, skipped: bool) -> StepResult:
-        """Everything that follows the judgement of one step."""
-        self.account(vital, verdict)
+        """Everything that follows an accounted step: report it, take a snapshot, or roll back."""
         if self.config.mode == "observe":
             if verdict.is_panic:
                 self.report(vital, verdict, "observe", None)
             return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
         due = self.completed - self._last_automatic >= self.config.effective_cadence
-        if verdict.health is Health.HEALTHY and due:
+        if verdict.health is Health.HEALTHY and due and not skipped:
             if self.feed.is_delivering and self._due is None:
                 self._due = vital  # `settle` takes it at the end of the loop body
             else:
@@ -224,7 +229,7 @@ class Course:
             self.keeper.restore(
                 shield, report, completed=vital.step, generations_back=plan.generations_back, verify_before=True
             )
-            rewind = self.feed.rewind(self._position, skip)
+            rewind = self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
             self._after_rollback(report, rewind)
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
             self.report(vital, verdict, action, report, rewind, rewind.note)
@@ -251,7 +256,7 @@ class Course:
             except BaseException:
                 report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report
                 raise
-            rewind = self.feed.rewind(self._position, None)
+            rewind = self.feed.rewind(self._position, None, self._rng_policy() == "restore")
             self._after_rollback(report, rewind)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
@@ -348,7 +353,9 @@ class Course:
                 "Resume with the version of tolaria that wrote it, or start the governor afresh.",
             ) from error
         self.completed = self._last_automatic = completed
-        self.tick, self._judgement, self.recovery, self.statistics = tick, judgement, recovery, statistics
+        # batches are numbered afresh in a new process, so no panic here is the return of one there
+        self.recovery = replace(recovery, attempt=0, first_batch=-1, last_batch=-1)
+        self.tick, self._judgement, self.statistics = tick, judgement, statistics
 
 
 def _as_tuples(value: Any) -> Any:

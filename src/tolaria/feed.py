@@ -11,12 +11,14 @@ successor.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch.utils import _pytree
 
 from tolaria.state import rng
@@ -29,26 +31,37 @@ class Delivery:
     Attributes:
         index: Running number over all loaders, from 0.
         batch: The batch, by reference.
-        versions: Version counters of its tensors at delivery; a batch that was changed in place cannot be replayed.
-        draws: Random state before and after the fetch, None when the fetch drew nothing.
+        versions: Marks of its tensors and arrays at delivery; a batch that was changed in place cannot be replayed.
+        drew: Fetching it drew from global random state.
+        before: Random state before the fetch; None when the fetch drew nothing, or states are not followed.
+        after: Random state when it was handed out last; None when states are not followed.
     """
 
     index: int
     batch: Any
-    versions: tuple[int, ...]
-    draws: tuple[rng.RngState, rng.RngState] | None
+    versions: tuple[Any, ...]
+    drew: bool
+    before: rng.RngState | None
+    after: rng.RngState | None
 
     def is_unchanged(self) -> bool:
         """Whether nobody wrote into the batch since it was first delivered."""
         return self.versions == _versions(self.batch)
 
 
-def _versions(batch: Any) -> tuple[int, ...]:
-    return tuple(
-        leaf._version
-        for leaf in _pytree.tree_leaves(batch)
-        if isinstance(leaf, torch.Tensor) and not leaf.is_inference()
-    )
+def _versions(batch: Any) -> tuple[Any, ...]:
+    """Version counters of tensors; digests of NumPy arrays, which have no counter."""
+    marks: list[Any] = []
+    for leaf in _pytree.tree_leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            marks.append(None if leaf.is_inference() else leaf._version)
+        elif type(leaf).__module__ == "numpy" and hasattr(leaf, "tobytes"):
+            marks.append(xxhash.xxh3_64_intdigest(leaf.tobytes()))
+    return tuple(marks)
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +88,28 @@ class Feed:
     """The governed side of all loaders of one governor.
 
     Args:
-        keep: Deliveries kept for replay.
+        keep: Deliveries kept for replay; None: those of `steps` steps, however many batches a step consumes.
+        steps: See `keep`.
         devices: Accelerators whose random state may be drawn from while fetching.
         track_draws: Whether global random state is restored by rollbacks, so that draws have to be followed.
+
+    Threads: one may rewind while others are delivered to; a loader itself is asked without any lock held.
     """
 
-    def __init__(self, keep: int, devices: Sequence[torch.device], track_draws: Callable[[], bool]) -> None:
-        self._kept: deque[Delivery] = deque(maxlen=keep)
+    def __init__(
+        self, keep: int | None, steps: int, devices: Sequence[torch.device], track_draws: Callable[[], bool]
+    ) -> None:
+        self._kept: deque[Delivery] = deque()
+        self._keep, self._steps, self._widest = keep, steps, 1
         self._queue: deque[Delivery] = deque()
         self._open: list[int] = []
         self._next = 0
         self._dropped: set[int] = set()
         self._delivering = 0
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
+        self._exact_before = 0  # deliveries again below this index find the random state they found before
         self._devices, self._track_draws = devices, track_draws
+        self._lock = threading.RLock()
 
     @property
     def is_used(self) -> bool:
@@ -98,15 +119,28 @@ class Feed:
     @property
     def position(self) -> int:
         """Index of the first batch that no completed step has consumed."""
-        if self._open:
-            return self._open[0]
-        return self._queue[0].index if self._queue else self._next
+        with self._lock:
+            if self._open:
+                return self._open[0]
+            return self._queue[0].index if self._queue else self._next
+
+    @property
+    def upcoming(self) -> int:
+        """Index of the next batch to be handed out."""
+        with self._lock:
+            return self._queue[0].index if self._queue else self._next
+
+    @property
+    def capacity(self) -> int:
+        """Deliveries kept for replay now."""
+        return self._keep if self._keep is not None else self._steps * self._widest
 
     def consume(self) -> tuple[int, ...]:
         """A step has completed: the indices of the batches delivered for it."""
-        taken = tuple(self._open)
-        self._open.clear()
-        return taken
+        with self._lock:
+            taken = tuple(self._open)
+            self._open.clear()
+            return taken
 
     @property
     def is_delivering(self) -> bool:
@@ -126,14 +160,14 @@ class Feed:
             settle: Called whenever the loop asks for more, so at the end of its body, and again at the end of the
                 loader. It may rewind, and so demand more deliveries.
         """
-        self._delivering += 1
+        with self._lock:
+            self._delivering += 1
         try:
             source: Iterator[Any] | None = None
             while True:
                 settle()
-                if self._queue:
-                    delivery = self._again(self._queue.popleft())
-                else:
+                delivery = self._again()
+                if delivery is None:
                     before = rng.read(self._devices) if self._track_draws() else None
                     source = iter(loader) if source is None else source
                     try:
@@ -141,35 +175,60 @@ class Feed:
                     except StopIteration:
                         return
                     delivery = self._first(batch, before)
-                self._open.append(delivery.index)
-                yield delivery.batch
+                # containers of its own: what the loop puts into or takes out of them does not reach the kept batch
+                yield _pytree.tree_map(_itself, delivery.batch)
         finally:
-            self._delivering -= 1
+            with self._lock:
+                self._delivering -= 1
 
     def _first(self, batch: Any, before: rng.RngState | None) -> Delivery:
-        draws = None
-        if before is not None:
-            after = rng.read(self._devices)
-            draws = None if before.equals(after) else (before, after)
-        delivery = Delivery(self._next, batch, _versions(batch), draws)
-        self._next += 1
-        if len(self._kept) == self._kept.maxlen and self._kept[0].draws is not None:
-            self._last_draw_not_kept = self._kept[0].index
-        self._kept.append(delivery)
+        after = None if before is None else rng.read(self._devices)
+        drew = before is not None and after is not None and not before.equals(after)
+        with self._lock:
+            delivery = Delivery(self._next, batch, _versions(batch), drew, before if drew else None, after)
+            self._next += 1
+            self._kept.append(delivery)
+            self._open.append(delivery.index)
+            self._widest = max(self._widest, len(self._open))
+            while len(self._kept) > self.capacity:
+                given_up = self._kept.popleft()
+                if given_up.drew:
+                    self._last_draw_not_kept = given_up.index
         return delivery
 
-    def _again(self, delivery: Delivery) -> Delivery:
-        if delivery.draws is not None and rng.read(self._devices).equals(delivery.draws[0]):
-            rng.write(delivery.draws[1])
+    def _again(self) -> Delivery | None:
+        with self._lock:
+            if not self._queue:
+                return None
+            delivery = self._queue.popleft()
+            self._open.append(delivery.index)
+        if delivery.after is None or not self._track_draws():
+            return delivery
+        if delivery.index < self._exact_before:
+            # whatever drew between two steps, fetching or the user's code between epochs, has drawn the same again
+            rng.write(delivery.after)
+        else:
+            now = rng.read(self._devices)
+            if delivery.before is not None and now.equals(delivery.before):
+                rng.write(delivery.after)
+            else:
+                delivery.before, delivery.after = None, now
         return delivery
 
-    def rewind(self, position: int, skip: range | None) -> Rewind:
+    def rewind(self, position: int, skip: range | None, restores_random_state: bool) -> Rewind:
         """Deliver again everything from `position` on, except the indices in `skip`; None skips all of it.
+
+        Up to the first batch that is left out the run repeats itself, so random state at each delivery is put back to
+        what it was there (if rollbacks restore it at all).
 
         What is no longer kept, or was changed in place, makes a replay impossible: then all of it is skipped.
         """
+        with self._lock:
+            return self._rewind(position, skip, restores_random_state)
+
+    def _rewind(self, position: int, skip: range | None, restores_random_state: bool) -> Rewind:
         due = [delivery for delivery in self._kept if delivery.index >= position]
-        upcoming = self._queue[0].index if self._queue else self._next
+        upcoming = self.upcoming
         self._open.clear()
         delivered = [d for d in due if d.index < upcoming]
         dropped = delivered if skip is None else [d for d in due if d.index in skip]
@@ -178,16 +237,18 @@ class Feed:
             dropped = delivered
         gone = {d.index for d in dropped}
         self._queue = deque(d for d in due if d.index not in gone)
-        self._kept = deque((d for d in self._kept if d.index not in gone), maxlen=self._kept.maxlen)
+        self._kept = deque(d for d in self._kept if d.index not in gone)
         self._dropped |= gone
-        drew = self._last_draw_not_kept >= position or any(d.draws is not None for d in dropped)
+        drew = self._last_draw_not_kept >= position or any(d.drew for d in dropped)
+        repeats = restores_random_state and not (gone and drew)
+        self._exact_before = min(gone, default=self._next) if repeats else 0
         return Rewind(len(self._queue), len(gone), note, drew)
 
     def _obstacle(self, position: int, due: list[Delivery], dropped: list[Delivery]) -> str:
         have = {d.index for d in due}
         missing = [i for i in range(position, self._next) if i not in have and i not in self._dropped]
         if missing:
-            return f"{len(missing)} batches are no longer kept (keep_batches={self._kept.maxlen}): replay became a skip"
+            return f"{len(missing)} batches are no longer kept (keep_batches={self.capacity}): replay became a skip"
         gone = {d.index for d in dropped}
         changed = sum(1 for d in due if d.index not in gone and not d.is_unchanged())
         if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import weakref
@@ -82,7 +83,9 @@ class TolariaGovernor:
         self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
         self.model = model
         self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
-        self._course = Course(self.config, detector or judge.default_detector(), self._rng_policy)
+        self._course = Course(
+            self.config, detector or judge.default_detector(), functools.partial(_rng_policy, self.config)
+        )
         self._closed = False
         if self.is_disabled:
             return
@@ -98,15 +101,21 @@ class TolariaGovernor:
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
+        # nothing inside may refer to the governor itself: dropped, it is gone at once, and counts as live no longer
+        course, config = self._course, self.config
+
+        def follows() -> bool:
+            return _rng_policy(config) != "keep"
+
         self._keeper = Keeper(
             TrainState(model, self._update.optimizers, self._update.schedulers, scaler),
             self.config,
-            with_rng=lambda: self._rng_policy() != "keep",
-            read_journal=self._course.read_journal,
-            write_journal=self._course.write_journal,
-            on_stale=lambda: self._course.count(stale_vetoes=1),
+            with_rng=follows,
+            read_journal=course.read_journal,
+            write_journal=course.write_journal,
+            on_stale=lambda: course.count(stale_vetoes=1),
         )
-        self._feed = Feed(self.config.num_kept_batches, self._keeper.accelerators, lambda: self._rng_policy() != "keep")
+        self._feed = Feed(self.config.keep_batches, self.config.num_kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
@@ -177,14 +186,23 @@ class TolariaGovernor:
             NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
         """
         if self.is_disabled:
-            self._update.plain(clip, metric, loss, closure)
+            parameters = TrainState(self.model, self._update.optimizers).parameters()
+            self._update.plain(list(parameters), clip, metric, loss, closure)
             return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
         self._require_boundary("stepping")
         self._keeper.run_requests(after_step=False)
+        acting = self.config.mode == "act"
+        if acting and ring.newest_good(self._keeper.ring) is None:
+            self._course.take_first()  # a loop without `watch`: from here on there is something to go back to
         with self._keeper.whole_step():
-            result = self._guarded_step(loss, clip, metric, closure, signs)
+            # one section from the first gradient read to the last count: no rollback or snapshot of another thread sees
+            # weights of one step beside the schedule and the counters of another
+            with self._keeper.sections.whole_step() if acting else contextlib.nullcontext():
+                vital, verdict, skipped = self._guarded_step(loss, clip, metric, closure, signs)
+                self._course.account(vital, verdict, applied=not skipped)
+            result = self._course.conclude(vital, verdict, skipped)
         if result.rolled_back:
-            self._update.scaler_skips = 0  # as above
+            self._update.scaler_skips = 0  # a run of skips belongs to the abandoned future
         self._keeper.run_requests(after_step=True)
         return result
 
@@ -195,7 +213,8 @@ class TolariaGovernor:
         metric: float | None,
         closure: Any,
         signs: Mapping[str, torch.Tensor | float],
-    ) -> StepResult:
+    ) -> tuple[VitalSigns, Verdict, bool]:
+        """Update and judge. Answers the signs, the verdict, and whether the update was not applied."""
         acting = self.config.mode == "act"
         parameters = list(self._keeper.state.parameters())
         factor = self._course.learning_rate_factor()
@@ -232,7 +251,7 @@ class TolariaGovernor:
                 Health.PANIC, step, "GradScaler skips every step", step, {"skips": float(done.scaler_skips)}
             )
         skipped = done.vetoed or done.stale or done.scaler_skips > 0
-        return self._course.conclude(vital, verdict, skipped)
+        return vital, verdict, skipped
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots."""
@@ -333,7 +352,7 @@ class TolariaGovernor:
 
         def run() -> None:
             self._course.roll_back(report, to, optimizer, verify == "before")
-            self._update.scaler_skips = 0  # a run of skips belongs to the abandoned future
+            self._update.scaler_skips = 0
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -387,7 +406,7 @@ class TolariaGovernor:
             slots=self.config.num_slots,
             cadence=self.config.effective_cadence,
             cadence_stretched=self.config.effective_cadence != self.config.cadence,
-            rng=self._rng_policy(),
+            rng=_rng_policy(self.config),
         )
 
     def statistics(self) -> Statistics:
@@ -435,9 +454,6 @@ class TolariaGovernor:
 
     # ------------------------------------------------------------ small things
 
-    def _rng_policy(self) -> str:
-        return self.config.rng or ("restore" if len(_live) <= 1 else "keep")
-
     def _require_open(self, doing: str) -> None:
         if self._closed:
             raise PhaseError(doing, "the governor is closed, expected an open one", "Build a new one.")
@@ -451,6 +467,12 @@ class TolariaGovernor:
         self._closed = True
         self._keeper.sections.is_open = False
         _live.discard(self)
+
+
+def _rng_policy(config: GovernorConfig) -> str:
+    """The policy in force: global random state belongs to one acting governor, or to nobody."""
+    acting = sum(governor.config.mode == "act" for governor in _live)
+    return config.rng or ("restore" if acting <= 1 else "keep")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -168,18 +168,23 @@ def _copies_done(ground: Ground, devices: Devices) -> Protocol:
     return tuple(events)
 
 
-def _enter_exclusive(thread: ThreadId, ground: Ground, doing: str) -> Protocol:
+def _announce(thread: ThreadId, doing: str) -> Change:
+    """Outside of the `try` that withdraws it: a refused call of the owner must not open the gate of the outer one."""
+
     def announce(state: HostState) -> tuple[HostState, None]:
         _refuse_in_capture(state, doing)
         return replace(state, gate=gate.announce_exclusive(state.gate, thread, doing)), None
 
+    return Change("announce", announce)
+
+
+def _enter_exclusive(thread: ThreadId, ground: Ground, doing: str) -> Protocol:
     def enter(state: HostState) -> tuple[HostState, None] | None:
         # a capture may have begun inside a section that was open when we announced: waiting for it could last for ever
         _refuse_in_capture(state, doing)
         entered = gate.enter_exclusive(state.gate, thread)
         return None if entered is None else (replace(state, gate=entered), None)
 
-    yield Change("announce", announce)
     _, waited_s = yield Await(f"{doing}: wait for open sections", enter, ground.gate_timeout_s)
     return waited_s
 
@@ -231,6 +236,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Proto
         slots, index = answer
         return replace(state, ring=slots, next_snapshot=serial + 1), (index, serial)
 
+    yield _announce(thread, doing)
     try:
         waited_s = yield from _enter_exclusive(thread, ground, doing)
         devices: Devices = yield Survey()
@@ -378,11 +384,12 @@ def rollback(
 
     def commit(state: HostState) -> tuple[HostState, int]:
         epoch = state.epoch + 1
-        slots = ring.drop_newer(state.ring, target.snapshot)
+        slots = ring.suspend(ring.drop_newer(state.ring, target.snapshot))
         # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
         # holds any, belong to the new epoch); running passes are not
         return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch
 
+    yield _announce(thread, doing)
     try:
         waited_s = yield from _enter_exclusive(thread, ground, doing)
         while True:

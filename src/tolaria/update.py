@@ -95,8 +95,7 @@ class Update:
             value = observe.read_loss(returned) if value is None else value
             if not by_scaler and not is_stale:
                 self._step_schedulers(value if metric is None else metric)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self._clear(parameters)
         self.scaler_skips = self.scaler_skips + 1 if by_scaler else 0
         return Outcome(
             loss=value,
@@ -107,18 +106,30 @@ class Update:
             scaler_skips=self.scaler_skips,
         )
 
-    def plain(self, clip: float | None, metric: float | None, loss: observe.Loss, closure: Closure | None) -> None:
+    def plain(
+        self,
+        parameters: Sequence[nn.Parameter],
+        clip: float | None,
+        metric: float | None,
+        loss: observe.Loss,
+        closure: Closure | None,
+    ) -> None:
         """The same update without any guard: what a loop without tolaria would do."""
         if clip is not None:
             self._unscale()
-            parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, clip)
         returned = self._step(closure)
         if metric is None and any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers):
             metric = observe.read_loss(returned if loss is None else loss)
         self._step_schedulers(metric)
+        self._clear(parameters)
+
+    def _clear(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Set the gradients to None, also of parameters that no optimizer steps: they would add up for ever."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
 
     def _unscale(self) -> None:
         if self.scaler is None:
@@ -154,6 +165,9 @@ class Update:
             yield
             return
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        # torch shares one tensor among all groups when the rate is given as a tensor: lower it once
+        shared = {id(group["lr"]): group for group in groups if isinstance(group["lr"], torch.Tensor)}
+        groups = [group for group in groups if shared.get(id(group["lr"]), group) is group]
         saved = [lr.clone() if isinstance(lr := group["lr"], torch.Tensor) else lr for group in groups]
         try:
             for group in groups:

@@ -172,6 +172,10 @@ class Worker:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    def give_a_chance(self) -> None:
+        """Return when it has ended, or after a while: for a thread that ought to wait for its caller."""
+        self._thread.join(0.3)
+
     def join(self) -> Any:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the thread hangs: a deadlock, or a wait that nothing ends"

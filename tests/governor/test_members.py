@@ -371,7 +371,9 @@ def test_counters_and_retry_budget_survive_a_resume(govern: Govern, kit: Any) ->
     second = govern(run.model, run.optimizer, scheduler=run.scheduler, config=config)
     second.load_state_dict(saved)
     assert second.statistics() == governor.statistics()
-    assert second.state_dict() == governor.state_dict()
+    assert second.state_dict()["tick"] == governor.state_dict()["tick"]
+    # the budget is spent as far as it was; what the trouble was is not known by number in a new process
+    assert second.state_dict()["recovery"]["ticks"] == governor.state_dict()["recovery"]["ticks"]
     assert run.step(second, run.batches[7]).verdict.step == saved["completed"] + 1
     assert second.snapshot().step == saved["completed"] + 1
 

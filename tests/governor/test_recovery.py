@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria import GovernorConfig, Incident, NoSnapshot, RetryBudgetExceeded, TolariaGovernor
+from tolaria import GovernorConfig, Incident, RetryBudgetExceeded, StateMismatch, TolariaGovernor
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -156,12 +156,33 @@ def test_panics_far_apart_do_not_add_up(govern: Govern, kit: Any) -> None:
     assert "stop" not in story.actions
 
 
-def test_without_a_snapshot_a_panic_cannot_be_answered(govern: Govern, kit: Any) -> None:
+def test_the_very_first_step_of_a_loop_without_watch_may_panic(govern: Govern, kit: Any) -> None:
+    """`step` takes the first snapshot before it does anything."""
     run = kit.Run()
     governor = govern(run.model, run.optimizer, detector=kit.scripted({1: "panic"}))
-    with pytest.raises(NoSnapshot) as caught:
-        run.step(governor, run.batches[0])
+    run.backward(run.batches[0])
+    before = run.state()
+    assert governor.step(loss=1.0).rolled_back
+    assert run.state() == before
+
+
+def test_a_panic_that_cannot_be_answered(govern: Govern, kit: Any) -> None:
+    """The structure changed since every snapshot: the error names the change, and nothing was written."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    run.step(governor, run.batches[0])
+    run.model.register_parameter("late", torch.nn.Parameter(torch.zeros(2)))
+    run.backward(run.batches[1])
+    run.model[4].weight.grad[0, 0] = float("nan")
+    before = run.state()
+    with pytest.raises(StateMismatch, match="late was added") as caught:
+        governor.step(loss=1.0)
     assert caught.value.state_intact
+    assert run.state() == before
+    assert governor.statistics().rollbacks == 0
+    info = governor.snapshot()  # of the new structure
+    assert governor.execute_rollback().success
+    assert info.state == "sealed"
 
 
 def test_a_loop_without_watch_is_rolled_back_and_goes_on(govern: Govern, kit: Any) -> None:

@@ -134,7 +134,7 @@ KINDS: tuple[FaultKind, ...] = (
     ),
     FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, _write_from_foreign_thread, 0.44),
     FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, _flip_exponent_bit, 0.56),
-    FaultKind("garbage_batches", "12 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=12),
+    FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=16),
     FaultKind(
         "returning_bit_flip", "a bit flip that returns on replay", Moment.UPDATE, _flip_exponent_bit, 0.80, times=2
     ),
