@@ -22,7 +22,7 @@ from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
 from tolaria.keeper import Keeper, Target
 from tolaria.operations import Inspection
-from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.records import SCHEMA_VERSION, Health, Incident, Journal, Statistics, StepResult, Verdict, VitalSigns
 from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
@@ -58,6 +58,7 @@ class Course:
         self._count_lock = threading.Lock()
         self._last_automatic = 0  # `completed` at the last automatic snapshot
         self._due: VitalSigns | None = None  # of the step whose snapshot waits for the end of the loop body
+        self.abandoned = 0  # `completed` when the last rollback took place
         self._position = 0  # of the data, at the snapshot restored last
         self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
         self.keeper: Keeper
@@ -69,14 +70,15 @@ class Course:
 
     # ------------------------------------------------------------ what a snapshot holds of us
 
-    def read_journal(self) -> Any:
+    def read_journal(self) -> Journal:
         """What rolls back with the train state: step count, detector states, data position. Immutable."""
         # captured gradients hold the batches that are open, so those must not come again
         position = self.feed.upcoming if self.keeper.state.model.include_gradients else self.feed.position
-        return self.completed, self._judgement, position
+        return Journal(self.completed, self._judgement, position)
 
-    def write_journal(self, journal: Any) -> None:
+    def write_journal(self, journal: Journal) -> None:
         """The inverse, at a rollback."""
+        self.abandoned = self.completed
         self.completed, self._judgement, self._position = journal
         self._last_automatic = self.completed
         self._due = None
@@ -166,9 +168,7 @@ class Course:
     ) -> tuple[SnapshotInfo, Inspection | None]:
         """Take a snapshot and count it."""
         started = time.perf_counter()
-        info, found = self.keeper.take(
-            shield, self.completed if step is None else step, manual=manual, gradients=gradients
-        )
+        info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
         rejected = found is not None and bool(found.nonfinite) and not manual
         self.count(
             snapshots=int(not rejected), snapshots_rejected=int(rejected), snapshot_s=time.perf_counter() - started
@@ -227,7 +227,11 @@ class Course:
         }[plan.action]
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
             self.keeper.restore(
-                shield, report, completed=vital.step, generations_back=plan.generations_back, verify_before=True
+                shield,
+                report,
+                completed=lambda: self.abandoned,
+                generations_back=plan.generations_back,
+                verify_before=True,
             )
             rewind = self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
             self._after_rollback(report, rewind)
@@ -251,7 +255,12 @@ class Course:
         with Shield() as shield:
             try:
                 self.keeper.restore(
-                    shield, report, completed=self.completed, to=to, optimizer=optimizer, verify_before=verify_before
+                    shield,
+                    report,
+                    completed=lambda: self.abandoned,
+                    to=to,
+                    optimizer=optimizer,
+                    verify_before=verify_before,
                 )
             except BaseException:
                 report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report

@@ -306,7 +306,7 @@ class TolariaGovernor:
         doing = "taking a snapshot"
         self._require_open(doing)
         if when == "boundary" and self._keeper.is_inside():
-            receipt = self._keeper.info(None, None)
+            receipt = self._keeper.info(None)
             self._keeper.request(lambda: self._keeper.fill(receipt, self.snapshot(step, grads=grads)), after_step=True)
             return receipt
         self._require_boundary(doing)

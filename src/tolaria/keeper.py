@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +24,7 @@ from tolaria.driver import Driver
 from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SnapshotRejected
 from tolaria.operations import Barrier, HostState, Inspection
 from tolaria.protocol import Ground, RolledBack, Taken
+from tolaria.records import Journal
 from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.ring import Ring, Slot
 from tolaria.shield import Shield
@@ -67,8 +67,8 @@ class Keeper:
         state: TrainState,
         config: GovernorConfig,
         with_rng: Callable[[], bool],
-        read_journal: Callable[[], Any],
-        write_journal: Callable[[Any], None],
+        read_journal: Callable[[], Journal],
+        write_journal: Callable[[Journal], None],
         on_stale: Callable[[], None],
     ) -> None:
         survey = state.survey()
@@ -161,13 +161,13 @@ class Keeper:
     # ------------------------------------------------------------ snapshots
 
     def take(
-        self, shield: Shield, step: int, *, manual: bool, gradients: bool = False
+        self, shield: Shield, step: int | None, *, manual: bool, gradients: bool = False
     ) -> tuple[SnapshotInfo, Inspection | None]:
         """Stage and seal one snapshot on the calling thread.
 
         Args:
             shield: Holds signals back until the caller has noted the result as well.
-            step: Optimizer steps completed.
+            step: Its step number; None: the optimizer steps completed.
             manual: Vouched for by the user.
             gradients: Hold live gradients too.
 
@@ -182,12 +182,12 @@ class Keeper:
             )
         finally:
             self.state.model.include_gradients = False
-        return self.info(taken, step), found
+        return self.info(taken), found
 
-    def info(self, taken: Taken | None, step: int | None) -> SnapshotInfo:
+    def info(self, taken: Taken | None) -> SnapshotInfo:
         """A handle for what was taken, or for a request."""
         return SnapshotInfo(
-            step=step if taken is not None else None,
+            step=taken.step if taken is not None else None,
             bytes=self.vault.num_bytes(taken.slot) if taken is not None else 0,
             tier=self.tier,
             serial=taken.snapshot if taken is not None else -1,
@@ -235,7 +235,7 @@ class Keeper:
         shield: Shield,
         report: RollbackReport,
         *,
-        completed: int,
+        completed: Callable[[], int],
         to: Target = None,
         generations_back: int = 0,
         optimizer: Optimizer | None = None,
@@ -246,7 +246,7 @@ class Keeper:
         Args:
             shield: Holds signals back until the caller has noted the result as well.
             report: Filled in on success; on an error its status stays ``failed``.
-            completed: Optimizer steps completed, for the steps lost.
+            completed: Asked after the restore: optimizer steps completed when it took place.
             to: A snapshot, the step of one, or None for the newest good one.
             generations_back: With `to` None: that many good snapshots further back, as far as there are any.
             optimizer: Cleared in the same critical section if it is not governed.
@@ -254,14 +254,13 @@ class Keeper:
         """
         governed = [part.optimizer for part in self.state.optimizers]
         foreign = optimizer is not None and all(optimizer is not one for one in governed)
-        report.panic_step = completed
         started = time.perf_counter()
         done: RolledBack = self.driver.submit(
             protocol.rollback(
                 threading.get_ident(),
                 self.ground,
                 _chooser(to, generations_back),
-                f"rolling back at step {completed}",
+                "rolling back",
                 verify_before,
                 (optimizer,) if foreign else (),
             ),
@@ -271,7 +270,8 @@ class Keeper:
         report.success, report.status = True, "submitted"
         report.snapshot_step = done.slot.step
         report.certified = done.slot.phase is ring.SlotPhase.CERTIFIED
-        report.steps_lost = max(0, completed - done.slot.step)
+        report.panic_step = completed()
+        report.steps_lost = max(0, report.panic_step - done.slot.step)
         report.optimizer = "reset" if foreign else "restored" if governed else "none"
         report.barrier = self.ground.barrier.value
         report.wait_ms = done.waited_s * 1e3

@@ -117,7 +117,10 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class CaptureHost:
-    """Clone the host side of the train state (numbers, schedulers, random state, extras) into the slot."""
+    """Clone the host side of the train state (numbers, schedulers, random state, extras) into the slot.
+
+    Answers the optimizer steps completed: known for certain only now, since other threads may have been stepping.
+    """
 
     slot: int
 

@@ -78,6 +78,7 @@ class Taken:
 
     slot: int
     snapshot: int
+    step: int | None
     waited_s: float
 
 
@@ -205,13 +206,13 @@ def _leave_exclusive(thread: ThreadId) -> Change:
 # ---------------------------------------------------------------- snapshot
 
 
-def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Protocol:
+def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -> Protocol:
     """Stage one snapshot.
 
     Args:
         thread: The calling thread.
         ground: Barrier and time-out.
-        step: Optimizer steps completed.
+        step: Its step number; None: the optimizer steps completed when it is taken.
         manual: Vouched for by the caller, so a rollback target from now on.
 
     Returns:
@@ -221,12 +222,12 @@ def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Proto
         PhaseError, QuiesceTimeout, SlotsBusy, UnsupportedState, BudgetExceeded: nothing was changed; every snapshot
             held so far is still there.
     """
-    doing = f"taking a snapshot at step {step}"
+    doing = "taking a snapshot" if step is None else f"taking a snapshot at step {step}"
     claimed: list[tuple[int, int]] = []
 
     def claim(state: HostState) -> tuple[HostState, tuple[int, int]]:
         serial = state.next_snapshot
-        answer = ring.claim(state.ring, serial, step, manual)
+        answer = ring.claim(state.ring, serial, -1 if step is None else step, manual)
         if answer is None:
             raise SlotsBusy(
                 doing,
@@ -250,18 +251,19 @@ def snapshot(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Proto
         for device in devices:
             yield Copy(slot, device, Part.REST, Direction.CAPTURE)
         all_done = yield from _copies_done(ground, devices)
-        yield CaptureHost(slot)
+        counted: int | None = yield CaptureHost(slot)
+        taken_at = counted if step is None else step
 
         # publish last: until here nobody can choose this slot
         yield Change(
             "publish",
             lambda s: (
-                replace(s, ring=ring.publish(s.ring, slot), buffers_done=buffers_done, all_done=all_done),
+                replace(s, ring=ring.publish(s.ring, slot, taken_at), buffers_done=buffers_done, all_done=all_done),
                 None,
             ),
         )
         claimed.clear()
-        return Taken(slot, serial, waited_s)
+        return Taken(slot, serial, taken_at, waited_s)
     finally:
         for index, serial in claimed:
             yield Change(
@@ -292,7 +294,7 @@ def seal(slot: int, serial: int, vouched: bool) -> Protocol:
         yield Change("unpin", lambda s: (replace(s, ring=ring.pin(s.ring, slot, -1)), None))
 
 
-def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int, manual: bool) -> Protocol:
+def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -> Protocol:
     """`snapshot`, then `seal` with the gate open again. Answers (`Taken`, `Inspection` or None)."""
     taken: Taken = yield from snapshot(thread, ground, step, manual)
     try:

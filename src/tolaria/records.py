@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA_VERSION = 1
 """Version of every JSON object that tolaria writes. A change of a field's name or meaning raises it."""
@@ -72,6 +72,20 @@ class Verdict:
     def is_panic(self) -> bool:
         """True when a rollback is demanded."""
         return self.health is Health.PANIC
+
+
+class Journal(NamedTuple):
+    """What of the governor itself rolls back with the train state.
+
+    Attributes:
+        completed: Optimizer steps in the past of the state.
+        judgement: State of the detector.
+        position: Index of the first batch that no completed step has consumed.
+    """
+
+    completed: int
+    judgement: Any
+    position: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

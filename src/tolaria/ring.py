@@ -127,9 +127,10 @@ def claim(ring: Ring, snapshot: int, step: int, manual: bool) -> tuple[Ring, int
     return _put(ring, filling), chosen.index
 
 
-def publish(ring: Ring, index: int) -> Ring:
-    """The copies of a filling slot are ordered: it becomes readable."""
-    return _put(ring, replace(ring[index], phase=SlotPhase.STAGED))
+def publish(ring: Ring, index: int, step: int | None = None) -> Ring:
+    """The copies of a filling slot are ordered: it becomes readable, as the snapshot of `step` if that is known now."""
+    slot = ring[index]
+    return _put(ring, replace(slot, phase=SlotPhase.STAGED, step=slot.step if step is None else step))
 
 
 def seal(ring: Ring, index: int, snapshot: int) -> Ring:

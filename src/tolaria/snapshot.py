@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import xxhash
@@ -30,6 +29,7 @@ from tolaria.operations import (
     RestoreHost,
     Survey,
 )
+from tolaria.records import Journal
 from tolaria.state.digest import update_bytes
 from tolaria.state.leaves import Leaf, Storage, is_finite
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
@@ -116,8 +116,8 @@ class Vault:
     devices: dict[str, Device]
     barrier: Barrier
     with_rng: Callable[[], bool]
-    read_journal: Callable[[], Any]
-    write_journal: Callable[[Any], None]
+    read_journal: Callable[[], Journal]
+    write_journal: Callable[[Journal], None]
     slots: list[SlotMemory] = field(init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
 
@@ -172,9 +172,11 @@ class Vault:
         self.devices[op.device].copy(*pair)
 
     @torch.inference_mode(False)
-    def capture_host(self, op: CaptureHost) -> None:
+    def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
-        self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), self.read_journal())
+        journal = self.read_journal()
+        self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
+        return journal.completed
 
     @torch.inference_mode(False)
     def check(self, op: Check) -> tuple[str, ...]:

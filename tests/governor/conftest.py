@@ -294,6 +294,15 @@ def kit() -> Any:
     return sys.modules[__name__]
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A process group with this process as its only rank."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def run_script() -> Callable[..., str]:
     """Run Python source in a new process; returns what it printed. `env` is added to the environment."""

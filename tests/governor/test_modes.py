@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +168,6 @@ def test_an_empty_or_zero_switch_disables_nothing(
 
 
 # ------------------------------------------------------------ several ranks
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def pretend(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:

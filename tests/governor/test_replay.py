@@ -139,6 +139,47 @@ def test_the_environments_own_draws_are_replayed(govern: Govern, kit: Any) -> No
     assert run.state() == plain.state()
 
 
+def test_what_follows_the_step_in_the_loop_body_belongs_to_it(govern: Govern, kit: Any) -> None:
+    """An average of the weights and a schedule that the user steps after `governor.step`: replayed exactly too."""
+
+    def parts(run: Any) -> tuple[Any, Any]:
+        average = torch.optim.swa_utils.AveragedModel(
+            run.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+        )
+        return average, run.scheduler
+
+    def state(run: Any, average: Any) -> Any:
+        return [run.state(), kit.freeze(average.state_dict())]
+
+    plain = kit.Run()
+    average, scheduler = parts(plain)
+    seed()
+    for batch in plain.batches[:14]:
+        plain.backward(batch)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+        average.update_parameters(plain.model)
+        scheduler.step()
+    expected = state(plain, average)
+    for bad in (0, 4, 5, 9, 13):
+        run = kit.Run()
+        average, scheduler = parts(run)
+        governor = govern(run.model, run.optimizer, config=GovernorConfig(cadence=4, probation=1))
+        governor.register("average", average)
+        governor.register("schedule", scheduler)
+        left = {bad}
+        seed()
+        for number, batch in governor.watch(list(enumerate(run.batches[:14]))):
+            result = run.step(governor, kit.nan_batch(batch) if number in left else batch)
+            left.discard(number)
+            if not result.rolled_back:
+                average.update_parameters(run.model)
+                scheduler.step()
+        assert governor.statistics().rollbacks == 1
+        assert state(run, average) == expected, bad
+        governor.close()
+
+
 # ------------------------------------------------------------ after a skip
 
 

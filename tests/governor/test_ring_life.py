@@ -68,6 +68,30 @@ def test_a_candidate_is_certified_after_its_probation(govern: Govern, kit: Any) 
     assert life.ring == {4: "certified", 8: "certified", 12: "sealed"}
 
 
+def test_the_snapshot_of_the_last_step_is_taken_when_the_loader_ends(govern: Govern, kit: Any) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(cadence=4, probation=1))
+    run.train(governor, run.batches[:8])
+    last = run.state()
+    assert sorted(slot.step for slot in governor._keeper.ring if slot.phase in READABLE) == [0, 4, 8]
+    run.plain_step(run.batches[9])
+    governor.execute_rollback(to=8)
+    assert run.state() == last
+
+
+def test_a_loop_that_stops_asking_still_gets_its_snapshots(govern: Govern, kit: Any) -> None:
+    """One that holds the iterator but steps on data from elsewhere: the end of its body is never seen."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(cadence=2, probation=1))
+    feed = iter(governor.watch(run.batches))
+    run.step(governor, next(feed))
+    for batch in run.batches[1:9]:
+        run.step(governor, batch)
+    assert governor.statistics().snapshots >= 4
+    assert governor.execute_rollback().certified
+    del feed
+
+
 def test_without_probation_the_next_healthy_step_certifies(govern: Govern, kit: Any) -> None:
     life = Life(kit, govern, cadence=1, probation=0)
     assert life.governor.capabilities().slots == 2
