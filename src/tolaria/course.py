@@ -170,6 +170,8 @@ class Course:
         started = time.perf_counter()
         info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
         rejected = found is not None and bool(found.nonfinite) and not manual
+        if manual and found is not None and found.nonfinite:
+            logger.warning("step %s: a manual snapshot is not finite: %s", info.step, ", ".join(found.nonfinite[:8]))
         self.count(
             snapshots=int(not rejected), snapshots_rejected=int(rejected), snapshot_s=time.perf_counter() - started
         )

@@ -353,7 +353,7 @@ class StatefulPart(StatePart):
 
 
 class GeneratorPart(StatePart):
-    """A `torch.Generator` of the user's own (a loader's, an environment's)."""
+    """A `torch.Generator` of the user's own (a noise sampler's). Not a loader's: loaders never go back."""
 
     def __init__(self, name: str, generator: torch.Generator) -> None:
         self.name, self.generator = name, generator
