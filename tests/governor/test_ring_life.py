@@ -70,7 +70,8 @@ def test_a_candidate_is_certified_after_its_probation(govern: Govern, kit: Any) 
 
 def test_the_snapshot_of_the_last_step_is_taken_when_the_loader_ends(govern: Govern, kit: Any) -> None:
     run = kit.Run()
-    governor = govern(run.model, run.optimizer, config=GovernorConfig(cadence=4, probation=1))
+    config = GovernorConfig(cadence=4, probation=1)
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=config)
     run.train(governor, run.batches[:8])
     last = run.state()
     assert sorted(slot.step for slot in governor._keeper.ring if slot.phase in READABLE) == [0, 4, 8]
