@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tolaria.errors import (
         BudgetExceeded,
         CaptureInProgress,
+        DeviceLost,
         InvalidConfig,
         NoSnapshot,
         PhaseError,
@@ -44,6 +45,7 @@ _HOMES = {
     "errors": (
         "BudgetExceeded",
         "CaptureInProgress",
+        "DeviceLost",
         "InvalidConfig",
         "NoSnapshot",
         "PhaseError",
@@ -73,6 +75,7 @@ __all__ = [
     "Capabilities",
     "CaptureInProgress",
     "Detector",
+    "DeviceLost",
     "GovernorConfig",
     "Health",
     "Incident",

@@ -11,11 +11,13 @@ wrap the call in `using()`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import types
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from tolaria import gradients
+from tolaria import capture, gradients
 from tolaria.driver import Driver
 from tolaria.errors import StaleGradients, UsageError
 from tolaria.operations import SectionKind
@@ -61,6 +63,7 @@ class Sections:
         self._timeout_s, self._strict = timeout_s, strict
         self._at_boundary, self._on_stale = at_boundary, on_stale
         self._detach: list[Callable[[], None]] = []
+        self._captured_steps: set[int] = set()  # threads that have stepped an optimizer inside their capture
         self.is_open = True
 
     # ------------------------------------------------------------ sections
@@ -107,6 +110,8 @@ class Sections:
     def run_step(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An optimizer step: refused when its gradients began before a rollback."""
         token = current_backward()
+        if self._is_capturing():
+            self._captured_steps.add(threading.get_ident())
         with self.section(SectionKind.WRITE):
             stale = self._drop_stale(token)
             if not stale:
@@ -153,7 +158,36 @@ class Sections:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(reached)
 
+    # ------------------------------------------------------------ graph captures
+
+    def begin_capture(self, token: int) -> None:
+        """A graph capture of the calling thread begins. Waits for a snapshot or rollback that is being submitted."""
+        if self.is_open:
+            self._driver.begin_capture(token, current_backward() != -1, self._timeout_s)
+
+    def end_capture(self, token: int, *, succeeded: bool) -> None:
+        """It is over. What a replay may write from now on must keep its address."""
+        thread = threading.get_ident()
+        try:
+            if succeeded and self.is_open:
+                self._state.note_capture(with_optimizers=thread in self._captured_steps)
+        finally:
+            self._captured_steps.discard(thread)
+            self._driver.end_capture(token)
+
+    def replaying(self) -> AbstractContextManager[Any]:
+        """A replay may write anything."""
+        return self.section(SectionKind.WRITE) if self.is_open else contextlib.nullcontext()
+
+    def _is_capturing(self) -> bool:
+        thread = threading.get_ident()
+        return any(capturing == thread for _, capturing in self._driver.state.captures)
+
     # ------------------------------------------------------------ attaching
+
+    def attach_graphs(self) -> None:
+        """Follow the graph captures and replays of the process."""
+        capture.listen(self)
 
     def attach_module(self, module: nn.Module, names: tuple[str, ...]) -> None:
         """Make `forward` and the other named methods of `module` forward sections.
@@ -178,6 +212,7 @@ class Sections:
     def detach(self) -> None:
         """Put every method back. One that somebody else has wrapped since stays, and passes calls straight through."""
         self.is_open = False
+        capture.ignore(self)
         while self._detach:
             self._detach.pop()()
 

@@ -12,6 +12,7 @@ from tolaria.errors import InvalidConfig
 RngPolicy = Literal["restore", "fork", "keep"]
 Mode = Literal["act", "observe"]
 OnVeto = Literal["rollback", "keep"]
+BarrierChoice = Literal["context", "blocking"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +24,7 @@ class GovernorConfig:
         cadence: Optimizer steps between automatic snapshots.
         probation: Healthy steps that must follow a snapshot before it is certified.
         slots: Snapshots held at once, each as large as the train state. None: as many as cadence and probation need,
-            2 + ceil(probation / cadence).
+            2 + ceil(probation / cadence); where verdicts arrive late (`context` barrier), probation counts 3 more.
         keep_batches: Delivered batches that `watch` keeps for a replay. None: those of `num_kept_steps` steps.
         rng: Global random state (Python, NumPy, torch): ``"restore"`` it with the rest, ``"fork"`` it (re-key, so that
             no draw repeats), or ``"keep"`` it as it runs. None: restore with one live governor in the process, keep
@@ -36,6 +37,8 @@ class GovernorConfig:
         retry_window: Length of that window, in optimizer steps.
         cool_lr: Factor on the learning rate after the second incident within 1,000 steps; 1.0 leaves it alone.
         cool_steps: Steps over which the learning rate returns to its schedule, linearly.
+        barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events) or
+            ``"blocking"``. None: the best there is. Without effect for a train state on the CPU.
         gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
         ledger: Path of a JSON-lines file, one line per incident; None writes none.
         on_incident: Called with each `Incident` on the thread that rolled back; errors in it are logged, not raised.
@@ -54,6 +57,7 @@ class GovernorConfig:
     retry_window: int = 1000
     cool_lr: float = 1.0
     cool_steps: int = 100
+    barrier: BarrierChoice | None = None
     gate_timeout_s: float = 60.0
     ledger: str | None = None
     on_incident: Callable[[Any], None] | None = None
@@ -62,6 +66,7 @@ class GovernorConfig:
         self._choice("mode", ("act", "observe"))
         self._choice("rng", ("restore", "fork", "keep", None))
         self._choice("on_veto", ("rollback", "keep"))
+        self._choice("barrier", ("context", "blocking", None))
         for name in ("cadence", "check_weights_every", "max_retries", "retry_window", "cool_steps"):
             self._at_least(name, 1)
         self._at_least("probation", 0)
@@ -83,22 +88,19 @@ class GovernorConfig:
     def _fewest_slots(self) -> int:
         return 3 if self.probation else 2
 
-    @property
-    def num_slots(self) -> int:
-        """Slots of the ring: the number asked for, or what cadence and probation need."""
-        return self.slots or 2 + math.ceil(self.probation / self.cadence)
+    def num_slots(self, lag: int = 0) -> int:
+        """Slots of the ring: the number asked for, or what cadence and probation need if verdicts come `lag` late."""
+        return self.slots or 2 + math.ceil((self.probation + lag) / self.cadence)
 
-    @property
-    def effective_cadence(self) -> int:
+    def effective_cadence(self, lag: int = 0) -> int:
         """`cadence`, stretched until no snapshot in probation would have to be overwritten in a ring of `num_slots`."""
-        if not self.probation:
+        if not self.probation + lag or self.num_slots(lag) <= 2:
             return self.cadence
-        return max(self.cadence, math.ceil(self.probation / (self.num_slots - 2)))
+        return max(self.cadence, math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
 
-    @property
-    def num_kept_steps(self) -> int:
+    def num_kept_steps(self, lag: int = 0) -> int:
         """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences)."""
-        return 2 * (self.probation + 2 * self.effective_cadence)
+        return 2 * (self.probation + lag + 2 * self.effective_cadence(lag))
 
     def _choice(self, name: str, allowed: tuple[object, ...]) -> None:
         if getattr(self, name) not in allowed:

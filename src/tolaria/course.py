@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 from tolaria import recover, ring
 from tolaria.config import GovernorConfig
 from tolaria.coordinate import world_size
-from tolaria.errors import RetryBudgetExceeded, SlotsBusy, SnapshotRejected, UnsupportedState, UsageError
+from tolaria.errors import (
+    CaptureInProgress,
+    DeviceLost,
+    RetryBudgetExceeded,
+    SlotsBusy,
+    SnapshotRejected,
+    UnsupportedState,
+    UsageError,
+)
 from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
 from tolaria.keeper import Keeper, Target
@@ -26,8 +34,11 @@ from tolaria.records import SCHEMA_VERSION, Health, Incident, Journal, Statistic
 from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
+from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096
+_MOST_OUTSTANDING = 64  # steps whose numbers may be on their way; one more waits for the oldest
+_ROUTINE_SCALER_SKIPS = 20
 
 
 class Course:
@@ -43,6 +54,7 @@ class Course:
         tick: Steps judged, undone ones included; never goes back.
         statistics: Counters; never go back.
         recovery: Memory of past panics; never goes back.
+        verdict: The newest one.
     """
 
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
@@ -61,6 +73,11 @@ class Course:
         self.abandoned = 0  # `completed` when the last rollback took place
         self._position = 0  # of the data, at the snapshot restored last
         self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
+        self._judged: deque[tuple[int, Any]] = deque(maxlen=_HISTORY_STEPS)  # (step, state of the detector after it)
+        self._outstanding: deque[Sent] = deque()  # completed, not judged yet
+        self._judge_lock = threading.RLock()
+        self._scaler_skips = 0  # in a row
+        self.verdict = Verdict(Health.HEALTHY, 0)
         self.keeper: Keeper
         self.feed: Feed
 
@@ -77,9 +94,19 @@ class Course:
         return Journal(self.completed, self._judgement, position)
 
     def write_journal(self, journal: Journal) -> None:
-        """The inverse, at a rollback."""
+        """The inverse, at a rollback. Numbers of undone steps that are still on their way are forgotten."""
         self.abandoned = self.completed
-        self.completed, self._judgement, self._position = journal
+        self.completed, judgement, self._position = journal
+        with self._judge_lock:
+            self._outstanding = deque(sent for sent in self._outstanding if sent.step <= self.completed)
+            while self._judged and self._judged[-1][0] > self.completed:
+                self._judged.pop()
+            if self._judged and self._judged[-1][0] == self.completed:
+                # the snapshot may have been taken before its own step was judged
+                self._judgement = self._judged[-1][1]
+            elif not self._outstanding:
+                self._judgement = judgement
+            self._scaler_skips = 0  # a run of skips belongs to the abandoned future
         self._last_automatic = self.completed
         self._due = None
         while self._history and self._history[-1][0] > self.completed:
@@ -87,72 +114,135 @@ class Course:
 
     # ------------------------------------------------------------ judge
 
-    def judge(self, vital: VitalSigns) -> Verdict:
-        """Ask the detectors, unless the train state is known to be half written."""
-        if self.keeper.driver.state.torn:
-            return Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
-        self._judgement, verdict = self._detector.update(self._judgement, vital)
-        return verdict
+    def account(self, sent: Sent) -> None:
+        """A step is completed: count it, note its batches, and queue its numbers to be judged."""
+        self.completed, self.tick = sent.step, self.tick + 1
+        self._history.append((sent.step, self.feed.consume()))
+        self.count(steps=1)
+        self._outstanding.append(sent)
 
-    def account(self, vital: VitalSigns, verdict: Verdict, applied: bool = True) -> None:
-        """Count the step and move probation on; what follows a panic is somebody else's business.
+    def catch_up(self, *, wait: bool = False) -> tuple[VitalSigns, Verdict] | None:
+        """Seal snapshots and judge steps, in order, as far as their numbers have arrived.
+
+        Args:
+            wait: Wait for all of them.
+
+        Returns:
+            The first panic, with the steps after it not judged; None when there was none.
+        """
+        with self._judge_lock:
+            panic = self._seal_arrived(wait)
+            while panic is None and self._outstanding:
+                must = wait or len(self._outstanding) > _MOST_OUTSTANDING
+                if not must and not self._outstanding[0].reading.has_arrived():
+                    break
+                vital, verdict = self._judge(self._outstanding.popleft())
+                if verdict.is_panic:
+                    panic = vital, verdict
+            return panic
+
+    def _judge(self, sent: Sent) -> tuple[VitalSigns, Verdict]:
+        """Ask the detectors, unless the train state is known to be half written; move probation on.
 
         A step that was not applied (a veto, a scaler that skipped) shows nothing about the state, so it counts for no
-        probation and leaves no snapshot due.
+        probation.
         """
-        self.completed, self.tick = vital.step, self.tick + 1
-        self._history.append((vital.step, self.feed.consume()))
-        self.count(steps=1, panics=int(verdict.is_panic))
+        vital, by_scaler = sent.read()
+        self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
+        if self.keeper.driver.state.torn:
+            verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
+        else:
+            self._judgement, verdict = self._detector.update(self._judgement, vital)
+        if self._scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
+            evidence = {"skips": float(self._scaler_skips)}
+            verdict = Verdict(Health.PANIC, vital.step, "GradScaler skips every step", vital.step, evidence)
+        self._judged.append((vital.step, self._judgement))
+        self.verdict = verdict
+        self.count(panics=int(verdict.is_panic))
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
-        elif applied:
+        elif not sent.skipped and not by_scaler:
             self.keeper.advance(vital.step)
+        return vital, verdict
 
-    def conclude(self, vital: VitalSigns, verdict: Verdict, skipped: bool) -> StepResult:
+    def _seal_arrived(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
+        """Seal the snapshots that have been read; one that is not finite is a panic of the step it was taken after."""
+        panic = None
+        for taken, manual, found in self.keeper.seal_arrived(wait=wait):
+            if not found.nonfinite:
+                continue
+            names = ", ".join(found.nonfinite[:8])
+            if manual:
+                logger.warning("step %s: a manual snapshot is not finite: %s", taken.step, names)
+                continue
+            self.count(snapshots=-1, snapshots_rejected=1)
+            panic = panic or self._poisoned(VitalSigns(step=taken.step or 0), names)
+        return panic
+
+    def _poisoned(self, vital: VitalSigns, names: str) -> tuple[VitalSigns, Verdict]:
+        logger.warning("step %d: not finite: %s", vital.step, names)
+        self.count(panics=1)
+        self.verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
+        return vital, self.verdict
+
+    def watch_only(self, *, wait: bool = False) -> Verdict:
+        """Judge what has arrived and report every panic, without acting. Answers the gravest verdict, or the newest."""
+        gravest = None
+        while (panic := self.catch_up(wait=wait)) is not None:
+            self.report(*panic, "observe", None)
+            gravest = panic[1]
+        return gravest or self.verdict
+
+    def conclude(self, sent: Sent) -> StepResult:
         """Everything that follows an accounted step: report it, take a snapshot, or roll back."""
         if self.config.mode == "observe":
-            if verdict.is_panic:
-                self.report(vital, verdict, "observe", None)
-            return StepResult(verdict=verdict, rolled_back=False, skipped=skipped)
-        due = self.completed - self._last_automatic >= self.config.effective_cadence
-        if verdict.health is Health.HEALTHY and due and not skipped:
+            return StepResult(verdict=self.watch_only(), rolled_back=False, skipped=sent.skipped)
+        panic = self.catch_up(wait=self.keeper.driver.state.torn)
+        due = self.completed - self._last_automatic >= self.cadence
+        if panic is None and self.verdict.health is Health.HEALTHY and due and not sent.skipped:
             if self.feed.is_delivering and self._due is None:
-                self._due = vital  # `settle` takes it at the end of the loop body
+                self._due = VitalSigns(step=sent.step)  # `settle` takes it at the end of the loop body
             else:
-                verdict = self._snapshot_or_panic(vital, verdict)
-        elif verdict.health is not Health.HEALTHY:
+                panic = self._snapshot_or_panic(VitalSigns(step=sent.step))
+        elif self.verdict.health is not Health.HEALTHY:
             self._due = None
-        if verdict.is_panic:
-            self._panic(vital, verdict)
-        return StepResult(verdict=verdict, rolled_back=verdict.is_panic, skipped=skipped)
+        verdict = self.verdict
+        if panic is not None:
+            self._panic(*panic)
+        return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped)
 
-    def settle(self) -> None:
-        """The loop body is over: take the snapshot that its step has left due.
+    def settle(self, at_the_end: bool) -> None:
+        """The loop body is over: take the snapshot that its step has left due. At the end of the data, judge all.
 
         Not inside `step`: what the body does after it (an average of the weights, a scheduler) belongs to that step. A
         loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
         """
+        panic = None
         if self._due is not None and not self.feed.has_open:
-            vital, healthy = self._due, Verdict(Health.HEALTHY, self._due.step)
-            verdict = self._snapshot_or_panic(vital, healthy)
-            if verdict.is_panic:
-                self._panic(vital, verdict)
+            panic = self._snapshot_or_panic(self._due)
+        if panic is None and at_the_end and self.config.mode == "observe":
+            self.watch_only(wait=True)
+        elif panic is None and at_the_end:
+            panic = self.catch_up(wait=True)
+        if panic is not None:
+            self._panic(*panic)
 
-    def _snapshot_or_panic(self, vital: VitalSigns, verdict: Verdict) -> Verdict:
+    def _snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
         self._due = None
         poisoned = self._take_automatic()
-        if not poisoned:
-            return verdict
-        logger.warning("step %d: not finite: %s", vital.step, ", ".join(poisoned[:8]))
-        self.count(panics=1)
-        return Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
+        return self._poisoned(vital, ", ".join(poisoned[:8])) if poisoned else None
+
+    @property
+    def cadence(self) -> int:
+        """Steps between automatic snapshots."""
+        return self.config.effective_cadence(self.keeper.lag)
 
     # ------------------------------------------------------------ snapshots
 
     def take_first(self) -> None:
         """The first snapshot of a run. Nothing earlier could be better, so it is certified if it is finite."""
         with Shield() as shield:
-            info, found = self.take(shield, manual=False)
+            info, found = self.take(shield, manual=False, wait=True)
             self._last_automatic = self.completed
             if found is None or not found.nonfinite:
                 self.keeper.certify(info)
@@ -164,11 +254,14 @@ class Course:
             )
 
     def take(
-        self, shield: Shield, *, manual: bool, step: int | None = None, gradients: bool = False
+        self, shield: Shield, *, manual: bool, step: int | None = None, gradients: bool = False, wait: bool = False
     ) -> tuple[SnapshotInfo, Inspection | None]:
-        """Take a snapshot and count it."""
+        """Take a snapshot and count it. What was found may arrive later, unless `wait`."""
         started = time.perf_counter()
         info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
+        if wait and found is None:
+            arrived = self.keeper.seal_arrived(wait=True)
+            found = next((one for taken, _, one in arrived if taken.snapshot == info.serial), None)
         rejected = found is not None and bool(found.nonfinite) and not manual
         if manual and found is not None and found.nonfinite:
             logger.warning("step %s: a manual snapshot is not finite: %s", info.step, ", ".join(found.nonfinite[:8]))
@@ -183,13 +276,14 @@ class Course:
         first = not any(slot.phase in ring.READABLE for slot in self.keeper.ring)
         try:
             with Shield() as shield:
-                info, found = self.take(shield, manual=False)
+                info, found = self.take(shield, manual=False, wait=first)
                 if first and (found is None or not found.nonfinite):
                     self.keeper.certify(info)
-        except SlotsBusy:
-            self.count(snapshots_deferred=1)  # candidates in probation come first; the next cadence tries again
+        except (SlotsBusy, CaptureInProgress):
+            # candidates in probation come first, and so does a graph capture; the next cadence tries again
+            self.count(snapshots_deferred=1)
             return ()
-        except UnsupportedState:
+        except (UnsupportedState, DeviceLost):
             raise
         except Exception as error:
             # out of memory, or an extra that raised: the last certified snapshot is still there, so training goes on
@@ -234,6 +328,7 @@ class Course:
                 completed=lambda: self.abandoned,
                 generations_back=plan.generations_back,
                 verify_before=True,
+                patient=True,
             )
             rewind = self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
             self._after_rollback(report, rewind)
@@ -333,7 +428,10 @@ class Course:
 
     def forget(self) -> None:
         """A new episode: detectors and the retry budget start afresh."""
-        self._judgement = self._detector.init()
+        with self._judge_lock:
+            self._judgement = self._detector.init()
+            self._judged.clear()
+            self._scaler_skips = 0
         self.recovery = recover.RecoveryState()
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,6 +465,7 @@ class Course:
         # batches are numbered afresh in a new process, so no panic here is the return of one there
         self.recovery = replace(recovery, attempt=0, first_batch=-1, last_batch=-1)
         self.tick, self._judgement, self.statistics = tick, judgement, statistics
+        self._judged.clear()
 
 
 def _as_tuples(value: Any) -> Any:

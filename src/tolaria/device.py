@@ -1,21 +1,25 @@
 """The `Device` port: the few calls through which the protocol touches a device, and its real implementations.
 
 Every operation of `tolaria.protocol` that names a device ends in exactly one method here. CPU operators run in their
-caller, so a CPU needs no ordering beyond the gate. Any other accelerator is ordered by blocking the host on both
-sides, which is sound under the gate and says so in `capabilities()`.
+caller, so a CPU needs no ordering beyond the gate. CUDA is ordered by context-wide events where the driver has them
+(`tolaria.cuda`). Any other accelerator is ordered by blocking the host on both sides, which is sound under the gate and
+says so in `capabilities()`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
-from tolaria.errors import UnsupportedState
+from tolaria.cuda import ContextDevice, TorchStreams, copy_words, find_driver
+from tolaria.errors import CaptureInProgress, UnsupportedState
 from tolaria.operations import Barrier
 
 _LARGE_COPY_BYTES = 16 * 2**20
@@ -24,7 +28,7 @@ _MOST_COPY_THREADS = 4
 
 
 class Device(Protocol):
-    """One device with governed tensors. Called under the gate, on the thread that submits."""
+    """One device with governed tensors. Copies are asked for under the gate, on the thread that submits."""
 
     name: str
     barrier: Barrier
@@ -33,10 +37,47 @@ class Device(Protocol):
         """Copy each source into the destination of the same index. Flat uint8 tensors of pairwise equal size."""
 
     def synchronize(self) -> None:
-        """Return when all work of this device, on every stream, is done."""
+        """Return when the governor's work on this device is done; with the `blocking` barrier: all work."""
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        """Call `work`; what it launches is ordered behind the governor's copies."""
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        """What is launched inside is ordered behind the governor's copies."""
+        ...
+
+    def close(self) -> None:
+        """Wait until nothing of ours is under way, and give resources back."""
 
 
-class CpuDevice:
+class QueuedDevice(Device, Protocol):
+    """A device whose work can be ordered, awaited and asked for by events, without blocking the host."""
+
+    def context_record(self) -> Any: ...
+    def context_wait(self, event: Any) -> None: ...
+    def stream_record(self) -> Any: ...
+    def stream_wait(self, event: Any) -> None: ...
+    def caller_wait(self, event: Any) -> None: ...
+    def host_wait(self, event: Any) -> None: ...
+    def mark(self) -> Any: ...
+    def has_passed(self, event: Any) -> bool: ...
+    def elapsed_ms(self, began: Any, ended: Any) -> float: ...
+
+
+class _AtOnce:
+    """What a device without a queue of ours does when asked for order: nothing, since its callers wait."""
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        work()
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        pass
+
+
+class CpuDevice(_AtOnce):
     """Main memory. A copy is done when `copy` returns.
 
     Large copies are cut into jobs of about 8 MiB that the caller and a few helper threads take in turns. torch's own
@@ -99,7 +140,7 @@ def _move(jobs: deque[Job]) -> None:
             ctypes.memmove(destination, source, size)  # releases the interpreter lock
 
 
-class BlockingDevice:
+class BlockingDevice(_AtOnce):
     """Any accelerator known to `torch.accelerator`, ordered by device synchronise before and after the copies."""
 
     barrier = Barrier.BLOCKING
@@ -109,34 +150,76 @@ class BlockingDevice:
 
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         """Enqueue on the caller's current stream; `synchronize` follows before the gate opens."""
-        if sources:
-            torch._foreach_copy_(list(destinations), list(sources))
+        copy_words(destinations, sources)
 
     def synchronize(self) -> None:
         """`torch.accelerator.synchronize`: covers every stream of this process on the device."""
         torch.accelerator.synchronize(torch.device(self.name))
 
 
-def open_devices(devices: Iterable[torch.device]) -> tuple[Device, ...]:
-    """The port for each device, CPU last (its copies run at once, while an accelerator's are under way).
+class DeviceSet(dict[str, Device]):
+    """The ports of one train state by name, all of them under one barrier. Grows as state appears on further devices.
 
-    Raises:
-        UnsupportedState: A device type that torch offers no synchronisation for.
+    Args:
+        wanted: ``"context"``, ``"blocking"``, or None for the best that this machine has.
+
+    Attributes:
+        reason: Why the barrier is not `context`; empty where it is, and on a CPU.
     """
-    names = sorted({str(device) for device in devices}, key=lambda name: (name == "cpu", name))
-    return tuple(_open(name) for name in names)
 
+    def __init__(self, wanted: str | None = None) -> None:
+        super().__init__()
+        self._wanted = wanted
+        self._driver: Any = None
+        self.reason = ""
 
-def _open(name: str) -> Device:
-    kind = torch.device(name).type
-    if kind == "cpu":
-        return CpuDevice(name)
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == kind:
-        return BlockingDevice(name)
-    raise UnsupportedState(
-        "attaching the governor",
-        f"governed tensors are on {name}, expected the CPU or the accelerator that torch.accelerator knows "
-        f"({accelerator})",
-        "Move the model to a supported device.",
-    )
+    @property
+    def barrier(self) -> Barrier:
+        """The barrier that orders these devices."""
+        kinds = {port.barrier for port in self.values()} - {Barrier.HOST}
+        return kinds.pop() if kinds else Barrier.HOST
+
+    def open(self, devices: Iterable[torch.device]) -> None:
+        """Open a port for each device that has none yet.
+
+        Raises:
+            UnsupportedState: A device type that torch offers no synchronisation for, or no context-wide events although
+                they were asked for.
+            CaptureInProgress: Called while the current stream captures a graph.
+        """
+        for name in sorted({str(device) for device in devices} - set(self)):
+            self[name] = self._open(name)
+
+    def _open(self, name: str) -> Device:
+        kind = torch.device(name).type
+        if kind == "cpu":
+            return CpuDevice(name)
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is None or accelerator.type != kind:
+            raise UnsupportedState(
+                "attaching the governor",
+                f"governed tensors are on {name}, expected the CPU or the accelerator that torch.accelerator knows "
+                f"({accelerator})",
+                "Move the model to a supported device.",
+            )
+        if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise CaptureInProgress("attaching the governor", "the current stream captures a graph", "Attach before.")
+        self._choose(kind)
+        return BlockingDevice(name) if self._driver is None else ContextDevice(name, self._driver, TorchStreams())
+
+    def _choose(self, kind: str) -> None:
+        """Once for all devices: a barrier is as good as its weakest part."""
+        if self._driver is not None or self.reason:
+            return
+        if self._wanted == "blocking":
+            self.reason = 'barrier="blocking" was asked for'
+        elif kind == "cuda":
+            self._driver, self.reason = find_driver()
+        else:
+            self.reason = f"{kind} has no context-wide events"
+        if self._wanted == "context" and self._driver is None:
+            raise UnsupportedState(
+                "attaching the governor",
+                f'barrier="context" was asked for, but {self.reason}',
+                "Leave the barrier to the governor, or mend that.",
+            )

@@ -16,13 +16,13 @@ from rich.table import Table
 
 import tolaria
 from tolaria import coordinate, memory
-from tolaria.device import Device, open_devices
+from tolaria.device import Device, DeviceSet
 from tolaria.operations import Barrier
 from tolaria.records import SCHEMA_VERSION
 
 _COPY_BYTES = 64 * 2**20
 _COPY_ROUNDS = 8
-_EXTRAS = {"demo": ("scikit-learn", "numpy")}
+_EXTRAS = {"cuda": ("cuda-bindings",), "demo": ("scikit-learn", "numpy")}
 
 
 def main(*, as_json: bool) -> int:
@@ -42,7 +42,9 @@ def examine() -> dict[str, Any]:
     `python`, `platform`, `torch`, `devices` (each with `device`, `description`, `barrier`, `available_bytes`,
     `copy_bytes_per_s`), `host_threads`, `deterministic`, `extras` (versions, None where missing), `notes`.
     """
-    devices = [_examine_device(port) for port in open_devices(_devices())]
+    ports = DeviceSet()
+    ports.open(_devices())
+    devices = [_examine_device(port) for port in sorted(ports.values(), key=lambda port: port.barrier is Barrier.HOST)]
     extras = {extra: {name: _version(name) for name in names} for extra, names in _EXTRAS.items()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -54,7 +56,7 @@ def examine() -> dict[str, Any]:
         "host_threads": {"cpus": os.cpu_count(), "torch": torch.get_num_threads()},
         "deterministic": _deterministic(),
         "extras": extras,
-        "notes": list(_notes(devices, extras)),
+        "notes": list(_notes(devices, extras, ports.reason)),
     }
 
 
@@ -121,14 +123,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _notes(devices: list[dict[str, Any]], extras: dict[str, dict[str, str | None]]) -> Iterator[str]:
+def _notes(devices: list[dict[str, Any]], extras: dict[str, dict[str, str | None]], reason: str) -> Iterator[str]:
     if os.environ.get("TOLARIA_DISABLE", "") not in ("", "0"):
         yield "TOLARIA_DISABLE is set: every governor in this environment does nothing"
     if any(device["barrier"] == Barrier.BLOCKING.value for device in devices):
-        yield (
-            "accelerators are ordered by blocking the host on both sides of a copy; the context-wide CUDA barrier that "
-            "avoids it is not implemented yet"
-        )
+        yield f"accelerators are ordered by blocking the host on both sides of a copy: {reason}"
+    if any(device["barrier"] != Barrier.HOST.value for device in devices):
         if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
             yield (
                 "for bit-exact replay on a GPU set CUBLAS_WORKSPACE_CONFIG=:4096:8 and "

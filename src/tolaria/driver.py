@@ -9,27 +9,37 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from tolaria.device import Device
+from tolaria.admission import begin_capture, close_section, end_capture, open_section
+from tolaria.cuda import named
+from tolaria.device import Device, QueuedDevice
 from tolaria.errors import QuiesceTimeout, TolariaInternalError
 from tolaria.operations import (
     Await,
+    CallerWait,
     CaptureHost,
     Change,
     Check,
+    ContextRecord,
+    ContextWait,
     Copy,
+    DeviceName,
+    Examine,
     HostState,
+    HostWait,
     Inspect,
     Op,
     Protocol,
     Reserve,
     RestoreHost,
     SectionKind,
+    StreamRecord,
+    StreamWait,
     Survey,
     Synchronize,
 )
-from tolaria.protocol import close_section, drive, open_section
+from tolaria.protocol import drive
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
 
@@ -48,15 +58,26 @@ class Driver:
     def __init__(self, state: HostState, vault: Vault, devices: dict[str, Device]) -> None:
         self.state = state
         self._changed = threading.Condition(threading.Lock())
+
+        def queued(device: DeviceName) -> QueuedDevice:
+            return cast("QueuedDevice", devices[device])  # only the context barrier yields these
+
         self._table: dict[type[Any], Callable[[Any], Any]] = {
             Change: self._change,
             Survey: vault.survey,
             Reserve: vault.reserve,
             CaptureHost: vault.capture_host,
             Check: vault.check,
+            Examine: vault.examine,
             Inspect: vault.inspect,
             RestoreHost: vault.restore_host,
             Copy: vault.copy,
+            ContextRecord: lambda op: queued(op.device).context_record(),
+            ContextWait: lambda op: queued(op.device).context_wait(op.event),
+            StreamRecord: lambda op: queued(op.device).stream_record(),
+            StreamWait: lambda op: queued(op.device).stream_wait(op.event),
+            CallerWait: lambda op: queued(op.device).caller_wait(op.event),
+            HostWait: lambda op: queued(op.device).host_wait(op.event),
             Synchronize: lambda op: devices[op.device].synchronize(),
         }
 
@@ -93,6 +114,14 @@ class Driver:
             drive(close_section(threading.get_ident(), to_depth), self.perform)
             raise
 
+    def begin_capture(self, token: int, in_autograd: bool, timeout_s: float) -> None:
+        """Announce a graph capture of the calling thread. Pair with `end_capture`."""
+        drive(begin_capture(threading.get_ident(), token, in_autograd, timeout_s), self.perform)
+
+    def end_capture(self, token: int) -> None:
+        """The capture is over, or never began."""
+        drive(end_capture(token), self.perform)
+
     def perform(self, op: Op, shield: Shield | None = None) -> Any:
         """Perform one operation."""
         if isinstance(op, Await):
@@ -105,7 +134,13 @@ class Driver:
             raise TolariaInternalError(
                 "running the protocol", f"this machine's driver has no call for {op}", "Please report this."
             )
-        return call(op)
+        try:
+            return call(op)
+        except Exception as error:
+            lost = named(error, f"performing {type(op).__name__}")
+            if lost is error:
+                raise
+            raise lost from error
 
     def _change(self, op: Change) -> Any:
         with self._changed:

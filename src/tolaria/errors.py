@@ -16,6 +16,7 @@
         SnapshotRejected         a snapshot is not finite, or its bytes changed since they were sealed
       RetryBudgetExceeded      rolled back correctly, but the trouble keeps returning; ends a run at the last good state
       RollbackFailed           failed after the first write; the train state is undefined
+      DeviceLost               a sticky device error; this process cannot use the device again
       TolariaInternalError     a bug in tolaria; its invariants are void
 
 A message reads: *what was being done: what was seen, what was expected. Is the train state intact. What to do next.*
@@ -117,6 +118,16 @@ class RollbackFailed(TolariaError):
 
     state_intact = False
     _state_sentence = "The train state is undefined."
+
+
+class DeviceLost(TolariaError):
+    """A sticky device error (a failed assert in a kernel, an illegal address): the device is lost to this process.
+
+    Nothing inside the process can repair it, a rollback included. Start a new process from a checkpoint on disk.
+    """
+
+    state_intact = False
+    _state_sentence = "What the device holds is out of reach."
 
 
 class TolariaInternalError(TolariaError):

@@ -152,20 +152,20 @@ class Feed:
         """Whether a batch was delivered that no step has consumed yet."""
         return bool(self._open)
 
-    def deliver(self, loader: Iterable[Any], settle: Callable[[], None]) -> Iterator[Any]:
+    def deliver(self, loader: Iterable[Any], settle: Callable[[bool], None]) -> Iterator[Any]:
         """Yield the batches of `loader`, and again those that a rollback put back.
 
         Args:
             loader: Any iterable.
-            settle: Called whenever the loop asks for more, so at the end of its body, and again at the end of the
-                loader. It may rewind, and so demand more deliveries.
+            settle: Called with False whenever the loop asks for more, so at the end of its body, and with True at the
+                end of the loader. It may rewind, and so demand more deliveries.
         """
         with self._lock:
             self._delivering += 1
         try:
             source: Iterator[Any] | None = None
             while True:
-                settle()
+                settle(False)
                 delivery = self._again()
                 if delivery is None:
                     before = rng.read(self._devices) if self._track_draws() else None
@@ -173,6 +173,9 @@ class Feed:
                     try:
                         batch = next(source)
                     except StopIteration:
+                        settle(True)
+                        if self._queue:
+                            continue
                         return
                     delivery = self._first(batch, before)
                 # containers of its own: what the loop puts into or takes out of them does not reach the kept batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,19 +19,18 @@ from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
 from tolaria.feed import Feed
 from tolaria.keeper import Keeper
-from tolaria.observe import Loss
+from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
-from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict
 from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.update import Update
+from tolaria.vitals import EXTRA, Sent
 
 When = Literal["boundary"]
 Verify = Literal["before"]
 Grads = Literal["capture", "drop"]
-
-_ROUTINE_SCALER_SKIPS = 20
 
 _live: weakref.WeakSet[TolariaGovernor] = weakref.WeakSet()
 _fork_hook_installed = False
@@ -115,7 +113,9 @@ class TolariaGovernor:
             write_journal=course.write_journal,
             on_stale=lambda: course.count(stale_vetoes=1),
         )
-        self._feed = Feed(self.config.keep_batches, self.config.num_kept_steps, self._keeper.accelerators, follows)
+        self._readings = Readings(self._keeper.clocks)
+        kept_steps = self.config.num_kept_steps(self._keeper.lag)
+        self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
@@ -198,11 +198,9 @@ class TolariaGovernor:
             # one section from the first gradient read to the last count: no rollback or snapshot of another thread sees
             # weights of one step beside the schedule and the counters of another
             with self._keeper.sections.whole_step() if acting else contextlib.nullcontext():
-                vital, verdict, skipped = self._guarded_step(loss, clip, metric, closure, signs)
-                self._course.account(vital, verdict, applied=not skipped)
-            result = self._course.conclude(vital, verdict, skipped)
-        if result.rolled_back:
-            self._update.scaler_skips = 0  # a run of skips belongs to the abandoned future
+                sent = self._guarded_step(loss, clip, metric, closure, signs)
+                self._course.account(sent)
+            result = self._course.conclude(sent)
         self._keeper.run_requests(after_step=True)
         return result
 
@@ -213,68 +211,69 @@ class TolariaGovernor:
         metric: float | None,
         closure: Any,
         signs: Mapping[str, torch.Tensor | float],
-    ) -> tuple[VitalSigns, Verdict, bool]:
-        """Update and judge. Answers the signs, the verdict, and whether the update was not applied."""
+    ) -> Sent:
+        """Update, and send off the numbers to be judged."""
         acting = self.config.mode == "act"
+        factor = self._course.learning_rate_factor() if acting else 1.0
+        stale = acting and self._keeper.sections.are_stale()
+        update, is_static = self._update, self._keeper.state.is_static
         parameters = list(self._keeper.state.parameters())
-        factor = self._course.learning_rate_factor()
-        done = self._update.run(
-            parameters,
-            loss,
-            clip,
-            metric,
-            closure,
-            factor if acting else 1.0,
-            may_veto=acting,
-            is_stale=acting and self._keeper.sections.are_stale(),
-        )
+        # a veto that is kept needs to be decided before the optimizer steps
+        late = self._keeper.reads_late and update.can_read_late and not (acting and self.config.on_veto == "keep")
+        if late:
+            done = update.run_late(parameters, loss, clip, metric, closure, factor, is_static, stale)
+        else:
+            done = update.run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
         if done.vetoed:
             self._course.count(vetoes=1)
         step = self._course.completed + 1
-        judged_gradients = not (done.vetoed and self.config.on_veto == "keep")
-        vital = VitalSigns(
+        numbers: dict[str, Scalar] = {
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "nonfinite_gradients": done.nonfinite_gradients,
+            "scaler_skipped": done.scaler_skipped,
+            "metric": metric,
+        }
+        if step % self.config.check_weights_every == 0:
+            numbers["nonfinite_weights"] = self._nonfinite_weights(late)
+        return Sent(
             step=step,
-            loss=done.loss if judged_gradients else _finite_or_none(done.loss),
-            grad_norm=done.grad_norm if judged_gradients else None,
-            nonfinite_gradients=done.nonfinite_gradients if judged_gradients else 0,
-            nonfinite_weights=(
-                observe.num_nonfinite(self._keeper.state.trained_parameters())
-                if step % self.config.check_weights_every == 0
-                else None
-            ),
-            metric=metric,
-            extra={name: observe.read_sign(value) for name, value in signs.items()},
+            reading=self._readings.send({**numbers, **_extra(signs)}),
+            skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
+            judges_gradients=not (done.vetoed and self.config.on_veto == "keep"),
         )
-        verdict = self._course.judge(vital)
-        if done.scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
-            verdict = Verdict(
-                Health.PANIC, step, "GradScaler skips every step", step, {"skips": float(done.scaler_skips)}
-            )
-        skipped = done.vetoed or done.stale or done.scaler_skips > 0
-        return vital, verdict, skipped
+
+    def _nonfinite_weights(self, late: bool) -> Scalar:
+        weights = self._keeper.state.trained_parameters()
+        return observe.norm_and_count(weights)[1] if late else observe.num_nonfinite(weights)
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
-        """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots."""
+        """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots.
+
+        Returns:
+            The verdict; with the `context` barrier, of the newest step whose numbers have arrived, or the gravest of
+            several that have arrived together.
+        """
         if self.is_disabled:
             return Verdict(Health.HEALTHY, self._course.completed)
+        return self._observe(loss, signs, wait=False)
+
+    def _observe(self, loss: Loss, signs: Mapping[str, torch.Tensor | float], wait: bool) -> Verdict:
         self._require_boundary("observing")
-        parameters = list(self._keeper.state.parameters())
-        norm, bad_grads = observe.gradient_norm(observe.gradients(parameters))
-        extra = {name: observe.read_sign(value) for name, value in signs.items()}
-        vital = VitalSigns(
-            step=self._course.completed + 1,
-            loss=observe.read_loss(loss),
-            grad_norm=extra.pop("grad_norm", norm),
-            nonfinite_gradients=bad_grads,
-            nonfinite_weights=observe.num_nonfinite(self._keeper.state.trained_parameters()),
-            metric=extra.pop("metric", None),
-            extra=extra,
-        )
-        verdict = self._course.judge(vital)
-        self._course.account(vital, verdict)
-        if verdict.is_panic:
-            self._course.report(vital, verdict, "observe", None)
-        return verdict
+        late = self._keeper.reads_late
+        grads = observe.gradients(self._keeper.state.parameters())
+        norm, bad = observe.norm_and_count(grads) if late else observe.gradient_norm(grads)
+        numbers: dict[str, Scalar] = {
+            "loss": observe.mean_loss(loss),
+            "grad_norm": norm,
+            "nonfinite_gradients": bad,
+            "nonfinite_weights": self._nonfinite_weights(late),
+        }
+        own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
+        others = {name: value for name, value in signs.items() if name not in own}
+        reading = self._readings.send({**numbers, **own, **_extra(others)})
+        self._course.account(Sent(step=self._course.completed + 1, reading=reading))
+        return self._course.watch_only(wait=wait)
 
     def check_vital_signs(self, loss: Loss = None, **signs: torch.Tensor | float) -> bool:
         """Judge one step and wait for the answer.
@@ -282,7 +281,7 @@ class TolariaGovernor:
         Returns:
             **True when a rollback is demanded** (as in the governor this one descends from), False when all is well.
         """
-        return self.observe(loss=loss, **signs).is_panic
+        return not self.is_disabled and self._observe(loss, signs, wait=True).is_panic
 
     # ------------------------------------------------------------ snapshot and rollback
 
@@ -352,7 +351,6 @@ class TolariaGovernor:
 
         def run() -> None:
             self._course.roll_back(report, to, optimizer, verify == "before")
-            self._update.scaler_skips = 0
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -401,11 +399,12 @@ class TolariaGovernor:
             barrier=self._keeper.ground.barrier.value,
             devices=tuple(self._keeper.vault.devices),
             tier=self._keeper.tier,
+            barrier_reason=self._keeper.devices.reason,
             copy_path="foreach copy of whole storages",
             state_bytes=self._keeper.vault.num_bytes(newest.index) if newest else 0,
-            slots=self.config.num_slots,
-            cadence=self.config.effective_cadence,
-            cadence_stretched=self.config.effective_cadence != self.config.cadence,
+            slots=len(self._keeper.ring),
+            cadence=self._course.cadence,
+            cadence_stretched=self._course.cadence != self.config.cadence,
             rng=_rng_policy(self.config),
         )
 
@@ -437,7 +436,6 @@ class TolariaGovernor:
     def reset(self) -> None:
         """A new episode: detectors and the retry budget start afresh; snapshots and counters stay."""
         self._course.forget()
-        self._update.scaler_skips = 0
 
     def close(self) -> None:
         """Detach from model and optimizers and free all slots. Idempotent."""
@@ -481,8 +479,8 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
+    return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}
 
 
 def _install_fork_hook() -> None:

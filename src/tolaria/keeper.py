@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,10 +20,11 @@ from torch.optim import Optimizer
 from tolaria import memory, protocol, ring
 from tolaria.attach import Sections, current_backward
 from tolaria.config import GovernorConfig
-from tolaria.device import open_devices
+from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
-from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SnapshotRejected
-from tolaria.operations import Barrier, HostState, Inspection
+from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SlotsBusy, SnapshotRejected
+from tolaria.observe import Clock
+from tolaria.operations import Barrier, Events, HostState, Inspection
 from tolaria.protocol import Ground, RolledBack, Taken
 from tolaria.records import Journal
 from tolaria.report import RollbackReport, SnapshotInfo
@@ -32,6 +34,9 @@ from tolaria.snapshot import Vault
 from tolaria.state.train_state import TrainState
 
 Target = SnapshotInfo | int | None
+
+READING_LAG = 3
+"""Steps by which verdicts trail behind on a device that is not waited for, as a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,18 +78,31 @@ class Keeper:
     ) -> None:
         survey = state.survey()
         storages = survey.leaves.storages
-        _refuse_oversize(sum(s.key[2] for s in storages if s.key[0].type == "cpu"), config.num_slots)
-        devices = {d.name: d for d in open_devices({s.key[0] for s in storages} or {torch.device("cpu")})}
-        host_only = all(device.barrier is Barrier.HOST for device in devices.values())
-        self.state, self.config = state, config
-        self.ground = Ground(Barrier.HOST if host_only else Barrier.BLOCKING, config.gate_timeout_s)
-        self.accelerators = [torch.device(name) for name in devices if name != "cpu"]
+        devices = DeviceSet(config.barrier)
+        devices.open({s.key[0] for s in storages} or {torch.device("cpu")})
+        self.state, self.config, self.devices = state, config, devices
+        self.ground = Ground(devices.barrier, config.gate_timeout_s)
+        self.accelerators = [torch.device(name) for name, port in devices.items() if port.barrier is not Barrier.HOST]
         self.tier = "device" if self.accelerators else "host"
-        self.vault = Vault(state, config.num_slots, devices, self.ground.barrier, with_rng, read_journal, write_journal)
-        self.driver = Driver(HostState(ring=ring.empty_ring(config.num_slots)), self.vault, devices)
+        self.lag = READING_LAG if self.reads_late else 0
+        num_slots = config.num_slots(self.lag)
+        _refuse_oversize(sum(s.key[2] for s in storages if s.key[0].type == "cpu"), num_slots)
+        self.vault = Vault(state, num_slots, devices, with_rng, read_journal, write_journal)
+        self.driver = Driver(HostState(ring=ring.empty_ring(num_slots)), self.vault, devices)
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
+        self._unsealed: deque[tuple[Taken, bool]] = deque()
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether digests, finite checks and vital signs arrive after the call that asked for them."""
+        return self.ground.barrier is Barrier.CONTEXT
+
+    @property
+    def clocks(self) -> dict[str, Clock]:
+        """The devices that numbers can be sent from without waiting."""
+        return {name: cast("Clock", port) for name, port in self.devices.items() if port.barrier is Barrier.CONTEXT}
 
     @property
     def ring(self) -> Ring:
@@ -94,6 +112,8 @@ class Keeper:
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer], methods: tuple[str, ...]) -> None:
         """Make forwards and optimizer steps sections."""
         self.sections.attach_module(model, methods)
+        if any(device.type == "cuda" for device in self.accelerators):
+            self.sections.attach_graphs()
         for optimizer in optimizers:
             self.sections.attach_optimizer(optimizer)
 
@@ -148,6 +168,8 @@ class Keeper:
         """Run what was queued, in order, if the calling thread is at a boundary. Errors are the boundary's to raise."""
         if not self._requests or self.is_inside() or threading.get_ident() in self._stepping:
             return
+        if self.driver.state.captures:  # at the boundary after it
+            return
         for _ in range(len(self._requests)):
             try:
                 request = self._requests.popleft()
@@ -175,14 +197,55 @@ class Keeper:
             The handle and what sealing found; None when the slot had moved on meanwhile.
         """
         self.state.model.include_gradients = gradients
+        found = None
         try:
-            # one submission: an interrupt in between would leave a candidate that is never sealed
-            taken, found = self.driver.submit(
-                protocol.snapshot_and_seal(threading.get_ident(), self.ground, step, manual), shield
-            )
+            if self.reads_late:
+                taken = self._stage(shield, step, manual)
+                self._unsealed.append((taken, manual))
+            else:
+                # one submission: an interrupt in between would leave a candidate that is never sealed
+                taken, found = self.driver.submit(
+                    protocol.snapshot_and_seal(threading.get_ident(), self.ground, step, manual), shield
+                )
         finally:
             self.state.model.include_gradients = False
         return self.info(taken), found
+
+    def _stage(self, shield: Shield, step: int | None, manual: bool) -> Taken:
+        try:
+            taken: Taken = self.driver.submit(
+                protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield
+            )
+        except SlotsBusy:
+            if not manual or not self._unsealed:
+                raise
+            # a caller in a hurry: candidates may turn out to be good or bad once they are read
+            self.seal_arrived(wait=True)
+            taken = self.driver.submit(protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield)
+        return taken
+
+    def seal_arrived(self, *, wait: bool = False) -> list[tuple[Taken, bool, Inspection]]:
+        """Seal (or give up) staged snapshots whose reading has arrived, oldest first.
+
+        Args:
+            wait: Wait for all of them.
+
+        Returns:
+            Per snapshot: what was taken, whether it is manual, and what was found. Those that are gone are left out.
+        """
+        settled = []
+        for _ in range(len(self._unsealed)):
+            try:
+                taken, manual = self._unsealed.popleft()
+            except IndexError:  # another thread was faster
+                break
+            if not wait and ring.by_serial(self.ring, taken.snapshot) and not self.vault.is_examined(taken.slot):
+                self._unsealed.appendleft((taken, manual))  # they arrive in order
+                break
+            found = self.driver.submit(protocol.seal(taken.slot, taken.snapshot, vouched=manual))
+            if found is not None:
+                settled.append((taken, manual, found))
+        return settled
 
     def info(self, taken: Taken | None) -> SnapshotInfo:
         """A handle for what was taken, or for a request."""
@@ -193,24 +256,32 @@ class Keeper:
             serial=taken.snapshot if taken is not None else -1,
             _state=self._phase,
             _wait=self._wait,
+            _done=taken.done if taken is not None else (),
         )
 
     def fill(self, receipt: SnapshotInfo, info: SnapshotInfo) -> None:
         """Complete the handle of a queued request."""
-        receipt.step, receipt.bytes, receipt.serial = info.step, info.bytes, info.serial
+        receipt.step, receipt.bytes, receipt.serial, receipt._done = info.step, info.bytes, info.serial, info._done
 
     def _phase(self, serial: int) -> str:
         slot = ring.by_serial(self.ring, serial)
         return slot.phase.value if slot is not None else "dropped"
 
-    def _wait(self, serial: int, until: str) -> None:
-        # copies and seal run on the submitting thread in this slice, so there is nothing to wait for but the answer
+    def _wait(self, serial: int, done: Events, until: str) -> None:
+        self.wait_for(done)
+        if until == "sealed":
+            self.seal_arrived(wait=True)
         if until == "sealed" and self._phase(serial) == "dropped":
             raise SnapshotRejected(
                 "waiting for a snapshot to be sealed",
                 "it is not held any more: it was not finite, was overwritten, or was undone by a rollback",
                 "Take another one from a healthy state.",
             )
+
+    def wait_for(self, events: Events) -> None:
+        """Block the host until all of them have passed."""
+        for name, event in events:
+            cast("QueuedDevice", self.devices[name]).host_wait(event)
 
     def certify(self, taken: SnapshotInfo) -> None:
         """Certify a sealed snapshot at once."""
@@ -240,6 +311,7 @@ class Keeper:
         generations_back: int = 0,
         optimizer: Optimizer | None = None,
         verify_before: bool = False,
+        patient: bool = False,
     ) -> RolledBack:
         """Restore a snapshot and fill in `report`.
 
@@ -251,6 +323,7 @@ class Keeper:
             generations_back: With `to` None: that many good snapshots further back, as far as there are any.
             optimizer: Cleared in the same critical section if it is not governed.
             verify_before: Check digests before the first write.
+            patient: Wait for graph captures of other threads to end.
         """
         governed = [part.optimizer for part in self.state.optimizers]
         foreign = optimizer is not None and all(optimizer is not one for one in governed)
@@ -263,6 +336,7 @@ class Keeper:
                 "rolling back",
                 verify_before,
                 (optimizer,) if foreign else (),
+                patient,
             ),
             shield,
         )
@@ -276,8 +350,15 @@ class Keeper:
         report.barrier = self.ground.barrier.value
         report.wait_ms = done.waited_s * 1e3
         report.corrupted_steps = done.corrupted
-        report._finish = lambda: self._verify(done.slot)
+        report._finish = lambda: (self._duration(done), self._verify(done.slot))
         return done
+
+    def _duration(self, done: RolledBack) -> float | None:
+        """Wait until the devices are done; answers the milliseconds that the slowest of them took."""
+        self.wait_for(done.done)
+        ports = [cast("QueuedDevice", self.devices[name]) for name, _ in done.done]
+        spans = zip(ports, done.began, done.done, strict=True)
+        return max((port.elapsed_ms(began, ended) for port, (_, began), (_, ended) in spans), default=None)
 
     def _verify(self, slot: Slot) -> bool | None:
         """Whether the slot has the bytes it was sealed with; None when it has been overwritten since."""

@@ -1,17 +1,114 @@
 """OBSERVE: reads the vital signs of one optimizer step from losses, gradients and weights.
 
-On a CPU every number is there when its operator returns. On an accelerator this slice reads them at once, which waits
-for the device (docs/guarantees.md, "not yet").
+On a CPU every number is there when its operator returns. On a device with events nothing waits: the numbers of a step
+travel to page-locked memory behind the step itself, and are read when they have arrived. On other accelerators they are
+read at once, which waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
 Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | None
+Scalar = torch.Tensor | float | None
+"""A number on the host, or a tensor of one element that holds it on some device."""
+
+_ROW_NUMBERS = 16
+_ROWS_AT_ONCE = 64
+
+
+class Clock(Protocol):
+    """What of a device `Readings` needs."""
+
+    def mark(self) -> Any:
+        """An event on the caller's current stream."""
+
+    def has_passed(self, event: Any) -> bool:
+        """Whether the device has reached it."""
+        ...
+
+    def host_wait(self, event: Any) -> None:
+        """Block until it has."""
+
+
+class Reading:
+    """The numbers of one step, perhaps still on their way. Read them once."""
+
+    def __init__(self, numbers: dict[str, float | None]) -> None:
+        self._numbers = numbers
+        self._rows: list[tuple[Clock, Any, tuple[str, ...], torch.Tensor, Callable[[torch.Tensor], None]]] = []
+
+    def has_arrived(self) -> bool:
+        """Whether `numbers` would not wait."""
+        return all(clock.has_passed(event) for clock, event, *_ in self._rows)
+
+    def numbers(self) -> dict[str, float | None]:
+        """Every number by name; waits for those that have not arrived."""
+        while self._rows:
+            clock, event, names, row, give_back = self._rows.pop()
+            clock.host_wait(event)
+            self._numbers.update(zip(names, row.tolist(), strict=False))
+            give_back(row)
+        return self._numbers
+
+
+class Readings:
+    """Sends numbers from devices to the host without waiting for them.
+
+    Args:
+        clocks: The devices that have events, by name. Numbers that are elsewhere are read at once.
+    """
+
+    def __init__(self, clocks: Mapping[str, Clock]) -> None:
+        self._clocks = clocks
+        self._rows: deque[torch.Tensor] = deque()
+
+    def send(self, numbers: Mapping[str, Scalar]) -> Reading:
+        """Start the transfer of one step's numbers on the caller's current streams."""
+        here: dict[str, float | None] = {}
+        away: dict[str, dict[str, torch.Tensor]] = {}
+        for name, value in numbers.items():
+            if isinstance(value, torch.Tensor) and str(value.device) in self._clocks:
+                away.setdefault(str(value.device), {})[name] = value.detach().reshape(()).double()
+            else:
+                here[name] = None if value is None else float(value)
+        reading = Reading(here)
+        for device, values in away.items():
+            row = self._row(len(values))
+            row[: len(values)].copy_(torch.stack(list(values.values())), non_blocking=True)
+            clock = self._clocks[device]
+            reading._rows.append((clock, clock.mark(), tuple(values), row, self._rows.append))
+        return reading
+
+    def _row(self, needed: int) -> torch.Tensor:
+        if not self._rows or self._rows[0].numel() < needed:
+            self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, needed)))
+        return self._rows.popleft()
+
+
+def _page_locked(count: int, width: int) -> Sequence[torch.Tensor]:
+    rows = torch.zeros(count, width, dtype=torch.float64)
+    return (rows.pin_memory() if torch.cuda.is_available() else rows).unbind()
+
+
+def mean_loss(loss: Loss) -> Scalar:
+    """`read_loss` without reading: a tensor stays where it is."""
+    if loss is None or isinstance(loss, (int, float)):
+        return loss
+    if isinstance(loss, torch.Tensor):
+        return loss.detach().double().mean()
+    values = [value for value in map(mean_loss, loss) if value is not None]
+    return sum(values[1:], start=values[0]) / len(values) if values else None
+
+
+def mean_sign(value: torch.Tensor | float) -> Scalar:
+    """`read_sign` without reading."""
+    return value.detach().double().mean() if isinstance(value, torch.Tensor) else float(value)
 
 
 def read_loss(loss: Loss) -> float | None:
@@ -66,3 +163,25 @@ def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
     if not looked_at or math.isfinite(float(torch.nn.utils.get_total_norm(looked_at))):
         return 0
     return sum(not bool(torch.isfinite(t).all()) for t in looked_at)
+
+
+def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None, Scalar]:
+    """L2 norm over all tensors and how many of them are not finite, without waiting for the device.
+
+    Norms are taken in float32 (float64 for such tensors): one that overflows, with elements beyond 1e19, counts as not
+    finite. With tensors on several devices both end up on the first one's. None and 0 without tensors.
+    """
+    looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    looked_at = [t for t in looked_at if t.numel() and (t.is_floating_point() or t.is_complex())]
+    if not looked_at:
+        return None, 0
+    grouped: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in looked_at:
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        grouped.setdefault((wide.device, wide.dtype), []).append(wide)
+    norms: list[torch.Tensor] = []
+    for (_, dtype), group in grouped.items():
+        norms += torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+    home = norms[0].device
+    each = torch.stack([norm.abs().to(home, torch.float64, non_blocking=True) for norm in norms])
+    return torch.linalg.vector_norm(each), (~torch.isfinite(each)).sum()

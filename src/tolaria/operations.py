@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from tolaria.gate import GateState
+from tolaria.gate import GateState, ThreadId
 from tolaria.ring import Ring
 
 DeviceName = str
@@ -40,6 +40,21 @@ class Direction(Enum):
     RESTORE = "slot -> storages"
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tensors of a layout are.
+
+    Attributes:
+        queued: Devices that work asynchronously, whose order the barrier has to enforce.
+        host: Devices whose copies are done when the call returns.
+        pinned: Some of the host's tensors are page-locked, so that a transfer may be reading or writing them even now.
+    """
+
+    queued: tuple[DeviceName, ...] = ()
+    host: tuple[DeviceName, ...] = ()
+    pinned: bool = False
+
+
 class SectionKind(Enum):
     """What a section may write, and so which copies it has to wait for."""
 
@@ -57,7 +72,7 @@ class HostState:
         ring: The slots.
         epoch: Number of rollbacks so far; tells gradients of different pasts apart.
         next_snapshot: Serial number of the next snapshot.
-        captures: Tokens of graph captures in progress; no barrier may touch a device while there are any.
+        captures: Graph captures in progress, as (token, thread); no barrier may touch a device while there are any.
         buffers_done: Events after which buffers may be written again.
         all_done: Events after which everything may be written again.
         running: Backward passes in progress, as (token, epoch of their forward).
@@ -69,7 +84,7 @@ class HostState:
     ring: Ring = ()
     epoch: int = 0
     next_snapshot: int = 0
-    captures: tuple[int, ...] = ()
+    captures: tuple[tuple[int, ThreadId], ...] = ()
     buffers_done: Events = ()
     all_done: Events = ()
     running: tuple[tuple[int, int], ...] = ()
@@ -104,7 +119,7 @@ class Await:
 class Survey:
     """Find every governed tensor, check that each can be restored exactly, and lay the table of copies.
 
-    Answers the names of the devices that hold them: they change when optimizer state appears.
+    Answers the `Places` that hold them: they change when optimizer state appears.
     """
 
 
@@ -129,15 +144,25 @@ class CaptureHost:
 class Check:
     """Compare the live train state with the slot; raise `StateMismatch` if it cannot be restored exactly.
 
-    Answers the names of the devices that the slot's tensors are on.
+    Answers the `Places` of the slot's tensors.
     """
 
     slot: int
 
 
 @dataclass(frozen=True, slots=True)
+class Examine:
+    """Enqueue the reading of a slot behind its copies: digest and search for non-finite values. Waits for nothing."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Inspect:
-    """Read the slot: finite? digest as sealed (or take it, when there is none yet)? Answers an `Inspection`."""
+    """Read the slot: finite? digest as sealed (or take it, when there is none yet)? Answers an `Inspection`.
+
+    Waits for an `Examine` that is under way instead of reading again.
+    """
 
     slot: int
 
@@ -202,6 +227,14 @@ class CallerWait:
 
 
 @dataclass(frozen=True, slots=True)
+class HostWait:
+    """Block the host until an event has passed: page-locked host memory may be under transfer until then."""
+
+    device: DeviceName
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
 class Synchronize:
     """Block the host until the device is idle."""
 
@@ -215,6 +248,7 @@ Op = (
     | Reserve
     | CaptureHost
     | Check
+    | Examine
     | Inspect
     | RestoreHost
     | Copy
@@ -223,6 +257,7 @@ Op = (
     | StreamRecord
     | StreamWait
     | CallerWait
+    | HostWait
     | Synchronize
 )
 Protocol = Generator[Op, Any, Any]

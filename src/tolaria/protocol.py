@@ -10,12 +10,13 @@ pure. A generator keeps nothing but what it was sent. So an explorer can save a 
 branch it, and what it explores is this file.
 
 Order of a rollback, and why each edge is there:
-    exclusive gate      no other host thread launches between the two barriers
+    exclusive gate      no other host thread launches between the two barriers, and no graph capture is in progress
     check               a mismatch is found before the first write
     pre barrier         work launched earlier, on any stream, finishes before the copies
     copies              slot -> storages, in place
-    post barrier        work launched later, on any stream, starts after the copies
-    host state          schedulers, hyper-parameters, random state; gradients dropped; version counters bumped
+    host state          schedulers, hyper-parameters, random state; gradients dropped; version counters bumped; what
+                        of this is work for a device goes to the stream of the copies
+    post barrier        work launched later, on any stream, starts after all of that
     epoch + 1           backward passes that straddle this point are recognised as stale
     gate released       never held while waiting for a device, except by the ``blocking`` barrier
 
@@ -29,39 +30,44 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tolaria import gate, ring
-from tolaria.errors import CaptureInProgress, NoSnapshot, PhaseError, RollbackFailed, SlotsBusy, SnapshotRejected
+from tolaria import ring
+from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive
+from tolaria.errors import (
+    DeviceLost,
+    NoSnapshot,
+    PhaseError,
+    RollbackFailed,
+    SlotsBusy,
+    SnapshotRejected,
+)
 from tolaria.gate import ThreadId
 from tolaria.operations import (
-    Await,
     Barrier,
-    CallerWait,
     CaptureHost,
     Change,
     Check,
     ContextRecord,
     ContextWait,
     Copy,
-    DeviceName,
     Direction,
     Events,
+    Examine,
     HostState,
+    HostWait,
     Inspect,
     Inspection,
     Op,
     Part,
+    Places,
     Protocol,
     Reserve,
     RestoreHost,
-    SectionKind,
     StreamRecord,
     StreamWait,
     Survey,
     Synchronize,
 )
 from tolaria.ring import Ring, Slot
-
-Devices = tuple[DeviceName, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class Taken:
     snapshot: int
     step: int | None
     waited_s: float
+    done: Events = ()  # when the copies have been made
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,117 +97,70 @@ class RolledBack:
     epoch: int
     corrupted: tuple[int, ...]  # steps of newer snapshots that were found corrupted and given up
     waited_s: float
-
-
-# ---------------------------------------------------------------- sections
-
-
-def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout_s: float | None = None) -> Protocol:
-    """Open a section for `thread`; its stream waits for copies that still read what the section may write.
-
-    Returns:
-        The epoch in which the section runs.
-    """
-
-    def enter(state: HostState) -> tuple[HostState, tuple[int, Events]] | None:
-        entered = gate.enter_section(state.gate, thread, in_autograd)
-        if entered is None:
-            return None
-        pending = {
-            SectionKind.READ: (),
-            SectionKind.FORWARD: state.buffers_done,
-            SectionKind.WRITE: state.all_done,
-        }[kind]
-        return replace(state, gate=entered), (state.epoch, pending)
-
-    (epoch, pending), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
-    for device, event in pending:
-        yield CallerWait(device, event)
-    return epoch
-
-
-def close_section(thread: ThreadId, to_depth: int) -> Protocol:
-    """Close sections of `thread` until `to_depth` are left open."""
-    yield Change("close a section", lambda s: (replace(s, gate=gate.leave_section(s.gate, thread, to_depth)), None))
+    began: Events = ()  # when the device began to copy, and
+    done: Events = ()  # when everything it had to do for this rollback was done
 
 
 # ---------------------------------------------------------------- barriers
 
 
-def _pre_barrier(ground: Ground, devices: Devices) -> Protocol:
+def _pre_barrier(ground: Ground, places: Places) -> Protocol:
     """Order everything launched so far, on any stream of any device, before the governor's copies."""
     if ground.barrier is Barrier.BLOCKING:
-        for device in devices:
+        for device in places.queued:
             yield Synchronize(device)
     elif ground.barrier is Barrier.CONTEXT:
         events = []
-        for device in devices:
-            events.append((yield ContextRecord(device)))
+        for device in places.queued:
+            events.append((device, (yield ContextRecord(device))))
         # a tensor of one device may be written by work of another: every copy stream waits for all of them
-        for device in devices:
-            for event in events:
+        for device in places.queued:
+            for _, event in events:
                 yield StreamWait(device, event)
+        if places.pinned:
+            for device, event in events:
+                yield HostWait(device, event)
 
 
-def _post_barrier(ground: Ground, devices: Devices) -> Protocol:
-    """Order the governor's copies before everything launched from now on, on any stream of any device."""
+def _post_barrier(ground: Ground, places: Places) -> Protocol:
+    """Order the governor's work before everything launched from now on, on any stream of any device.
+
+    Answers the events at which that work ends.
+    """
     if ground.barrier is Barrier.BLOCKING:
-        for device in devices:
-            yield Synchronize(device)
-    elif ground.barrier is Barrier.CONTEXT:
-        events = []
-        for device in devices:
-            events.append((yield StreamRecord(device)))
-        for device in devices:
-            for event in events:
-                yield ContextWait(device, event)
-
-
-def _copies_done(ground: Ground, devices: Devices) -> Protocol:
-    """Mark the end of a capture. With a device queue: events for writers to wait for; else wait here, or nothing."""
-    if ground.barrier is Barrier.BLOCKING:
-        for device in devices:
+        for device in places.queued:
             yield Synchronize(device)
     if ground.barrier is not Barrier.CONTEXT:
         return ()
+    events = yield from _record(places)
+    for device in places.queued:
+        for _, event in events:
+            yield ContextWait(device, event)
+    return events
+
+
+def _copies_done(ground: Ground, places: Places) -> Protocol:
+    """Mark the end of a capture. With a device queue: events for writers to wait for; else wait here, or nothing."""
+    if ground.barrier is Barrier.BLOCKING:
+        for device in places.queued:
+            yield Synchronize(device)
+    if ground.barrier is not Barrier.CONTEXT:
+        return ()
+    return (yield from _record(places))
+
+
+def _record(places: Places) -> Protocol:
+    """An event on the governor's own stream of every device. Answers (device, event) pairs."""
     events = []
-    for device in devices:
+    for device in places.queued:
         events.append((device, (yield StreamRecord(device))))
     return tuple(events)
 
 
-def _announce(thread: ThreadId, doing: str) -> Change:
-    """Outside of the `try` that withdraws it: a refused call of the owner must not open the gate of the outer one."""
-
-    def announce(state: HostState) -> tuple[HostState, None]:
-        _refuse_in_capture(state, doing)
-        return replace(state, gate=gate.announce_exclusive(state.gate, thread, doing)), None
-
-    return Change("announce", announce)
-
-
-def _enter_exclusive(thread: ThreadId, ground: Ground, doing: str) -> Protocol:
-    def enter(state: HostState) -> tuple[HostState, None] | None:
-        # a capture may have begun inside a section that was open when we announced: waiting for it could last for ever
-        _refuse_in_capture(state, doing)
-        entered = gate.enter_exclusive(state.gate, thread)
-        return None if entered is None else (replace(state, gate=entered), None)
-
-    _, waited_s = yield Await(f"{doing}: wait for open sections", enter, ground.gate_timeout_s)
-    return waited_s
-
-
-def _refuse_in_capture(state: HostState, doing: str) -> None:
-    if state.captures:
-        raise CaptureInProgress(
-            doing,
-            f"{len(state.captures)} graph captures are active, and any barrier would invalidate them",
-            'Call it after capture_end, or pass when="boundary".',
-        )
-
-
-def _leave_exclusive(thread: ThreadId) -> Change:
-    return Change("leave", lambda s: (replace(s, gate=gate.leave_exclusive(s.gate, thread)), None))
+def _copies(slot: int, places: Places, part: Part, direction: Direction) -> Protocol:
+    """One part of a slot, everywhere. The host's copies last: they run while the queued ones are under way."""
+    for device in (*places.queued, *places.host):
+        yield Copy(slot, device, part, direction)
 
 
 # ---------------------------------------------------------------- snapshot
@@ -219,8 +179,8 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         `Taken`.
 
     Raises:
-        PhaseError, QuiesceTimeout, SlotsBusy, UnsupportedState, BudgetExceeded: nothing was changed; every snapshot
-            held so far is still there.
+        PhaseError, CaptureInProgress, QuiesceTimeout, SlotsBusy, UnsupportedState, BudgetExceeded: nothing was changed;
+            every snapshot held so far is still there.
     """
     doing = "taking a snapshot" if step is None else f"taking a snapshot at step {step}"
     claimed: list[tuple[int, int]] = []
@@ -237,21 +197,23 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         slots, index = answer
         return replace(state, ring=slots, next_snapshot=serial + 1), (index, serial)
 
-    yield _announce(thread, doing)
+    yield announce(thread, doing, patient=False)
     try:
-        waited_s = yield from _enter_exclusive(thread, ground, doing)
-        devices: Devices = yield Survey()
+        waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient=False)
+        places: Places = yield Survey()
         slot, serial = yield Change("claim a slot", claim)
         claimed.append((slot, serial))
         yield Reserve(slot)
-        yield from _pre_barrier(ground, devices)
-        for device in devices:
-            yield Copy(slot, device, Part.BUFFERS, Direction.CAPTURE)
-        buffers_done = yield from _copies_done(ground, devices)
-        for device in devices:
-            yield Copy(slot, device, Part.REST, Direction.CAPTURE)
-        all_done = yield from _copies_done(ground, devices)
+        yield from _pre_barrier(ground, places)
+        yield from _copies(slot, places, Part.BUFFERS, Direction.CAPTURE)
+        buffers_done = yield from _copies_done(ground, places)
+        yield from _copies(slot, places, Part.REST, Direction.CAPTURE)
+        # before `done`: what an extra's state_dict clones on a device is read by the governor's stream as well
         counted: int | None = yield CaptureHost(slot)
+        all_done = yield from _copies_done(ground, places)
+        if ground.barrier is Barrier.CONTEXT:
+            # behind the copies and before anything that may overwrite the slot; `seal` asks for the answer later
+            yield Examine(slot)
         taken_at = counted if step is None else step
 
         # publish last: until here nobody can choose this slot
@@ -263,13 +225,13 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
             ),
         )
         claimed.clear()
-        return Taken(slot, serial, taken_at, waited_s)
+        return Taken(slot, serial, taken_at, waited_s, all_done)
     finally:
         for index, serial in claimed:
             yield Change(
                 "give the slot up", lambda s, i=index, n=serial: (replace(s, ring=ring.release(s.ring, i, n)), None)
             )
-        yield _leave_exclusive(thread)
+        yield leave_exclusive(thread)
 
 
 def seal(slot: int, serial: int, vouched: bool) -> Protocol:
@@ -340,6 +302,7 @@ def rollback(
     doing: str,
     verify_before: bool = False,
     reset: tuple[Any, ...] = (),
+    patient: bool = False,
 ) -> Protocol:
     """Restore one snapshot in place.
 
@@ -351,6 +314,7 @@ def rollback(
         doing: For messages.
         verify_before: Read the slot's digest before the first write, and fall back to an older snapshot on a mismatch.
         reset: Optimizers that were not governed at the snapshot; their state is cleared (a cold start).
+        patient: Wait for graph captures of other threads to end, instead of raising.
 
     Returns:
         `RolledBack`.
@@ -361,7 +325,7 @@ def rollback(
     """
     pinned: list[int] = []
     corrupted: list[Slot] = []
-    wrote = False
+    wrote = announced = False
 
     def select(state: HostState) -> tuple[HostState, Slot]:
         slot = choose(state.ring, corrupted[-1].snapshot if corrupted else None)
@@ -384,41 +348,73 @@ def rollback(
         slots = ring.release(ring.pin(state.ring, bad.index, -1), bad.index, bad.snapshot)
         return replace(state, ring=slots), None
 
-    def commit(state: HostState) -> tuple[HostState, int]:
+    def commit(state: HostState, restored: int) -> tuple[HostState, int]:
         epoch = state.epoch + 1
-        slots = ring.suspend(ring.drop_newer(state.ring, target.snapshot))
+        slots = ring.suspend(ring.drop_newer(state.ring, restored))
         # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
         # holds any, belong to the new epoch); running passes are not
         return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch
 
-    yield _announce(thread, doing)
-    try:
-        waited_s = yield from _enter_exclusive(thread, ground, doing)
+    def may_run(state: HostState) -> tuple[HostState, None]:
+        announce_exclusive(state, thread, doing, patient)  # raises what the real one would
+        return state, None
+
+    def intact() -> Protocol:
         while True:
-            target = yield Change("choose a snapshot", select)
-            pinned.append(target.index)
-            devices: Devices = yield Check(target.index)
-            if not verify_before:
-                break
-            found: Inspection = yield Inspect(target.index)
+            slot: Slot = yield Change("choose a snapshot", select)
+            pinned.append(slot.index)
+            found: Inspection = yield Inspect(slot.index)
             if found.intact:
-                break
-            corrupted.append(target)
-            yield Change("discard a corrupted snapshot", discard)
+                return slot
+            corrupted.append(slot)
             pinned.clear()
+            yield Change("discard a corrupted snapshot", discard)
+
+    def choose_or_keep(state: HostState, slot: Slot | None) -> tuple[HostState, Slot | None]:
+        if slot is None:
+            return select(state)
+        if ring.by_serial(state.ring, slot.snapshot) is None:
+            return replace(state, ring=ring.pin(state.ring, slot.index, -1)), None
+        return state, slot
+
+    try:
+        while True:
+            read: Slot | None = None
+            if verify_before:
+                # with the gate open: this reads the slot only, and may take its time
+                yield Change("may it run?", may_run)
+                read = yield from intact()
+            yield announce(thread, doing, patient)
+            announced = True
+            waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient)
+            target: Slot | None = yield Change("choose a snapshot", lambda s, slot=read: choose_or_keep(s, slot))
+            if target is not None:
+                pinned[:] = [target.index]
+                break
+            # a rollback of another thread came first, and dropped what had been read
+            pinned.clear()
+            yield leave_exclusive(thread)
+            announced = False
+        places: Places = yield Check(target.index)
         # the copies below run on the stream that filled the slot, so they are ordered behind its `done` by themselves
-        yield from _pre_barrier(ground, devices)
+        yield from _pre_barrier(ground, places)
+        began: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from _record(places))
         wrote = True
-        for device in devices:
+        alive = False
+        try:
             for part in Part:
-                yield Copy(target.index, device, part, Direction.RESTORE)
-        yield from _post_barrier(ground, devices)
-        alive: bool = yield RestoreHost(target.index, reset)
-        epoch = yield Change("commit", commit)
-        return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s)
+                yield from _copies(target.index, places, part, Direction.RESTORE)
+            # before the post barrier: gradients zeroed in place and what an extra loads are device work too
+            alive = yield RestoreHost(target.index, reset)
+        finally:
+            done: Events = yield from _post_barrier(ground, places)
+        epoch = yield Change("commit", lambda s: commit(s, target.snapshot))
+        return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s, began, done)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
             yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
+            if isinstance(error, DeviceLost):
+                raise
             raise RollbackFailed(
                 doing,
                 f"{type(error).__name__} after the first write: {error}",
@@ -428,7 +424,8 @@ def rollback(
     finally:
         for index in pinned:
             yield Change("unpin", lambda s, i=index: (replace(s, ring=ring.pin(s.ring, i, -1)), None))
-        yield _leave_exclusive(thread)
+        if announced:
+            yield leave_exclusive(thread)
 
 
 def refuse_in_autograd(doing: str) -> PhaseError:

@@ -108,8 +108,9 @@ class Capabilities:
     """What this governor can do on this machine, chosen once at construction.
 
     Attributes:
-        barrier: Device barrier in use: ``"host"`` (CPU: the gate alone) or ``"blocking"`` (device synchronise on both
-            sides).
+        barrier: Device barrier in use: ``"host"`` (CPU: the gate alone), ``"context"`` (context-wide events on both
+            sides, the host waits for nothing) or ``"blocking"`` (device synchronise on both sides).
+        barrier_reason: Why it is not ``"context"`` on an accelerator; else empty.
         devices: Devices that hold governed tensors, for example ``("cpu",)``.
         tier: Where slots live: ``"host"`` (main memory) or ``"device"`` (beside the tensors they copy).
         copy_path: How bytes are moved.
@@ -129,6 +130,7 @@ class Capabilities:
     cadence: int
     cadence_stretched: bool
     rng: str
+    barrier_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

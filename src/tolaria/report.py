@@ -31,12 +31,13 @@ class SnapshotInfo:
     tier: str
     serial: int = -1
     _state: Callable[[int], str] = field(repr=False)
-    _wait: Callable[[int, str], None] = field(repr=False)
+    _wait: Callable[[int, Any, str], None] = field(repr=False)
+    _done: Any = field(default=(), repr=False)
 
     @classmethod
     def nothing(cls) -> SnapshotInfo:
         """The handle of a snapshot that was not taken (observe mode, or disabled): its state is ``dropped``."""
-        return cls(step=None, bytes=0, tier="none", serial=0, _state=lambda _: "dropped", _wait=lambda _, __: None)
+        return cls(step=None, bytes=0, tier="none", serial=0, _state=lambda _: "dropped", _wait=lambda *_: None)
 
     @property
     def state(self) -> str:
@@ -52,7 +53,7 @@ class SnapshotInfo:
         """
         if self.serial < 0:
             raise PhaseError("waiting for a snapshot", "the request is pending", "Wait after the next boundary.")
-        self._wait(self.serial, until)
+        self._wait(self.serial, self._done, until)
         return self
 
 
@@ -75,7 +76,8 @@ class RollbackReport:
         host_ms: Host time of the call in milliseconds, waiting for open sections included.
         wait_ms: The part of it spent waiting for open sections.
         corrupted_steps: Steps of newer snapshots that were found corrupted and passed over.
-        device_ms: Time of the copies on the device; None until `wait`, and where it is part of the host time.
+        device_ms: Milliseconds from the first copy to the last work on the slowest device; None until `wait`, and where
+            the host waited, so that `host_ms` holds it.
         verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
     """
 
@@ -94,7 +96,7 @@ class RollbackReport:
     corrupted_steps: tuple[int, ...] = ()
     device_ms: float | None = None
     verified: bool | None = None
-    _finish: Callable[[], bool | None] | None = field(default=None, repr=False)
+    _finish: Callable[[], tuple[float | None, bool | None]] | None = field(default=None, repr=False)
 
     def wait(self) -> RollbackReport:
         """Block until the copies are done, then check that the slot still has the bytes it was sealed with.
@@ -107,7 +109,7 @@ class RollbackReport:
             raise PhaseError("waiting for a rollback", "the request is pending", "Wait after the next boundary.")
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self.verified = finish()
+            self.device_ms, self.verified = finish()
             self.status = "done"
         if self.verified is False:
             raise SnapshotRejected(

@@ -2,19 +2,22 @@
 
 A slot's memory is one flat arena per device. Storages lie in it in the order (part, trained, dtype), each aligned to
 64 bytes, so that one reduction per element type looks for non-finite values and one pass takes the digest. An arena is
-allocated when the layout of the train state is new to its slot, and never between layout changes.
+allocated when the layout of the train state is new to its slot, and never between layout changes; on the governor's own
+stream, so that the allocator gives its memory to nobody whose work is not ordered behind ours.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
-import xxhash
 
-from tolaria import memory
-from tolaria.device import Device, open_devices
+from tolaria import kernels, memory
+from tolaria.device import Device, DeviceSet, QueuedDevice
 from tolaria.errors import TolariaInternalError, UnsupportedState
 from tolaria.operations import (
     Barrier,
@@ -22,19 +25,22 @@ from tolaria.operations import (
     Check,
     Copy,
     Direction,
+    Examine,
     Inspect,
     Inspection,
     Part,
+    Places,
     Reserve,
     RestoreHost,
     Survey,
 )
 from tolaria.records import Journal
-from tolaria.state.digest import update_bytes
-from tolaria.state.leaves import Leaf, Storage, is_finite
+from tolaria.state.digest import host_digest
+from tolaria.state.leaves import Leaf, Storage, finiteness, is_finite
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 _ALIGNMENT = 64
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # a sum of many overflows in 16 bits
 
 Signature = tuple[tuple[torch.device, int, Part, bool, torch.dtype | None], ...]
 
@@ -84,6 +90,36 @@ def _allocate(signature: Signature, doing: str) -> Arena:
     return Arena(signature, flat, views, ranges)
 
 
+Digest = tuple[tuple[str, int], ...]
+"""Per device, in order of names: xxh3-128 of host memory, `kernels.digest` of device memory."""
+
+
+@dataclass(slots=True, eq=False)
+class Examination:
+    """One reading of a slot, perhaps still under way on a device.
+
+    Attributes:
+        digests: Of host memory, by device name.
+        finite: Host memory holds no non-finite value that ought not to be there.
+        rows: Page-locked answers of queued devices by name, shape [2], int64: digest, and 1 if finite.
+        events: When they will be there.
+    """
+
+    digests: dict[str, int] = field(default_factory=dict)
+    finite: bool = True
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    events: dict[str, Any] = field(default_factory=dict)
+
+    def digest(self) -> Digest:
+        """The digest of the whole slot; every answer must be there."""
+        found = {**self.digests, **{name: int(row[0]) for name, row in self.rows.items()}}
+        return tuple(sorted(found.items()))
+
+    def is_finite(self) -> bool:
+        """Whether all is well; False means: look again, tensor by tensor."""
+        return self.finite and all(bool(row[1]) for row in self.rows.values())
+
+
 @dataclass(slots=True, eq=False)
 class SlotMemory:
     """What one slot owns."""
@@ -91,7 +127,9 @@ class SlotMemory:
     arena: Arena | None = None
     survey: SurveyResult | None = None
     host: HostValues | None = None
-    digest: bytes | None = None
+    digest: Digest | None = None
+    examination: Examination | None = None
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,8 +139,7 @@ class Vault:
     Args:
         state: The train state.
         num_slots: Slots in the ring.
-        devices: Ports by name; new ones are added as state appears on further devices.
-        barrier: The barrier kind in use.
+        devices: Ports by name; new ones are opened as state appears on further devices.
         with_rng: Whether snapshots hold global random state.
         read_journal: Called at a capture: the governor's own counters and detector states (immutable values).
         write_journal: Called at a restore with what `read_journal` returned.
@@ -113,8 +150,7 @@ class Vault:
 
     state: TrainState
     num_slots: int
-    devices: dict[str, Device]
-    barrier: Barrier
+    devices: DeviceSet
     with_rng: Callable[[], bool]
     read_journal: Callable[[], Journal]
     write_journal: Callable[[Journal], None]
@@ -125,20 +161,27 @@ class Vault:
         self.slots = [SlotMemory() for _ in range(self.num_slots)]
 
     @torch.inference_mode(False)
-    def survey(self, _: Survey) -> tuple[str, ...]:
+    def survey(self, _: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port."""
         surveyed = self.state.survey()
-        names = _device_names(surveyed)
-        for port in open_devices(torch.device(name) for name in names if name not in self.devices):
-            if port.barrier is not Barrier.HOST and self.barrier is Barrier.HOST:
-                raise UnsupportedState(
-                    "surveying the train state",
-                    f"tensors are on {port.name}, but everything was on the CPU when the governor was built",
-                    "Build the governor after moving the model.",
-                )
-            self.devices[port.name] = port
+        keys = {storage.key[0] for storage in surveyed.leaves.storages}
+        if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
+            raise UnsupportedState(
+                "surveying the train state",
+                f"tensors are on {sorted(map(str, keys))}, but everything was on the CPU when the governor was built",
+                "Build the governor after moving the model.",
+            )
+        self.devices.open(keys)
         self._surveyed = surveyed
-        return names
+        return self._places(surveyed)
+
+    def _places(self, survey: SurveyResult) -> Places:
+        storages = survey.leaves.storages
+        names = sorted({str(storage.key[0]) for storage in storages})
+        queued = tuple(name for name in names if self.devices[name].barrier is not Barrier.HOST)
+        host = tuple(name for name in names if name not in queued)
+        on_host = [storage.bytes for storage in storages if storage.key[0].type == "cpu"]
+        return Places(queued, host, pinned=bool(queued) and any(flat.is_pinned() for flat in on_host))
 
     @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
@@ -146,11 +189,25 @@ class Vault:
         slot = self.slots[op.slot]
         surveyed = self._take_survey()
         signature = _signature(surveyed.leaves.storages)
-        slot.survey = slot.host = slot.digest = None
+        slot.survey = slot.host = slot.digest = slot.examination = None
         if slot.arena is None or slot.arena.signature != signature:
             slot.arena = None  # freed before its successor is allocated: the slot was claimed, nobody reads it
-            slot.arena = _allocate(signature, f"reserving slot {op.slot}")
+            with self._on_streams():
+                slot.arena = _allocate(signature, f"reserving slot {op.slot}")
+            queued = self.devices.barrier is Barrier.CONTEXT
+            slot.rows = {
+                str(device): torch.zeros(2, dtype=torch.int64).pin_memory()
+                for device in slot.arena.flat
+                if queued and device.type != "cpu"
+            }
         slot.survey = surveyed
+
+    def _on_streams(self) -> contextlib.ExitStack:
+        """Inside, what is launched on any governed device is ordered with our copies."""
+        stack = contextlib.ExitStack()
+        for port in self.devices.values():
+            stack.enter_context(port.on_stream())
+        return stack
 
     def _take_survey(self) -> SurveyResult:
         if self._surveyed is None:
@@ -175,28 +232,71 @@ class Vault:
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
         journal = self.read_journal()
-        self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
+        with self._on_streams():
+            self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed
 
     @torch.inference_mode(False)
-    def check(self, op: Check) -> tuple[str, ...]:
+    def check(self, op: Check) -> Places:
         """Perform `Check`."""
         survey = self.slots[op.slot].survey
         if survey is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
         self.state.check(survey, "rolling back")
-        return _device_names(survey)
+        return self._places(survey)
+
+    @torch.inference_mode(False)
+    def examine(self, op: Examine) -> None:
+        """Perform `Examine`."""
+        slot = self.slots[op.slot]
+        slot.examination = self._examine(slot.rows, *self._filled(op.slot)[:2])
+
+    def is_examined(self, index: int) -> bool:
+        """Whether `inspect` would find its answer there."""
+        examination = self.slots[index].examination
+        if examination is None:
+            return True
+        return all(_queued(self.devices[name]).has_passed(event) for name, event in examination.events.items())
 
     @torch.inference_mode(False)
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         slot = self.slots[op.slot]
         arena, survey, _ = self._filled(op.slot)
-        digest = _digest(arena)
+        examination, slot.examination = slot.examination, None
+        if examination is None:
+            rows = {name: torch.empty_like(row, pin_memory=True) for name, row in slot.rows.items()}
+            examination = self._examine(rows, arena, survey)
+        for name, event in examination.events.items():
+            _queued(self.devices[name]).host_wait(event)
+        digest = examination.digest()
         if slot.digest is not None:
             return Inspection(intact=digest == slot.digest)
         slot.digest = digest
-        return Inspection(nonfinite=_nonfinite(arena, survey))
+        return Inspection(nonfinite=() if examination.is_finite() else self._nonfinite(arena, survey))
+
+    def _examine(self, rows: dict[str, torch.Tensor], arena: Arena, survey: SurveyResult) -> Examination:
+        """Start a reading. On a queued device this enqueues and returns; elsewhere the answer is there at the end."""
+        found = Examination(rows=rows)
+        doubtful = _outside_of_stretches(arena, survey)
+        for device, flat in arena.flat.items():
+            name, port = str(device), self.devices[str(device)]
+            stretches = [stretch for stretch in arena.ranges if stretch.device == device]
+            leaves = [tensor for tensor in doubtful if tensor.device == device]
+            if port.barrier is Barrier.HOST:
+                found.digests[name] = host_digest(flat)
+                found.finite = found.finite and bool(_all_finite(stretches, leaves, device))
+            elif port.barrier is Barrier.BLOCKING:
+                found.digests[name] = int(kernels.digest(flat))
+                found.finite = found.finite and bool(_all_finite(stretches, leaves, device))
+            else:
+                port.enqueue(functools.partial(_read, rows[name], flat, stretches, leaves))
+                found.events[name] = _queued(port).stream_record()
+        return found
+
+    def _nonfinite(self, arena: Arena, survey: SurveyResult) -> tuple[str, ...]:
+        with self._on_streams():  # the slot's bytes are there for that stream only
+            return _nonfinite(arena, survey)
 
     @torch.inference_mode(False)
     def restore_host(self, op: RestoreHost) -> bool:
@@ -205,10 +305,11 @@ class Vault:
         if host is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} has no host values", "Please report this.")
         self.write_journal(host.journal)
-        # the policy may have become "keep" since, when a second governor was built
-        self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices())
-        for optimizer in op.reset:
-            optimizer.state.clear()
+        with self._on_streams():
+            # the policy may have become "keep" since, when a second governor was built
+            self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices())
+            for optimizer in op.reset:
+                optimizer.state.clear()
         return any(parameter.grad is not None for parameter in self.state.parameters())
 
     def num_bytes(self, index: int) -> int:
@@ -217,9 +318,16 @@ class Vault:
         return 0 if arena is None else sum(size for _, size, *_ in arena.signature)
 
     def close(self) -> None:
-        """Free all slot memory and forget every governed tensor."""
+        """Wait for copies under way, free all slot memory and forget every governed tensor. Idempotent."""
+        for port in self.devices.values():
+            port.close()
         self.slots = [SlotMemory() for _ in self.slots]
         self._surveyed = None
+
+    def __del__(self) -> None:
+        # dropped without `close`: copies may still be under way from or to memory that is about to be given back
+        with contextlib.suppress(Exception):
+            self.close()
 
     def _devices(self) -> list[torch.device]:
         return [torch.device(name) for name in self.devices]
@@ -236,41 +344,60 @@ def _is_summable(dtype: torch.dtype) -> bool:
     return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
 
 
-def _device_names(survey: SurveyResult) -> tuple[str, ...]:
-    """Devices of a survey, CPU last: its copies run at once, while an accelerator's are under way."""
-    names = {str(storage.key[0]) for storage in survey.leaves.storages}
-    return tuple(sorted(names, key=lambda name: (name == "cpu", name)))
+def _queued(port: Device) -> QueuedDevice:
+    return cast("QueuedDevice", port)
 
 
-def _digest(arena: Arena) -> bytes:
-    hasher = xxhash.xxh3_128()
-    for flat in arena.flat.values():
-        update_bytes(hasher, flat)
-    return hasher.digest()
+def _read(
+    row: torch.Tensor, flat: torch.Tensor, stretches: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
+) -> None:
+    """Digest and finiteness of one device's arena, on their way to `row` when this returns."""
+    finite = _all_finite(stretches, leaves, flat.device).long()
+    row.copy_(torch.stack((kernels.digest(flat), finite)), non_blocking=True)
+
+
+def _all_finite(
+    stretches: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Shape [], bool, on the device. One sum per stretch: a NaN or an infinity makes it one; it may also overflow."""
+    sums = [stretch.sum(dtype=_WIDER.get(stretch.dtype)) for stretch in stretches]
+    flags = [torch.isfinite(total) for total in sums] + [finiteness(leaf) for leaf in leaves]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
+def _leaf_in(arena: Arena, leaf: Leaf) -> torch.Tensor:
+    """The snapshot's copy of one leaf."""
+    dtype, offset, shape, strides = leaf.geometry
+    held = arena.views[leaf.storage]
+    start = held.storage_offset() // dtype.itemsize + offset
+    return torch.empty(0, dtype=dtype, device=held.device).set_(held.untyped_storage(), start, shape, strides)
+
+
+def _outside_of_stretches(arena: Arena, survey: SurveyResult) -> list[torch.Tensor]:
+    """Copies of the leaves that ought to be finite and that no sum over a stretch looks at."""
+    storages = survey.leaves.storages
+    return [
+        _leaf_in(arena, leaf)
+        for leaf in survey.leaves.leaves
+        if leaf.trained and not _is_in_a_stretch(leaf, storages[leaf.storage])
+    ]
 
 
 def _nonfinite(arena: Arena, survey: SurveyResult) -> tuple[str, ...]:
-    """Names of leaves that ought to be finite and are not. One sum per element type when all is well."""
-    storages = survey.leaves.storages
-    odd = any(leaf.trained and not _is_in_a_stretch(leaf, storages[leaf.storage]) for leaf in survey.leaves.leaves)
-    # a sum of finite values may overflow, and a storage may hold bytes that belong to no leaf: both are looked at again
-    if not odd and all(bool(torch.isfinite(stretch.sum())) for stretch in arena.ranges):
-        return ()
-    found = []
-    for leaf in survey.leaves.leaves:
-        dtype, offset, shape, strides = leaf.geometry
-        if not leaf.trained or not (dtype.is_floating_point or dtype.is_complex):
-            continue
-        held = arena.views[leaf.storage]
-        start = held.storage_offset() // dtype.itemsize + offset
-        typed = torch.empty(0, dtype=dtype, device=held.device).set_(held.untyped_storage(), start, shape, strides)
-        if not is_finite(typed):
-            found.append(leaf.name)
-    return tuple(found)
+    """Names of leaves that ought to be finite and are not, each looked at by itself. Waits for the device.
+
+    A sum of finite values may have overflowed, and a storage may hold bytes that belong to no leaf.
+    """
+    suspects = [leaf for leaf in survey.leaves.leaves if leaf.trained and _may_be_nonfinite(leaf.geometry[0])]
+    return tuple(leaf.name for leaf in suspects if not is_finite(_leaf_in(arena, leaf)))
+
+
+def _may_be_nonfinite(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _is_in_a_stretch(leaf: Leaf, storage: Storage) -> bool:
     dtype = leaf.geometry[0]
-    if not (dtype.is_floating_point or dtype.is_complex):
+    if not _may_be_nonfinite(dtype):
         return True  # nothing to look for
     return storage.trained and storage.dtype is dtype and _is_summable(dtype)

@@ -16,27 +16,28 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tolaria import observe
 
 Closure = Callable[[], Any]
+IsStatic = Callable[[torch.Tensor], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of one update.
+    """What became of one update. Numbers are on the host, or still on a device when they are to be read late.
 
     Attributes:
-        loss: As read (from the closure where none was given).
-        grad_norm: L2 norm before clipping, after unscaling; None without gradients or where a scaler skipped.
-        nonfinite_gradients: Gradient tensors with a non-finite value; 0 where a scaler skipped, which is routine.
+        loss: As handed in (from the closure where nothing was).
+        grad_norm: L2 norm before clipping, after unscaling; None without gradients.
+        nonfinite_gradients: Gradient tensors with a non-finite value.
         vetoed: The step was refused because of them.
         stale: The step was refused because its backward straddled a rollback.
-        scaler_skips: Steps in a row that the scaler has skipped, this one included; 0 when it did not.
+        scaler_skipped: The scaler did not apply the step, which is routine; not 0 means it did not.
     """
 
-    loss: float | None
-    grad_norm: float | None
-    nonfinite_gradients: int
+    loss: observe.Scalar
+    grad_norm: observe.Scalar
+    nonfinite_gradients: observe.Scalar
     vetoed: bool
     stale: bool
-    scaler_skips: int
+    scaler_skipped: observe.Scalar
 
 
 class Update:
@@ -53,7 +54,13 @@ class Update:
     ) -> None:
         self.optimizers, self.schedulers = list(optimizers), list(schedulers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.scaler_skips = 0
+
+    @property
+    def can_read_late(self) -> bool:
+        """Whether an update needs no number on the host: a scaler over an optimizer that cannot skip by itself does."""
+        return self.scaler is None or all(
+            getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers
+        )
 
     def run(
         self,
@@ -64,6 +71,7 @@ class Update:
         closure: Closure | None,
         lr_factor: float,
         may_veto: bool,
+        is_static: IsStatic,
         is_stale: bool = False,
     ) -> Outcome:
         """Apply one update, or refuse it because a gradient is not finite.
@@ -76,6 +84,7 @@ class Update:
             closure: Handed to every optimizer; its gradients do not exist before, so nothing can be vetoed.
             lr_factor: Factor on every learning rate, for this step only.
             may_veto: False: apply whatever comes (observe mode).
+            is_static: Whether a gradient's memory is written by a captured graph, so that it is zeroed and not dropped.
             is_stale: The optimizer's own section will refuse these gradients, so schedulers stay where they are.
         """
         self._unscale()
@@ -95,16 +104,56 @@ class Update:
             value = observe.read_loss(returned) if value is None else value
             if not by_scaler and not is_stale:
                 self._step_schedulers(value if metric is None else metric)
-        self._clear(parameters)
-        self.scaler_skips = self.scaler_skips + 1 if by_scaler else 0
+        self._clear(parameters, is_static)
         return Outcome(
-            loss=value,
-            grad_norm=None if by_scaler else norm,
-            nonfinite_gradients=0 if by_scaler else bad,
-            vetoed=vetoed,
-            stale=is_stale,
-            scaler_skips=self.scaler_skips,
+            loss=value, grad_norm=norm, nonfinite_gradients=bad, vetoed=vetoed, stale=is_stale, scaler_skipped=by_scaler
         )
+
+    def run_late(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: observe.Loss,
+        clip: float | None,
+        metric: float | None,
+        closure: Closure | None,
+        lr_factor: float,
+        is_static: IsStatic,
+        is_stale: bool = False,
+    ) -> Outcome:
+        """`run` without waiting for the device: nothing is vetoed, and schedulers also follow a step a scaler skips.
+
+        Whoever learns later that a gradient was not finite rolls back, so nothing is lost but time. A
+        `ReduceLROnPlateau` without `metric` needs the loss itself, and waits for it.
+        """
+        self._unscale()
+        norm, bad = observe.norm_and_count(observe.gradients(parameters) if closure is None else [])
+        skipped = self._skipped_by_scaler()
+        if clip is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        with self._scaled_learning_rate(lr_factor):
+            returned = self._step(closure)
+        value = observe.mean_loss(returned if loss is None else loss)
+        if not is_stale and self.schedulers:
+            if metric is None and self._wants_metric():
+                metric = observe.read_loss(value)
+            self._step_schedulers(metric)
+        self._clear(parameters, is_static)
+        return Outcome(
+            loss=value, grad_norm=norm, nonfinite_gradients=bad, vetoed=False, stale=is_stale, scaler_skipped=skipped
+        )
+
+    def _skipped_by_scaler(self) -> observe.Scalar:
+        """What the scaler has found in the unscaled gradients: not 0 where it will skip."""
+        if self.scaler is None:
+            return 0.0
+        found = [
+            flag
+            for optimizer in self.optimizers
+            for flag in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        ]
+        if not found:
+            return 0.0
+        return sum((flag.to(found[0].device, non_blocking=True) for flag in found[1:]), start=found[0].clone())
 
     def plain(
         self,
@@ -119,17 +168,27 @@ class Update:
             self._unscale()
             torch.nn.utils.clip_grad_norm_(parameters, clip)
         returned = self._step(closure)
-        if metric is None and any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers):
+        if metric is None and self._wants_metric():
             metric = observe.read_loss(returned if loss is None else loss)
         self._step_schedulers(metric)
-        self._clear(parameters)
+        self._clear(parameters, lambda _: False)
 
-    def _clear(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Set the gradients to None, also of parameters that no optimizer steps: they would add up for ever."""
+    def _wants_metric(self) -> bool:
+        return any(isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers)
+
+    def _clear(self, parameters: Sequence[nn.Parameter], is_static: IsStatic) -> None:
+        """Set the gradients to None, also of parameters that no optimizer steps: they would add up for ever.
+
+        A captured backward writes its gradients to the same memory at every replay: those are zeroed instead.
+        """
+        static = [(p, p.grad) for p in parameters if p.grad is not None and is_static(p.grad)]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for parameter in parameters:
             parameter.grad = None
+        for parameter, grad in static:
+            parameter.grad = grad
+            grad.zero_()
 
     def _unscale(self) -> None:
         if self.scaler is None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
+from tolaria.admission import close_section, open_section
 from tolaria.operations import (
     Await,
     CallerWait,
@@ -27,10 +28,12 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     Direction,
+    Examine,
     HostState,
     Inspect,
     Inspection,
     Part,
+    Places,
     Reserve,
     RestoreHost,
     SectionKind,
@@ -39,7 +42,6 @@ from tolaria.operations import (
     Survey,
     Synchronize,
 )
-from tolaria.protocol import close_section, open_section
 
 VARIABLES = ("p0", "p1")
 OWN = "R"  # the governor's own stream
@@ -242,8 +244,9 @@ class Machine:
 
     def _device_call(self, world: World, thread: int, op: Any, label: str) -> Iterator[tuple[str, World]]:
         if isinstance(op, Survey | Check):
-            yield label, self._sent(world, thread, ("dev",))
-        elif isinstance(op, Reserve | CaptureHost | RestoreHost):
+            places = Places(queued=("dev",)) if self.streams else Places(host=("dev",))
+            yield label, self._sent(world, thread, places)
+        elif isinstance(op, Reserve | CaptureHost | RestoreHost | Examine):
             yield label, self._sent(world, thread, None)
         elif isinstance(op, Inspect):
             yield label, self._sent(world, thread, Inspection())

@@ -7,6 +7,7 @@ import pytest
 from protocol.simulation import Handover, Machine, Outcome, World, good_ring, reader, writer
 
 from tolaria import gate, ring
+from tolaria.admission import close_section, open_section
 from tolaria.operations import (
     Await,
     Barrier,
@@ -18,7 +19,7 @@ from tolaria.operations import (
     SectionKind,
     Synchronize,
 )
-from tolaria.protocol import Ground, close_section, open_section, rollback, snapshot
+from tolaria.protocol import Ground, rollback, snapshot
 
 HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
 
@@ -133,12 +134,12 @@ def test_a_section_inside_autograd_does_not_deadlock_with_a_waiting_rollback():
     def outcome(in_autograd: bool) -> Outcome:
         def forward():
             yield from open_section(0, SectionKind.FORWARD, False)
-            yield Await("wait for the engine", lambda s: (s, None) if 7 in s.captures else None)
+            yield Await("wait for the engine", lambda s: (s, None) if s.torn else None)
             yield from close_section(0, 0)
 
         def engine():
             yield from open_section(1, SectionKind.FORWARD, in_autograd)
-            yield Change("engine done", lambda s: (replace(s, captures=(7,)), None))
+            yield Change("engine done", lambda s: (replace(s, torn=True), None))
             yield from close_section(1, 0)
 
         return Machine([forward, engine, functools.partial(_exclusive, 2)]).explore(lambda world: True)
@@ -148,7 +149,7 @@ def test_a_section_inside_autograd_does_not_deadlock_with_a_waiting_rollback():
 
 
 def _exclusive(thread):
-    """The exclusive side alone, without the capture guard (captures stand in for a flag above)."""
+    """The exclusive side alone, without the capture guard (`torn` stands in for a flag above)."""
     yield Change("announce", lambda s: (replace(s, gate=gate.announce_exclusive(s.gate, thread, "test")), None))
 
     def enter(state):

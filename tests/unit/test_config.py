@@ -51,7 +51,7 @@ def test_bad_values_are_named(name, value):
 )
 def test_slots_follow_cadence_and_probation_or_stretch_the_cadence(settings, slots, cadence):
     config = GovernorConfig(**settings)
-    assert (config.num_slots, config.effective_cadence) == (slots, cadence)
+    assert (config.num_slots(), config.effective_cadence()) == (slots, cadence)
     # a candidate is never overwritten in probation: the candidates alive at once, the good one, and one to write into
-    in_probation = -(-config.probation // config.effective_cadence)
-    assert config.num_slots >= 2 + in_probation
+    in_probation = -(-config.probation // config.effective_cadence())
+    assert config.num_slots() >= 2 + in_probation

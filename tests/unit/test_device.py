@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tolaria import device as device_module
-from tolaria.device import CpuDevice, open_devices
+from tolaria.device import CpuDevice, DeviceSet
 from tolaria.errors import UnsupportedState
 from tolaria.operations import Barrier
 
@@ -45,10 +45,12 @@ def test_small_copies_start_no_thread():
 
 
 def test_devices_are_opened_by_name_with_their_barrier():
-    (port,) = open_devices([torch.device("cpu"), torch.device("cpu")])
+    ports = DeviceSet()
+    ports.open([torch.device("cpu"), torch.device("cpu")])
+    (port,) = ports.values()
     assert (port.name, port.barrier) == ("cpu", Barrier.HOST)
 
 
 def test_an_unknown_device_is_refused_by_name():
     with pytest.raises(UnsupportedState, match="meta"):
-        open_devices([torch.device("meta")])
+        DeviceSet().open([torch.device("meta")])

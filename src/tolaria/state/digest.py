@@ -22,6 +22,13 @@ def update_bytes(hasher: xxhash.xxh3_128, flat: torch.Tensor) -> None:
         _update_host(hasher, chunk.cpu())
 
 
+def host_digest(flat: torch.Tensor) -> int:
+    """xxh3-128 of a flat uint8 tensor in main memory."""
+    hasher = xxhash.xxh3_128()
+    _update_host(hasher, flat)
+    return hasher.intdigest()
+
+
 def _update_host(hasher: xxhash.xxh3_128, flat: torch.Tensor) -> None:
     if flat.numel():
         # numpy is no dependency: hand the memory over by address; `flat` keeps it alive during the call

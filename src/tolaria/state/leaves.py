@@ -194,6 +194,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def finiteness(tensor: torch.Tensor) -> torch.Tensor:
+    """`is_finite` without waiting for the device: shape [], bool."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.isfinite(_comparable(tensor)).all()
+
+
 def has_nan(tensor: torch.Tensor) -> bool:
     """Whether a strided tensor holds a NaN."""
     return bool(torch.isnan(_comparable(tensor)).any())

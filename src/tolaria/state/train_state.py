@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from tolaria.errors import StateMismatch, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
-from tolaria.state.leaves import Leaves, Ref, StorageKey, put_back, storage_key
+from tolaria.state.leaves import Leaves, Ref, Storage, StorageKey, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
 
 
@@ -71,6 +72,9 @@ class TrainState:
         self.parts: list[StatePart] = [self.model, *self.optimizers, *self.schedulers]
         if scaler is not None:
             self.parts.append(ScalerPart("scaler", scaler))
+        # by storage; held, so that the memory stays what the graphs take it for
+        self._in_graphs: dict[StorageKey, tuple[str, Storage]] = {}
+        self._static: dict[int, weakref.ref[torch.Tensor]] = {}
 
     def register(self, name: str, obj: Any) -> None:
         """Add one more thing. Raises `UsageError` for a name in use or an object without readable state."""
@@ -128,6 +132,7 @@ class TrainState:
                 for difference in part.differences(saved, survey.leaves)
             ]
             freed = {index for index, storage in enumerate(survey.leaves.storages) if storage.shrunk()}
+            found += self._lost_to_a_graph(survey.leaves)
             found += [f"the memory of {leaf.name} was freed" for leaf in survey.leaves.leaves if leaf.storage in freed]
         found = list(dict.fromkeys(found))
         if found:
@@ -137,6 +142,17 @@ class TrainState:
                 f"the train state changed its structure since the snapshot: {shown}",
                 "Undo the change, or take a new snapshot: older ones cannot be restored any more.",
             )
+
+    def _lost_to_a_graph(self, leaves: Leaves) -> list[str]:
+        """Tensors that a captured graph uses and that the rollback would let go of: its replays would go astray."""
+        if not self._in_graphs:
+            return []
+        held = {storage.key for storage in leaves.storages}
+        return [
+            f"{name} did not exist, and a graph captured since then uses its memory"
+            for key, (name, _) in self._in_graphs.items()
+            if key not in held
+        ]
 
     def restore(self, survey: SurveyResult, host: HostValues, devices: Sequence[torch.device]) -> None:
         """Put back everything that is not bytes: identities, host values, then random state.
@@ -163,7 +179,7 @@ class TrainState:
             raise RuntimeError(f"{names} could not be restored ({errors[0][1]}); everything else was") from errors[0][1]
 
     def drop_gradients(self, keep: Container[StorageKey] = ()) -> None:
-        """Set every governed gradient to None; a gradient that is a view of a bucket is zeroed in place instead.
+        """Set every governed gradient to None; one that is a view of a bucket or belongs to a captured graph is zeroed.
 
         Args:
             keep: Memory that has its bytes already: views of it are not zeroed.
@@ -172,10 +188,30 @@ class TrainState:
             grad = parameter.grad
             if grad is None:
                 continue
-            if not grad._is_view():
+            if not grad._is_view() and not self.is_static(grad):
                 parameter.grad = None
             elif storage_key(grad) not in keep:
                 grad.zero_()
+
+    def note_capture(self, *, with_optimizers: bool) -> None:
+        """A graph capture has ended: whatever exists now may be written at its address by every replay.
+
+        Args:
+            with_optimizers: An optimizer stepped inside, so its state is among it.
+        """
+        leaves = Leaves()
+        for part in self.parts:
+            if with_optimizers or not isinstance(part, OptimizerPart):
+                part.survey(leaves)
+        for leaf in leaves.leaves:
+            storage = leaves.storages[leaf.storage]
+            self._in_graphs.setdefault(storage.key, (leaf.name, storage))
+        self._static = {id(p.grad): weakref.ref(p.grad) for p in self.parameters() if p.grad is not None}
+
+    def is_static(self, grad: torch.Tensor) -> bool:
+        """Whether a captured graph may write this gradient, so that it may be zeroed but not dropped."""
+        noted = self._static.get(id(grad))
+        return noted is not None and noted() is grad
 
     def has_live_gradients(self) -> bool:
         """Whether some governed gradient exists and is not zero."""
