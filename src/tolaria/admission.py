@@ -7,23 +7,34 @@ altogether, because any barrier would invalidate it.
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 
 from tolaria import gate
 from tolaria.errors import CaptureInProgress
 from tolaria.gate import ThreadId
-from tolaria.operations import Await, CallerWait, Change, Events, HostState, Protocol, SectionKind
+from tolaria.operations import (
+    Await,
+    CallerWait,
+    Change,
+    ContextWait,
+    Events,
+    HostState,
+    HostWait,
+    Protocol,
+    SectionKind,
+)
 
 # ---------------------------------------------------------------- sections
 
 
 def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout_s: float | None = None) -> Protocol:
-    """Open a section for `thread`; its stream waits for copies that still read what the section may write.
+    """Open a section for `thread`; what it launches waits for copies that still read what the section may write.
 
     Returns:
         The epoch in which the section runs.
     """
 
-    def enter(state: HostState) -> tuple[HostState, tuple[int, Events]] | None:
+    def enter(state: HostState) -> tuple[HostState, tuple[int, Events, _Wait]] | None:
         # a submission that waits for a capture to end keeps nobody out: the capture's own sections would wait for it
         entered = gate.enter_section(state.gate, thread, in_autograd or bool(state.captures))
         if entered is None:
@@ -32,13 +43,53 @@ def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout
             SectionKind.READ: (),
             SectionKind.FORWARD: state.buffers_done,
             SectionKind.WRITE: state.all_done,
+            SectionKind.FOREIGN: state.all_done,
         }[kind]
-        return replace(state, gate=entered), (state.epoch, pending)
+        wait = _how_to_wait(state, thread, kind) if pending else _Wait.CALLER
+        ordering = state.ordering + (wait is _Wait.CONTEXT)
+        return replace(state, gate=entered, ordering=ordering), (state.epoch, pending, wait)
 
-    (epoch, pending), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
+    (epoch, pending, wait), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
+    if wait is _Wait.CONTEXT:
+        yield from _wait_everywhere(pending)
     for device, event in pending:
-        yield CallerWait(device, event)
+        if wait is _Wait.CALLER:
+            yield CallerWait(device, event)
+        elif wait is _Wait.HOST:
+            yield HostWait(device, event)
     return epoch
+
+
+class _Wait(Enum):
+    """Who waits for the copies of a snapshot."""
+
+    CALLER = "the caller's current stream"
+    CONTEXT = "every stream"
+    HOST = "the host"
+
+
+def _how_to_wait(state: HostState, thread: ThreadId, kind: SectionKind) -> _Wait:
+    if kind is not SectionKind.FOREIGN or any(capturing == thread for _, capturing in state.captures):
+        return _Wait.CALLER
+    # it may launch on streams that we do not know. A context-wide wait would invalidate the capture of another thread
+    return _Wait.HOST if state.captures else _Wait.CONTEXT
+
+
+def _wait_everywhere(pending: Events) -> Protocol:
+    waited = False
+    try:
+        for device, _ in pending:
+            for _, event in pending:
+                yield ContextWait(device, event)
+        waited = True
+    finally:
+
+        def ordered(state: HostState, done: bool = waited) -> tuple[HostState, None]:
+            if done and state.all_done == pending:  # from here on everything waits by itself
+                state = replace(state, buffers_done=(), all_done=())
+            return replace(state, ordering=state.ordering - 1), None
+
+        yield Change("everything waits", ordered)
 
 
 def close_section(thread: ThreadId, to_depth: int) -> Protocol:
@@ -58,7 +109,7 @@ def begin_capture(thread: ThreadId, token: int, in_autograd: bool, timeout_s: fl
 
     def enter(state: HostState) -> tuple[HostState, Events] | None:
         # behind a submission that waits for sections, unless that submission waits for this very thread
-        if gate.enter_section(state.gate, thread, in_autograd or bool(state.captures)) is None:
+        if state.ordering or gate.enter_section(state.gate, thread, in_autograd or bool(state.captures)) is None:
             return None
         return replace(state, captures=(*state.captures, (token, thread))), state.all_done
 

@@ -81,13 +81,13 @@ class Sections:
             opened = True
             yield epoch
         except BaseException:
-            if opened and kind is SectionKind.WRITE:
+            if opened and kind.writes:
                 self._driver.change(lambda s: (gradients.mark_torn(s), None))
             raise
         finally:
             self._driver.close_section(depth)
         if outermost:
-            self._at_boundary(kind is SectionKind.WRITE)
+            self._at_boundary(kind.writes)
 
     @contextmanager
     def whole_step(self) -> Generator[None]:

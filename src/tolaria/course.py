@@ -122,7 +122,7 @@ class Course:
         self._outstanding.append(sent)
 
     def catch_up(self, *, wait: bool = False) -> tuple[VitalSigns, Verdict] | None:
-        """Seal snapshots and judge steps, in order, as far as their numbers have arrived.
+        """Judge steps and seal snapshots, in order, as far as their numbers have arrived.
 
         Args:
             wait: Wait for all of them.
@@ -131,7 +131,7 @@ class Course:
             The first panic, with the steps after it not judged; None when there was none.
         """
         with self._judge_lock:
-            panic = self._seal_arrived(wait)
+            panic = None
             while panic is None and self._outstanding:
                 must = wait or len(self._outstanding) > _MOST_OUTSTANDING
                 if not must and not self._outstanding[0].reading.has_arrived():
@@ -139,7 +139,7 @@ class Course:
                 vital, verdict = self._judge(self._outstanding.popleft())
                 if verdict.is_panic:
                     panic = vital, verdict
-            return panic
+            return panic or self._seal_arrived(wait)
 
     def _judge(self, sent: Sent) -> tuple[VitalSigns, Verdict]:
         """Ask the detectors, unless the train state is known to be half written; move probation on.
@@ -168,15 +168,18 @@ class Course:
     def _seal_arrived(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
         """Seal the snapshots that have been read; one that is not finite is a panic of the step it was taken after."""
         panic = None
-        for taken, manual, found in self.keeper.seal_arrived(wait=wait):
-            if not found.nonfinite:
+        # a snapshot is not read before the step it was taken after is judged, or that one's damage would be its own
+        limit = self._outstanding[0].step if self._outstanding else None
+        self.keeper.seal_arrived(wait=wait, before=limit)
+        for finding in self.keeper.findings():
+            if not finding.found.nonfinite:
                 continue
-            names = ", ".join(found.nonfinite[:8])
-            if manual:
-                logger.warning("step %s: a manual snapshot is not finite: %s", taken.step, names)
+            step, names = finding.taken.step or 0, ", ".join(finding.found.nonfinite[:8])
+            if finding.manual:
+                logger.warning("step %s: a manual snapshot is not finite: %s", step, names)
                 continue
             self.count(snapshots=-1, snapshots_rejected=1)
-            panic = panic or self._poisoned(VitalSigns(step=taken.step or 0), names)
+            panic = panic or self._poisoned(VitalSigns(step=step), names)
         return panic
 
     def _poisoned(self, vital: VitalSigns, names: str) -> tuple[VitalSigns, Verdict]:
@@ -260,8 +263,8 @@ class Course:
         started = time.perf_counter()
         info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
         if wait and found is None:
-            arrived = self.keeper.seal_arrived(wait=True)
-            found = next((one for taken, _, one in arrived if taken.snapshot == info.serial), None)
+            self.keeper.seal_arrived(wait=True)
+            found = next((finding.found for finding in self.keeper.findings(info.serial)), None)
         rejected = found is not None and bool(found.nonfinite) and not manual
         if manual and found is not None and found.nonfinite:
             logger.warning("step %s: a manual snapshot is not finite: %s", info.step, ", ".join(found.nonfinite[:8]))

@@ -10,6 +10,7 @@ The copies run on a stream of the governor's own that no pool hands out, so that
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,17 +18,21 @@ from typing import Any, Protocol
 
 import torch
 
-from tolaria.errors import DeviceLost, TolariaError, TolariaInternalError
+from tolaria.errors import CaptureInProgress, DeviceLost, TolariaError, TolariaInternalError
 from tolaria.operations import Barrier
 
 _NEEDED_VERSION = 12050  # CUDA 12.5, the first driver API with context-wide events
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream behind our back
 _WITH_TIMING = 0  # CU_EVENT_DEFAULT
 _WORD_BYTES = 4
+_CAPTURE_CODES = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its kin
 
 # Errors after which the context is unusable for good, by their number in both CUDA APIs: an ECC error, an illegal
 # address, a launch time-out, a failed assert, and the ways in which a kernel can break its own hardware state.
 STICKY_CODES = frozenset({214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721})
+
+
+_idle_streams: weakref.WeakKeyDictionary[Any, dict[int, list[Any]]] = weakref.WeakKeyDictionary()
 
 
 class Streams(Protocol):
@@ -104,8 +109,14 @@ class ContextDevice:
         # not the current context: that may be a green one, whose events cover its own work only
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         with self._current():
-            _, highest = self._call("cuCtxGetStreamPriorityRange")
-            self._stream = self._call("cuStreamCreateWithPriority", _NON_BLOCKING, highest)
+            self._stream = self._take_stream()
+
+    def _take_stream(self) -> Any:
+        idle = _idle_streams.setdefault(self._driver, {}).setdefault(self.index, [])
+        if idle:
+            return idle.pop()
+        _, highest = self._call("cuCtxGetStreamPriorityRange")
+        return self._call("cuStreamCreateWithPriority", _NON_BLOCKING, highest)
 
     # ------------------------------------------------------------ the protocol's operations
 
@@ -185,14 +196,18 @@ class ContextDevice:
         return found
 
     def close(self) -> None:
-        """Wait for the governor's own stream and give everything back."""
+        """Wait for the governor's own stream and give everything back.
+
+        The stream is kept for the next governor of the process: torch's allocators may remember it for as long as
+        memory lives that was used on it, and touch it when that memory is freed.
+        """
         if self._stream is None:
             return
         self.synchronize()
         stream, self._stream = self._stream, None
+        _idle_streams[self._driver][self.index].append(stream)
         while self._free:
             self._call("cuEventDestroy", self._free.popleft())
-        self._call("cuStreamDestroy", stream)
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
     # ------------------------------------------------------------ calling the driver
@@ -213,6 +228,13 @@ class ContextDevice:
     def _check(self, name: str, code: Any) -> None:
         if int(code) in STICKY_CODES:
             raise device_lost(f"calling {name}", str(code))
+        if int(code) in _CAPTURE_CODES:
+            raise CaptureInProgress(
+                f"calling {name} on {self.name}",
+                f"it answered {code}: a graph capture is in progress that was not made through torch.cuda.CUDAGraph, "
+                "and this call may have invalidated it",
+                "Announce such captures: take no snapshot and roll back nothing until they have ended.",
+            )
         if int(code):
             raise TolariaInternalError(
                 f"calling {name} on {self.name}", f"it answered {code}, expected success", "Please report this."

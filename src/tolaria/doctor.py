@@ -139,9 +139,9 @@ def _notes(devices: list[dict[str, Any]], extras: dict[str, dict[str, str | None
     ranks = max(coordinate.world_size(), _ranks_of_launcher())
     if ranks > 1:
         yield f"{ranks} ranks: automatic rollback is refused, since on one rank alone it would ruin the others"
-    for extra, packages in extras.items():
-        if None in packages.values():
-            yield f"extra {extra!r} is not installed (tolaria drill needs it): pip install 'tolaria[{extra}]'"
+    # the absence of `cuda` shows in `reason`, and only where there is a device for it
+    if None in extras["demo"].values():
+        yield "extra 'demo' is not installed (tolaria drill needs it): pip install 'tolaria[demo]'"
 
 
 def _ranks_of_launcher() -> int:

@@ -365,7 +365,8 @@ class TolariaGovernor:
         """A section for what the governor cannot see: other threads, custom kernels, entry points besides `forward`.
 
         Args:
-            write: The section writes governed memory (and waits for copies that still read it); False: it only reads.
+            write: The section writes governed memory, on any stream (all of them wait for copies that still read it);
+                False: it only reads.
             streams: Reserved for the ``streams`` barrier; not handled yet.
         """
         if streams is not None:
@@ -375,7 +376,7 @@ class TolariaGovernor:
         if self.is_disabled or self._closed or self.config.mode == "observe":
             yield
             return
-        with self._keeper.sections.section(SectionKind.WRITE if write else SectionKind.READ):
+        with self._keeper.sections.section(SectionKind.FOREIGN if write else SectionKind.READ):
             yield
 
     # ------------------------------------------------------------ facts

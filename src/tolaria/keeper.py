@@ -52,6 +52,21 @@ class Request:
     after_step: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Finding:
+    """What the late reading of a snapshot has shown.
+
+    Attributes:
+        taken: The snapshot.
+        manual: It was vouched for by its caller, so it is kept whatever was found.
+        found: See `Inspection`.
+    """
+
+    taken: Taken
+    manual: bool
+    found: Inspection
+
+
 class Keeper:
     """Snapshots of one train state.
 
@@ -91,6 +106,7 @@ class Keeper:
         self.driver = Driver(HostState(ring=ring.empty_ring(num_slots)), self.vault, devices)
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
         self._unsealed: deque[tuple[Taken, bool]] = deque()
+        self._findings: deque[Finding] = deque()
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
 
@@ -224,28 +240,33 @@ class Keeper:
             taken = self.driver.submit(protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield)
         return taken
 
-    def seal_arrived(self, *, wait: bool = False) -> list[tuple[Taken, bool, Inspection]]:
-        """Seal (or give up) staged snapshots whose reading has arrived, oldest first.
+    def seal_arrived(self, *, wait: bool = False, before: int | None = None) -> None:
+        """Seal (or give up) staged snapshots whose reading has arrived, oldest first; `findings` tells what was found.
 
         Args:
             wait: Wait for all of them.
-
-        Returns:
-            Per snapshot: what was taken, whether it is manual, and what was found. Those that are gone are left out.
+            before: Leave those of this step and later ones for another time.
         """
-        settled = []
         for _ in range(len(self._unsealed)):
             try:
                 taken, manual = self._unsealed.popleft()
             except IndexError:  # another thread was faster
                 break
-            if not wait and ring.by_serial(self.ring, taken.snapshot) and not self.vault.is_examined(taken.slot):
+            early = before is not None and taken.step is not None and taken.step >= before
+            held = ring.by_serial(self.ring, taken.snapshot) is not None
+            if held and (early or not (wait or self.vault.is_examined(taken.slot))):
                 self._unsealed.appendleft((taken, manual))  # they arrive in order
                 break
             found = self.driver.submit(protocol.seal(taken.slot, taken.snapshot, vouched=manual))
             if found is not None:
-                settled.append((taken, manual, found))
-        return settled
+                self._findings.append(Finding(taken, manual, found))
+
+    def findings(self, serial: int | None = None) -> list[Finding]:
+        """What late readings have shown since they were last asked for; with `serial`: of that snapshot only."""
+        taken = [one for one in list(self._findings) if serial is None or one.taken.snapshot == serial]
+        for one in taken:
+            self._findings.remove(one)
+        return taken
 
     def info(self, taken: Taken | None) -> SnapshotInfo:
         """A handle for what was taken, or for a request."""

@@ -33,8 +33,9 @@ __device__ unsigned long long mix(unsigned long long k) {
   k = (k ^ (k >> 27)) * 0x94D049BB133111EBull;
   return (k ^ (k >> 31)) | 1ull;
 }
-extern "C" __global__ void tolaria_digest(const uint4* words, long long quads, unsigned long long* digest) {
-  const long long chunk = 1ll << 22;
+// torch hands Python numbers over as 32-bit ints, so the count comes in two parts
+extern "C" __global__ void tolaria_digest(const uint4* words, int high, int low, unsigned long long* digest) {
+  const long long chunk = 1ll << 22, quads = ((long long)high << 20) + low;
   unsigned long long sum = 0;
   const long long stride = gridDim.x * (long long)blockDim.x;
   for (long long q = blockIdx.x * (long long)blockDim.x + threadIdx.x; q < quads; q += stride) {
@@ -63,7 +64,8 @@ def digest(flat: torch.Tensor) -> torch.Tensor:
         if kernel is not None:
             total = torch.zeros((), dtype=torch.int64, device=flat.device)
             with torch.cuda.device(flat.device):
-                kernel(grid=(_BLOCKS, 1, 1), block=(_THREADS, 1, 1), args=[flat, flat.numel() // 16, total.view(1)])
+                high, low = divmod(flat.numel() // 16, 1 << 20)
+                kernel(grid=(_BLOCKS, 1, 1), block=(_THREADS, 1, 1), args=[flat, high, low, total.view(1)])
             return total
     return portable_digest(flat)
 

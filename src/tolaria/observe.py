@@ -103,7 +103,17 @@ def mean_loss(loss: Loss) -> Scalar:
     if isinstance(loss, torch.Tensor):
         return loss.detach().double().mean()
     values = [value for value in map(mean_loss, loss) if value is not None]
-    return sum(values[1:], start=values[0]) / len(values) if values else None
+    if not values:
+        return None
+    home = _home([value for value in values if isinstance(value, torch.Tensor)])
+    values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
+    return sum(values[1:], start=values[0]) / len(values)
+
+
+def _home(tensors: Sequence[torch.Tensor]) -> torch.device:
+    """Where to bring scalars together without waiting: a device, since what comes to the host has to be waited for."""
+    devices = [tensor.device for tensor in tensors]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def mean_sign(value: torch.Tensor | float) -> Scalar:
@@ -169,7 +179,7 @@ def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None
     """L2 norm over all tensors and how many of them are not finite, without waiting for the device.
 
     Norms are taken in float32 (float64 for such tensors): one that overflows, with elements beyond 1e19, counts as not
-    finite. With tensors on several devices both end up on the first one's. None and 0 without tensors.
+    finite. With tensors on several devices both end up on one of them. None and 0 without tensors.
     """
     looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     looked_at = [t for t in looked_at if t.numel() and (t.is_floating_point() or t.is_complex())]
@@ -182,6 +192,6 @@ def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None
     norms: list[torch.Tensor] = []
     for (_, dtype), group in grouped.items():
         norms += torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
-    home = norms[0].device
+    home = _home(norms)
     each = torch.stack([norm.abs().to(home, torch.float64, non_blocking=True) for norm in norms])
     return torch.linalg.vector_norm(each), (~torch.isfinite(each)).sum()

@@ -59,8 +59,14 @@ class SectionKind(Enum):
     """What a section may write, and so which copies it has to wait for."""
 
     FORWARD = "forward"  # buffers
-    WRITE = "write"  # anything: optimizer steps, using(write=True)
+    WRITE = "write"  # anything, on the caller's current stream: optimizer steps, graph replays
+    FOREIGN = "foreign write"  # anything, on any stream: using(write=True)
     READ = "read"  # nothing
+
+    @property
+    def writes(self) -> bool:
+        """Whether one that raises half-way leaves a torn train state."""
+        return self in (SectionKind.WRITE, SectionKind.FOREIGN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class HostState:
         epoch: Number of rollbacks so far; tells gradients of different pasts apart.
         next_snapshot: Serial number of the next snapshot.
         captures: Graph captures in progress, as (token, thread); no barrier may touch a device while there are any.
+        ordering: Sections that are issuing a context-wide wait; no graph capture may begin meanwhile.
         buffers_done: Events after which buffers may be written again.
         all_done: Events after which everything may be written again.
         running: Backward passes in progress, as (token, epoch of their forward).
@@ -85,6 +92,7 @@ class HostState:
     epoch: int = 0
     next_snapshot: int = 0
     captures: tuple[tuple[int, ThreadId], ...] = ()
+    ordering: int = 0
     buffers_done: Events = ()
     all_done: Events = ()
     running: tuple[tuple[int, int], ...] = ()

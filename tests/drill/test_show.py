@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tolaria.drill.faults import Fault, FaultKind, Moment
 from tolaria.drill.records import RunRecord, Trained
 from tolaria.drill.show import Show
 from tolaria.records import Incident
@@ -75,6 +77,17 @@ def test_progress_tells_of_faults_and_incidents(terminal: bool) -> None:
     for words in ("digits, seed 7, 4 steps, cpu", "one batch holds a NaN", "non-finite loss", "back to step 1", "skip"):
         assert words in shown
     assert ("\x1b" in shown) is terminal
+
+
+def test_titles_of_the_planned_faults_and_notes_are_told() -> None:
+    out = io.StringIO()
+    show = Show(Console(file=out, width=118), with_tables=True)
+    kind = FaultKind("nan_batch", "one batch in French", Moment.DATA, lambda _: None, at=0.5)
+    with show.drill("digits", 7, 4, "cuda", [Fault(kind, 2, 7)]):
+        show.trained("guarded", Trained(3, 2, 0.5, ("nan_batch",)))
+        show.incident("guarded", replace(INCIDENT, note="still in flight"))
+    assert "one batch in French" in out.getvalue()
+    assert "1 skipped; still in flight" in out.getvalue()
 
 
 @pytest.mark.parametrize("recovered", [True, False])

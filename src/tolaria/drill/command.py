@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tolaria.drill import score
-from tolaria.drill.faults import KINDS, Fault, FaultKind, Moment, plan
+from tolaria.drill.faults import Fault, FaultKind, Moment, plan
+from tolaria.drill.in_flight import kinds_for
 from tolaria.drill.picture import draw
 from tolaria.drill.records import RunRecord
 from tolaria.drill.runs import Audience, disturbed, drill_config, run_guarded, run_plain, without
@@ -62,7 +63,9 @@ class Result:
     report: dict[str, Any]
 
 
-def prepare(workload: str, seed: int, steps: int, device: torch.device, kinds: Sequence[FaultKind] = KINDS) -> Stage:
+def prepare(
+    workload: str, seed: int, steps: int, device: torch.device, kinds: Sequence[FaultKind] | None = None
+) -> Stage:
     """Load the data of one drill and plan its faults.
 
     Args:
@@ -70,7 +73,7 @@ def prepare(workload: str, seed: int, steps: int, device: torch.device, kinds: S
         seed: Not negative.
         steps: `MIN_STEPS` or more.
         device: From `open_device`.
-        kinds: Faults to inject.
+        kinds: Faults to inject; those of `kinds_for(device)` unless given.
 
     Raises:
         CannotRun: One of them is not possible, or scikit-learn is missing.
@@ -79,7 +82,7 @@ def prepare(workload: str, seed: int, steps: int, device: torch.device, kinds: S
         raise CannotRun(f"there is no workload {workload!r}: choose from {', '.join(WORKLOADS)}")
     if not 0 <= seed < 2**63:
         raise CannotRun(f"--seed {seed} is out of range: use one from 0 to 2^63 - 1")
-    faults = plan(seed, steps, kinds)
+    faults = plan(seed, steps, kinds_for(device) if kinds is None else kinds)
     with deterministic(device):
         return Stage(WORKLOADS[workload](seed, steps, device), faults, seed, steps, device)
 
@@ -135,7 +138,7 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
             stage = prepare(workload, one, steps, where)
             folder = out if out is None or seeds == 1 else out / f"seed-{one}"
             ledger = _new_ledger(folder)
-            with show.drill(workload, one, steps, str(where)):
+            with show.drill(workload, one, steps, str(where), stage.faults):
                 result = run_drill(stage, show, ledger)
             if folder is not None:
                 _write(result, folder)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, Protocol
 
 import torch
 
@@ -34,12 +36,26 @@ class Scene:
         training: The run's own state; None for faults of the data.
         batch: The batch of this step, as it should be.
         generator: On the CPU. Seeded by drill, fault and batch, so a fault that returns is the same fault.
+        section: Opens a write section of the run's governor, for faults that keep to its rules; nothing without one.
     """
 
     workload: Workload
     training: Training | None
     batch: Batch
     generator: torch.Generator
+    section: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+class UnderWay(Protocol):
+    """What a fault has started on a device and left to itself."""
+
+    def is_under_way(self) -> bool:
+        """Whether the newest of it has not ended. Waits for nothing."""
+        ...
+
+    def wait(self) -> None:
+        """Block the host until it has."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,8 @@ class FaultKind:
         at: When in a run, as a share of its steps.
         length: Consecutive batches that it hits.
         times: Of the occasions on which its first batch is trained, at how many it strikes. Bad data strikes each time.
+        off_beat: It strikes early between two snapshots, so that none is due while it is under way.
+        under_way: What it leaves behind on the device; None where it is over when `act` returns.
     """
 
     name: str
@@ -63,6 +81,8 @@ class FaultKind:
     at: float
     length: int = 1
     times: int = 1
+    off_beat: bool = False
+    under_way: UnderWay | None = None
 
 
 def _training(scene: Scene) -> Training:
@@ -145,6 +165,8 @@ KINDS: tuple[FaultKind, ...] = (
 MIN_STEPS = 400
 """Fewer would not leave cadence + probation + detection (10 + 10 + 20 steps) between two faults."""
 
+_BEAT, _OFF_BEAT = 10, 2  # steps between snapshots, and batches behind one at which an `off_beat` fault strikes
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
@@ -164,10 +186,16 @@ class Fault:
         """Whether it concerns the batch with this index."""
         return self.batch <= index < self.batch + self.kind.length
 
-    def act(self, workload: Workload, training: Training | None, batch: Batch) -> Batch | None:
+    def act(
+        self,
+        workload: Workload,
+        training: Training | None,
+        batch: Batch,
+        section: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Batch | None:
         """Do it, with random numbers that depend on seed, kind and batch alone."""
         number = random.Random(f"{self.seed}/{self.kind.name}/{batch.index}").getrandbits(63)
-        return self.kind.act(Scene(workload, training, batch, torch.Generator().manual_seed(number)))
+        return self.kind.act(Scene(workload, training, batch, torch.Generator().manual_seed(number), section))
 
 
 def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fault, ...]:
@@ -183,7 +211,9 @@ def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fau
 
 def _batch_of(kind: FaultKind, seed: int, steps: int) -> int:
     share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.015, 0.015)
-    return round(share * steps)
+    batch = round(share * steps)
+    # a snapshot follows every tenth step, as long as no batch was skipped
+    return batch - batch % _BEAT + _OFF_BEAT if kind.off_beat else batch
 
 
 class Injector:
@@ -193,10 +223,14 @@ class Injector:
         faults: From `plan`; empty for an undisturbed run.
         workload: What is trained.
         training: The run's own.
+
+    Attributes:
+        section: Opens a write section of the run's governor; set it before the first step of a governed run.
     """
 
     def __init__(self, faults: Sequence[Fault], workload: Workload, training: Training) -> None:
         self._faults, self._workload, self._training = faults, workload, training
+        self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._occasions = dict.fromkeys((fault.kind.name for fault in faults), 0)
         self._struck: list[str] = []
 
@@ -214,13 +248,24 @@ class Injector:
         for fault in self._faults:
             due = fault.kind.moment is moment and fault.hits(batch.index)
             if due and self._occasions[fault.kind.name] <= fault.kind.times:
-                fault.act(self._workload, self._training, batch)
+                fault.act(self._workload, self._training, batch, self.section)
                 self._struck.append(fault.kind.name)
 
     @property
     def struck(self) -> tuple[str, ...]:
         """Names of the faults that struck in this step so far."""
         return tuple(self._struck)
+
+    def under_way(self) -> tuple[str, ...]:
+        """Names of the faults whose writes a device has yet to finish. Waits for nothing."""
+        kinds = (fault.kind for fault in self._faults)
+        return tuple(kind.name for kind in kinds if kind.under_way is not None and kind.under_way.is_under_way())
+
+    def wait(self) -> None:
+        """The run is over: block the host until no fault can write any more."""
+        for fault in self._faults:
+            if fault.kind.under_way is not None:
+                fault.kind.under_way.wait()
 
 
 def spoil(batches: Iterable[Batch], faults: Sequence[Fault], workload: Workload) -> list[Batch]:

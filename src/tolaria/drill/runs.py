@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -74,6 +75,7 @@ def run_plain(
         _note(record, audience, Trained(step, batch.index, float(loss.detach()), injector.struck))
         if with_digests and step % DIGEST_EVERY == 0:
             record.digests[step] = state.digest()
+    injector.wait()
     record.state_digest = state.digest()
     return _finish(record, workload, training, audience)
 
@@ -101,29 +103,55 @@ def run_guarded(
     batches = list(batches)
     audience.begin(record.name, len(batches))
     answered: list[Incident] = []
+
+    def answer(incident: Incident) -> None:
+        left = ", ".join(injector.under_way()).replace("_", " ")
+        note = f"{left} still in flight when the rollback was submitted" if left else ""
+        answered.append(replace(incident, note="; ".join(filter(None, (incident.note, note)))))
+
     with TolariaGovernor(
         training.model,
         training.optimizer,
         scheduler=training.scheduler,
-        config=replace(config, on_incident=answered.append),
+        config=replace(config, on_incident=answer),
     ) as governor:
         governor.register("ema", training.ema)
+        injector.section = partial(governor.using, write=True)
         try:
-            for batch in governor.watch(batches):
-                injector.begin(batch)
-                loss = _forward_and_backward(workload, training, injector, batch)
-                result = governor.step(loss=loss)
-                _note(
-                    record, audience, Trained(result.verdict.step, batch.index, float(loss.detach()), injector.struck)
-                )
-                _note_incidents(record, audience, answered)
-                if not result.rolled_back and result.verdict.step % DIGEST_EVERY == 0:
-                    record.digests[result.verdict.step] = governor.digest()
+            _train_guarded(governor, workload, training, injector, batches, record, audience, answered)
         except TolariaError as error:
-            _note_incidents(record, audience, answered)
             record.ended_by = f"{type(error).__name__}: {error}"
+        _note_incidents(record, audience, answered)
+        injector.wait()
         record.state_digest = governor.digest()
     return _finish(record, workload, training, audience)
+
+
+def _train_guarded(
+    governor: TolariaGovernor,
+    workload: Workload,
+    training: Training,
+    injector: Injector,
+    batches: Iterable[Batch],
+    record: RunRecord,
+    audience: Audience,
+    answered: list[Incident],
+) -> None:
+    """The loop. Steps are counted here: the verdict that `step` answers may be that of an earlier one.
+
+    An incident is answered inside `step`, or where the loop asks for its next batch: at the end of the data, for one.
+    """
+    completed = 0
+    for batch in governor.watch(batches):
+        completed = _note_incidents(record, audience, answered, completed)
+        injector.begin(batch)
+        loss = _forward_and_backward(workload, training, injector, batch)
+        result = governor.step(loss=loss)
+        completed += 1
+        _note(record, audience, Trained(completed, batch.index, float(loss.detach()), injector.struck))
+        completed = _note_incidents(record, audience, answered, completed)
+        if not result.rolled_back and completed % DIGEST_EVERY == 0:
+            record.digests[completed] = governor.digest()
 
 
 def drill_config(ledger: Path | None = None) -> GovernorConfig:
@@ -161,13 +189,16 @@ def _note(record: RunRecord, audience: Audience, step: Trained) -> None:
     audience.trained(record.name, step)
 
 
-def _note_incidents(record: RunRecord, audience: Audience, answered: list[Incident]) -> None:
+def _note_incidents(record: RunRecord, audience: Audience, answered: list[Incident], completed: int = 0) -> int:
+    """Take over what was answered. Returns the steps in the past of the state after it."""
     for incident in answered:
         record.events.append(incident)
         if incident.restored_step is not None:
             record.note_rollback(incident.restored_step)
+            completed = incident.restored_step
         audience.incident(record.name, incident)
     answered.clear()
+    return completed
 
 
 def _finish(record: RunRecord, workload: Workload, training: Training, audience: Audience) -> RunRecord:

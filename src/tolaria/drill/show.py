@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from tolaria.drill.faults import KINDS
+from tolaria.drill.faults import KINDS, Fault
 from tolaria.drill.records import RunRecord, Trained
 from tolaria.records import Incident
 
@@ -39,12 +39,14 @@ class Show:
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: set[str] = set()
+        self._titles = dict(_TITLES)
 
     # -- while it runs
 
     @contextmanager
-    def drill(self, workload: str, seed: int, steps: int, device: str) -> Generator[None]:
-        """Around one drill."""
+    def drill(self, workload: str, seed: int, steps: int, device: str, faults: Sequence[Fault] = ()) -> Generator[None]:
+        """Around one drill. The titles of `faults` are told as they strike."""
+        self._titles = _TITLES | {fault.kind.name: fault.kind.title for fault in faults}
         self._say(f"[bold]tolaria drill[/bold]  {workload}, seed {seed}, {steps} steps, {device}")
         self._tasks.clear()
         self._told.clear()
@@ -74,7 +76,9 @@ class Show:
         for kind in step.struck:
             if run == "guarded" and kind not in self._told:
                 self._told.add(kind)
-                self._say(f"  step {step.step:>4}  [magenta]{_plain(kind)}[/magenta]: {_TITLES.get(kind, 'strikes')}")
+                self._say(
+                    f"  step {step.step:>4}  [magenta]{_plain(kind)}[/magenta]: {self._titles.get(kind, 'strikes')}"
+                )
 
     def incident(self, run: str, incident: Incident) -> None:
         """The governor has answered a panic."""
@@ -84,7 +88,9 @@ class Show:
             else f"back to step {incident.restored_step} in {incident.rollback_ms:.1f} ms, {incident.steps_lost} lost"
         )
         data = f"{incident.batches_replayed} batches again, {incident.batches_skipped} skipped"
-        self._say(f"  step {incident.step:>4}  [yellow]{incident.reason}[/yellow]: {answer}; {incident.action}, {data}")
+        note = f"; {incident.note}" if incident.note else ""
+        head = f"  step {incident.step:>4}  [yellow]{incident.reason}[/yellow]"
+        self._say(f"{head}: {answer}; {incident.action}, {data}{note}")
 
     def end(self, record: RunRecord) -> None:
         """A run is over."""

@@ -1,0 +1,94 @@
+"""The protocol and the driver over several devices of the machine; tensors and slots are plain tensors by device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cuda.fake_driver import Machine
+
+from tolaria import protocol, ring
+from tolaria.cuda import ContextDevice
+from tolaria.driver import Driver
+from tolaria.operations import Barrier, Direction, HostState, Inspection, Part, Places
+from tolaria.protocol import Ground
+
+GROUND = Ground(Barrier.CONTEXT, 5.0)
+
+
+class Store:
+    """One buffer and one weight per device, and slots of the same shape."""
+
+    def __init__(self, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> None:
+        self.devices, self.host, self.pinned = devices, host, pinned
+        self.live = {(name, part): torch.zeros(4, dtype=torch.uint8) for name in devices for part in Part}
+        self.held = [{key: torch.full((4,), 99, dtype=torch.uint8) for key in self.live} for _ in range(3)]
+
+    def places(self, _: Any) -> Places:
+        return Places(tuple(name for name in self.devices if name not in self.host), self.host, self.pinned)
+
+    survey = check = places
+
+    def reserve(self, op: Any) -> None:
+        pass
+
+    def capture_host(self, op: Any) -> int:
+        return 0
+
+    def restore_host(self, op: Any) -> bool:
+        return False
+
+    def examine(self, op: Any) -> None:
+        pass
+
+    def inspect(self, op: Any) -> Inspection:
+        return Inspection()
+
+    def copy(self, op: Any) -> None:
+        held, live = self.held[op.slot][op.device, op.part], self.live[op.device, op.part]
+        pair = ([held], [live]) if op.direction is Direction.CAPTURE else ([live], [held])
+        self.devices[op.device].copy(*pair)
+
+
+class Pair:
+    """A driver over two devices, unless told otherwise."""
+
+    def __init__(self, machine: Machine, pinned: bool = False) -> None:
+        names = ("cuda:0", "cuda:1")
+        self._build({name: ContextDevice(name, machine.driver, machine.streams) for name in names}, (), pinned)
+
+    @classmethod
+    def on(cls, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> Pair:
+        made = cls.__new__(cls)
+        made._build(devices, host, pinned)
+        return made
+
+    def _build(self, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> None:
+        self.devices = devices
+        self.store: Any = Store(devices, host, pinned)
+        self.driver = Driver(HostState(ring=ring.empty_ring(3)), self.store, devices)
+
+    def weight(self, index: int) -> torch.Tensor:
+        return self.tensor(f"cuda:{index}")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.store.live[name, Part.REST]
+
+    def held(self, slot: int, index: int) -> torch.Tensor:
+        return self.slot_tensor(slot, f"cuda:{index}")
+
+    def slot_tensor(self, slot: int, name: str) -> torch.Tensor:
+        return self.store.held[slot][name, Part.REST]
+
+    def snapshot(self) -> protocol.Taken:
+        return self.driver.submit(protocol.snapshot(1, GROUND, None, manual=True))
+
+    def rollback(self) -> protocol.RolledBack:
+        def choose(slots: Any, before: Any) -> Any:
+            return ring.newest_good(slots, before)
+
+        return self.driver.submit(protocol.rollback(1, GROUND, choose, "rolling back"))
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            device.close()

@@ -1,0 +1,104 @@
+"""A healthy governed loop waits for nothing: the host comes back from it while the device stands still."""
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria import GovernorConfig, TolariaGovernor, judge
+
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
+
+STEPS = 20
+
+
+class Loop:
+    def __init__(self, precision="fp32"):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).cuda()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 100)
+        self.scaler = torch.amp.GradScaler("cuda", init_scale=256.0) if precision == "fp16" else None
+        self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.batches = [torch.randn(8, 16, device="cuda") for _ in range(STEPS)]
+        self.governor = TolariaGovernor(
+            self.model,
+            self.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            config=GovernorConfig(cadence=5, probation=5, rng="keep"),
+        )
+        self.planted = None
+
+    def run(self):
+        for number, x in enumerate(self.governor.watch(self.batches)):
+            with torch.autocast("cuda", dtype=self.dtype, enabled=self.dtype is not None):
+                loss = self.model(x).square().mean()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            self.governor.step(loss=loss, clip=1.0)
+            if number == STEPS - 1:
+                return  # the end of the data waits for the last verdict, as it must
+            if self.planted is not None:
+                self.planted()
+
+
+@pytest.fixture(params=["fp32", "bf16", "fp16"])
+def loop(request):
+    loop = Loop(request.param)
+    for _ in range(4):  # every kernel loaded, every slot allocated, every event made
+        loop.run()
+    torch.cuda.synchronize()
+    yield loop
+    loop.governor.close()
+
+
+def test_the_host_returns_from_twenty_steps_while_the_device_is_held(loop):
+    from gpu.gates import Gate
+
+    with Gate(limit_s=30.0) as gate:
+        gate.close(torch.cuda.current_stream())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not gate.is_open
+    assert not gate.was_forced
+    loop.run()
+    assert loop.governor.statistics().steps == 6 * STEPS
+    assert loop.governor.statistics().panics == 0
+
+
+def test_with_one_planted_wait_it_does_not(loop):
+    from gpu.gates import Gate
+
+    def wait():
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()
+
+    loop.planted = wait
+    with Gate(limit_s=2.0) as gate:
+        gate.close(torch.cuda.current_stream())
+        loop.run()
+        assert gate.is_open
+    assert gate.was_forced
+
+
+def test_a_panic_is_noticed_although_nothing_waits():
+    loop = Loop()
+    detector_sees = []
+    loop.batches[7] = torch.full_like(loop.batches[0], float("nan"))
+    loop.governor.close()
+    loop.governor = TolariaGovernor(
+        loop.model,
+        loop.optimizer,
+        config=GovernorConfig(cadence=2, probation=1, on_incident=detector_sees.append),
+        detector=judge.non_finite(),
+    )
+    for x in loop.governor.watch(loop.batches):
+        loss = loop.model(x).square().mean()
+        loss.backward()
+        loop.governor.step(loss=loss)
+    assert [incident.action for incident in detector_sees] == ["replay", "skip"]
+    assert all(bool(p.isfinite().all()) for p in loop.model.parameters())
+    loop.governor.close()
