@@ -160,10 +160,10 @@ class Sections:
 
     # ------------------------------------------------------------ graph captures
 
-    def begin_capture(self, token: int) -> None:
-        """A graph capture of the calling thread begins. Waits for a snapshot or rollback that is being submitted."""
+    def begin_capture(self, token: int, thread: int) -> None:
+        """A graph capture of that thread begins. Waits for a snapshot or rollback that is being submitted."""
         if self.is_open:
-            self._driver.begin_capture(token, current_backward() != -1, self._timeout_s)
+            self._driver.begin_capture(token, thread, current_backward() != -1, self._timeout_s)
 
     def end_capture(self, token: int, *, succeeded: bool) -> None:
         """It is over. What a replay may write from now on must keep its address."""

@@ -22,8 +22,8 @@ import torch
 class Listener(Protocol):
     """Somebody who must know. Called on the thread that captures or replays."""
 
-    def begin_capture(self, token: int) -> None:
-        """A capture is about to begin. May wait, and may raise: then it does not begin."""
+    def begin_capture(self, token: int, thread: int) -> None:
+        """A capture of that thread is about to begin. May wait, and may raise: then it does not begin."""
 
     def end_capture(self, token: int, *, succeeded: bool) -> None:
         """It is over, or never began."""
@@ -35,7 +35,7 @@ class Listener(Protocol):
 
 _lock = threading.RLock()
 _listeners: list[weakref.ref[Listener]] = []
-_capturing: dict[int, list[weakref.ref[Listener]]] = {}  # per graph (by id), who was told
+_capturing: dict[int, tuple[int, list[weakref.ref[Listener]]]] = {}  # per graph (by id): its thread, and who was told
 _originals: dict[str, Callable[..., Any]] = {}
 
 
@@ -44,13 +44,12 @@ def listen(listener: Listener, graph_class: Any = None) -> None:
     with _lock:
         reference = weakref.ref(listener, lambda _: _remove(None))
         _listeners.append(reference)
-        in_progress = list(_capturing)
-        for token in in_progress:
-            _capturing[token].append(reference)
         if not _originals:
             _install(graph_class or torch.cuda.CUDAGraph)
-    for token in in_progress:
-        listener.begin_capture(token)
+        # under the lock, so that none of them can end in between; nothing is being submitted yet, so nobody waits
+        for token, (thread, told) in list(_capturing.items()):
+            told.append(reference)
+            listener.begin_capture(token, thread)
 
 
 def ignore(listener: Listener) -> None:
@@ -104,15 +103,15 @@ def _uninstall() -> None:
 
 
 def _begin(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
-    token = id(graph)
+    token, thread = id(graph), threading.get_ident()
     with _lock:
         told = list(_listeners)
-        _capturing[token] = told
+        _capturing[token] = thread, told
     # a graph that is dropped in the middle of its capture takes nobody with it
     weakref.finalize(graph, _over, token, succeeded=False)
     try:
-        for listener in _live(told):
-            listener.begin_capture(token)
+        for listener in _live(list(told)):
+            listener.begin_capture(token, thread)
         return original(graph, *args, **kwargs)
     except BaseException:
         _over(token, succeeded=False)
@@ -131,7 +130,7 @@ def _end(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) ->
 
 def _over(token: int, *, succeeded: bool) -> None:
     with _lock:
-        told = _capturing.pop(token, [])
+        _, told = _capturing.pop(token, (0, []))
     for listener in _live(told):
         listener.end_capture(token, succeeded=succeeded)
 

@@ -15,6 +15,10 @@ OnVeto = Literal["rollback", "keep"]
 BarrierChoice = Literal["context", "blocking"]
 
 
+MOST_OUTSTANDING = 24
+"""Steps whose verdicts may be on their way; one more waits for the oldest."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GovernorConfig:
     """Settings of one governor. The defaults need no tuning for a loop that uses `watch` and `step`.
@@ -99,8 +103,11 @@ class GovernorConfig:
         return max(self.cadence, math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
 
     def num_kept_steps(self, lag: int = 0) -> int:
-        """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences)."""
-        return 2 * (self.probation + lag + 2 * self.effective_cadence(lag))
+        """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences).
+
+        Where verdicts come late, by `lag` as a rule: and those that may be outstanding.
+        """
+        return 2 * (self.probation + 2 * self.effective_cadence(lag)) + (MOST_OUTSTANDING if lag else 0)
 
     def _choice(self, name: str, allowed: tuple[object, ...]) -> None:
         if getattr(self, name) not in allowed:

@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from tolaria import recover, ring
-from tolaria.config import GovernorConfig
+from tolaria.config import MOST_OUTSTANDING, GovernorConfig
 from tolaria.coordinate import world_size
 from tolaria.errors import (
     CaptureInProgress,
@@ -37,7 +37,6 @@ from tolaria.state import rng
 from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096
-_MOST_OUTSTANDING = 64  # steps whose numbers may be on their way; one more waits for the oldest
 _ROUTINE_SCALER_SKIPS = 20
 
 
@@ -133,7 +132,7 @@ class Course:
         with self._judge_lock:
             panic = None
             while panic is None and self._outstanding:
-                must = wait or len(self._outstanding) > _MOST_OUTSTANDING
+                must = wait or len(self._outstanding) > MOST_OUTSTANDING
                 if not must and not self._outstanding[0].reading.has_arrived():
                     break
                 vital, verdict = self._judge(self._outstanding.popleft())

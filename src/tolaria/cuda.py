@@ -9,6 +9,7 @@ The copies run on a stream of the governor's own that no pool hands out, so that
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import weakref
 from collections import deque
@@ -77,15 +78,15 @@ class TorchStreams:
 
 
 class Event:
-    """One recorded event. Its handle returns to the device's pool when nobody refers to it any more."""
+    """One recorded event. Its handle goes back to its device when nobody refers to it any more."""
 
-    __slots__ = ("_pool", "handle")
+    __slots__ = ("_give_back", "handle")
 
-    def __init__(self, handle: Any, pool: deque[Any]) -> None:
-        self.handle, self._pool = handle, pool
+    def __init__(self, handle: Any, give_back: Callable[[Any], None]) -> None:
+        self.handle, self._give_back = handle, give_back
 
     def __del__(self) -> None:
-        self._pool.append(self.handle)
+        self._give_back(self.handle)
 
 
 class ContextDevice:
@@ -108,13 +109,17 @@ class ContextDevice:
         self._device = self._call("cuDeviceGet", self.index)
         # not the current context: that may be a green one, whose events cover its own work only
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        with self._current():
-            self._stream = self._take_stream()
+        self._stream: Any = None
+        try:
+            with self._current(self._context):
+                self._stream = self._take_stream()
+        except BaseException:
+            self._call("cuDevicePrimaryCtxRelease", self._device)
+            raise
 
     def _take_stream(self) -> Any:
-        idle = _idle_streams.setdefault(self._driver, {}).setdefault(self.index, [])
-        if idle:
-            return idle.pop()
+        with contextlib.suppress(IndexError):
+            return _idle_streams.setdefault(self._driver, {}).setdefault(self.index, []).pop()
         _, highest = self._call("cuCtxGetStreamPriorityRange")
         return self._call("cuStreamCreateWithPriority", _NON_BLOCKING, highest)
 
@@ -151,7 +156,7 @@ class ContextDevice:
         Not inside a capture: there it would invalidate the capture, whose stream has waited before it began.
         """
         if not self._streams.is_capturing():
-            with self._current():  # the default stream's handle is 0 in every context
+            with self._current():
                 self._call("cuStreamWaitEvent", self._streams.current(self.index), event.handle, 0)
 
     def host_wait(self, event: Event) -> None:
@@ -216,9 +221,16 @@ class ContextDevice:
         try:
             handle = self._free.popleft()
         except IndexError:
-            with self._current():
+            with self._current(self._context):
                 handle = self._call("cuEventCreate", _WITH_TIMING)
-        return Event(handle, self._free)
+        return Event(handle, self._take_back)
+
+    def _take_back(self, handle: Any) -> None:
+        if self._stream is not None:
+            self._free.append(handle)
+        else:  # a report outlived its governor
+            with contextlib.suppress(Exception):
+                self._driver.cuEventDestroy(handle)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         code, *answer = getattr(self._driver, name)(*arguments)
@@ -227,7 +239,7 @@ class ContextDevice:
 
     def _check(self, name: str, code: Any) -> None:
         if int(code) in STICKY_CODES:
-            raise device_lost(f"calling {name}", str(code))
+            raise device_lost(f"calling {name}", str(getattr(code, "name", code)))
         if int(code) in _CAPTURE_CODES:
             raise CaptureInProgress(
                 f"calling {name} on {self.name}",
@@ -241,10 +253,16 @@ class ContextDevice:
             )
 
     @contextmanager
-    def _current(self) -> Generator[None]:
-        """The calling thread may have no context yet, or one of another device."""
+    def _current(self, wanted: Any = None) -> Generator[None]:
+        """Inside, the calling thread has a context of this device; it may have none yet, or one of another device.
+
+        Args:
+            wanted: This very context, for what is to be made in it. None: any will do, since the caller's default
+                stream, whose handle is 0 in each of them, is the one of the context that is current.
+        """
+        _, context = self._driver.cuCtxGetCurrent()
         code, device = self._driver.cuCtxGetDevice()
-        if not int(code) and int(device) == int(self._device):
+        if not int(code) and int(device) == int(self._device) and (wanted is None or int(context) == int(wanted)):
             yield
             return
         self._call("cuCtxPushCurrent", self._context)
@@ -277,6 +295,8 @@ def copy_words(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Ten
     words: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     rest: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for destination, source in zip(destinations, sources, strict=True):
+        if not source.numel():
+            continue
         if (source.numel() | source.data_ptr() | destination.data_ptr()) % _WORD_BYTES == 0:
             words[0].append(destination.view(torch.int32))
             words[1].append(source.view(torch.int32))
@@ -321,4 +341,4 @@ def named(error: Exception, doing: str) -> Exception:
     """`DeviceLost` in the place of torch's error if it is a sticky one, else the error itself."""
     if isinstance(error, TolariaError) or getattr(error, "error_code", None) not in STICKY_CODES:
         return error
-    return device_lost(doing, str(error).splitlines()[0])
+    return device_lost(doing, next(iter(str(error).splitlines()), "") or f"error {getattr(error, 'error_code', '')}")

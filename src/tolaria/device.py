@@ -209,14 +209,13 @@ class DeviceSet(dict[str, Device]):
 
     def _choose(self, kind: str) -> None:
         """Once for all devices: a barrier is as good as its weakest part."""
-        if self._driver is not None or self.reason:
-            return
-        if self._wanted == "blocking":
-            self.reason = 'barrier="blocking" was asked for'
-        elif kind == "cuda":
-            self._driver, self.reason = find_driver()
-        else:
-            self.reason = f"{kind} has no context-wide events"
+        if self._driver is None and not self.reason:
+            if self._wanted == "blocking":
+                self.reason = 'barrier="blocking" was asked for'
+            elif kind == "cuda":
+                self._driver, self.reason = find_driver()
+            else:
+                self.reason = f"{kind} has no context-wide events"
         if self._wanted == "context" and self._driver is None:
             raise UnsupportedState(
                 "attaching the governor",

@@ -114,9 +114,9 @@ class Driver:
             drive(close_section(threading.get_ident(), to_depth), self.perform)
             raise
 
-    def begin_capture(self, token: int, in_autograd: bool, timeout_s: float) -> None:
-        """Announce a graph capture of the calling thread. Pair with `end_capture`."""
-        drive(begin_capture(threading.get_ident(), token, in_autograd, timeout_s), self.perform)
+    def begin_capture(self, token: int, thread: int, in_autograd: bool, timeout_s: float) -> None:
+        """Announce a graph capture of that thread. Pair with `end_capture`."""
+        drive(begin_capture(thread, token, in_autograd, timeout_s), self.perform)
 
     def end_capture(self, token: int) -> None:
         """The capture is over, or never began."""

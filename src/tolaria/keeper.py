@@ -31,6 +31,7 @@ from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.ring import Ring, Slot
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
+from tolaria.state.leaves import Storage, is_page_locked
 from tolaria.state.train_state import TrainState
 
 Target = SnapshotInfo | int | None
@@ -94,11 +95,11 @@ class Keeper:
         survey = state.survey()
         storages = survey.leaves.storages
         devices = DeviceSet(config.barrier)
-        devices.open({s.key[0] for s in storages} or {torch.device("cpu")})
+        devices.open(_places(storages))
         self.state, self.config, self.devices = state, config, devices
         self.ground = Ground(devices.barrier, config.gate_timeout_s)
         self.accelerators = [torch.device(name) for name, port in devices.items() if port.barrier is not Barrier.HOST]
-        self.tier = "device" if self.accelerators else "host"
+        self.tier = "device" if any(s.key[0].type != "cpu" for s in storages) else "host"
         self.lag = READING_LAG if self.reads_late else 0
         num_slots = config.num_slots(self.lag)
         _refuse_oversize(sum(s.key[2] for s in storages if s.key[0].type == "cpu"), num_slots)
@@ -257,7 +258,7 @@ class Keeper:
             if held and (early or not (wait or self.vault.is_examined(taken.slot))):
                 self._unsealed.appendleft((taken, manual))  # they arrive in order
                 break
-            found = self.driver.submit(protocol.seal(taken.slot, taken.snapshot, vouched=manual))
+            found = self.driver.submit(protocol.seal(taken.slot, taken.snapshot, manual, self.ground))
             if found is not None:
                 self._findings.append(Finding(taken, manual, found))
 
@@ -361,6 +362,9 @@ class Keeper:
             ),
             shield,
         )
+        for finding in list(self._findings):  # of an undone future
+            if finding.taken.snapshot > done.slot.snapshot:
+                self._findings.remove(finding)
         report.host_ms = (time.perf_counter() - started) * 1e3
         report.success, report.status = True, "submitted"
         report.snapshot_step = done.slot.step
@@ -383,7 +387,7 @@ class Keeper:
 
     def _verify(self, slot: Slot) -> bool | None:
         """Whether the slot has the bytes it was sealed with; None when it has been overwritten since."""
-        found = self.driver.submit(protocol.reinspect(slot.index, slot.snapshot))
+        found = self.driver.submit(protocol.reinspect(slot.index, slot.snapshot, self.ground))
         return None if found is None else found.intact
 
 
@@ -414,6 +418,16 @@ def _chooser(to: Target, generations_back: int) -> Callable[[Ring, int | None], 
 
 def _with_ring(state: HostState, slots: Ring) -> HostState:
     return replace(state, ring=slots)
+
+
+def _places(storages: Sequence[Storage]) -> set[torch.device]:
+    """Devices that hold some of the state; where all is in page-locked host memory, the one that may be reading it."""
+    found = {storage.key[0] for storage in storages} or {torch.device("cpu")}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    on_host = all(device.type == "cpu" for device in found)
+    if on_host and accelerator is not None and any(is_page_locked(storage.bytes) for storage in storages):
+        found.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
+    return found
 
 
 def _refuse_oversize(num_bytes: int, num_slots: int) -> None:

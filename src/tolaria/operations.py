@@ -79,7 +79,7 @@ class HostState:
         epoch: Number of rollbacks so far; tells gradients of different pasts apart.
         next_snapshot: Serial number of the next snapshot.
         captures: Graph captures in progress, as (token, thread); no barrier may touch a device while there are any.
-        ordering: Sections that are issuing a context-wide wait; no graph capture may begin meanwhile.
+        ordering: Threads doing to a device what would invalidate a graph capture; none may begin meanwhile.
         buffers_done: Events after which buffers may be written again.
         all_done: Events after which everything may be written again.
         running: Backward passes in progress, as (token, epoch of their forward).
@@ -167,12 +167,13 @@ class Examine:
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Read the slot: finite? digest as sealed (or take it, when there is none yet)? Answers an `Inspection`.
+    """Answer what the first reading of a slot showed, an `Inspection`; waits for the `Examine` that is under way.
 
-    Waits for an `Examine` that is under way instead of reading again.
+    With `again` the slot is then read once more: are its bytes still those of the first reading?
     """
 
     slot: int
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from tolaria.errors import (
 )
 from tolaria.gate import ThreadId
 from tolaria.operations import (
+    Await,
     Barrier,
     CaptureHost,
     Change,
@@ -179,8 +180,9 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         `Taken`.
 
     Raises:
-        PhaseError, CaptureInProgress, QuiesceTimeout, SlotsBusy, UnsupportedState, BudgetExceeded: nothing was changed;
-            every snapshot held so far is still there.
+        PhaseError, CaptureInProgress, QuiesceTimeout, SlotsBusy, UnsupportedState: nothing was changed.
+        BudgetExceeded, and whatever else fails later: the snapshot whose slot was claimed is gone. That is one which
+            this snapshot would have replaced, never the newest certified one.
     """
     doing = "taking a snapshot" if step is None else f"taking a snapshot at step {step}"
     claimed: list[tuple[int, int]] = []
@@ -234,13 +236,14 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         yield leave_exclusive(thread)
 
 
-def seal(slot: int, serial: int, vouched: bool) -> Protocol:
+def seal(slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:
     """Read a staged slot back: take its digest and look for non-finite values. Needs no gate: it reads the slot only.
 
     Args:
         slot: Index in the ring.
         serial: Serial number of the snapshot that should be there.
         vouched: A manual snapshot is kept even if it is not finite: its caller vouches for it.
+        ground: Barrier and time-out.
 
     Returns:
         The `Inspection`; None when the slot has moved on meanwhile.
@@ -248,7 +251,7 @@ def seal(slot: int, serial: int, vouched: bool) -> Protocol:
     if not (yield from _pin(slot, serial)):
         return None
     try:
-        found: Inspection = yield Inspect(slot)
+        found: Inspection = yield from _read(slot, ground, again=False)
         settle = ring.release if found.nonfinite and not vouched else ring.seal
         yield Change("settle", lambda s: (replace(s, ring=settle(s.ring, slot, serial)), None))
         return found
@@ -260,7 +263,7 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual
     """`snapshot`, then `seal` with the gate open again. Answers (`Taken`, `Inspection` or None)."""
     taken: Taken = yield from snapshot(thread, ground, step, manual)
     try:
-        found = yield from seal(taken.slot, taken.snapshot, vouched=manual)
+        found = yield from seal(taken.slot, taken.snapshot, manual, ground)
     except BaseException:
         # nobody learns of this snapshot: never sealed, it would hold its slot for ever
         yield Change(
@@ -271,14 +274,29 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual
     return taken, found
 
 
-def reinspect(slot: int, serial: int) -> Protocol:
+def reinspect(slot: int, serial: int, ground: Ground) -> Protocol:
     """Compare a slot's bytes with its digest. Needs no gate. None when the slot has moved on."""
     if not (yield from _pin(slot, serial)):
         return None
     try:
-        return (yield Inspect(slot))
+        return (yield from _read(slot, ground, again=True))
     finally:
         yield Change("unpin", lambda s: (replace(s, ring=ring.pin(s.ring, slot, -1)), None))
+
+
+def _read(slot: int, ground: Ground, *, again: bool) -> Protocol:
+    """Inspect a pinned slot. The `blocking` barrier's way to read a device would invalidate a graph capture."""
+    if ground.barrier is not Barrier.BLOCKING:
+        return (yield Inspect(slot, again))
+
+    def enter(state: HostState) -> tuple[HostState, None] | None:
+        return None if state.captures else (replace(state, ordering=state.ordering + 1), None)
+
+    yield Await("read a snapshot: wait for graph captures", enter, ground.gate_timeout_s)
+    try:
+        return (yield Inspect(slot, again))
+    finally:
+        yield Change("read", lambda s: (replace(s, ordering=s.ordering - 1), None))
 
 
 def _pin(slot: int, serial: int) -> Protocol:
@@ -363,19 +381,21 @@ def rollback(
         while True:
             slot: Slot = yield Change("choose a snapshot", select)
             pinned.append(slot.index)
-            found: Inspection = yield Inspect(slot.index)
+            found: Inspection = yield from _read(slot.index, ground, again=True)
             if found.intact:
                 return slot
             corrupted.append(slot)
             pinned.clear()
             yield Change("discard a corrupted snapshot", discard)
 
-    def choose_or_keep(state: HostState, slot: Slot | None) -> tuple[HostState, Slot | None]:
+    def choose_again(state: HostState, slot: Slot | None) -> tuple[HostState, Slot | None]:
+        chosen, answer = select(state)
         if slot is None:
-            return select(state)
-        if ring.by_serial(state.ring, slot.snapshot) is None:
-            return replace(state, ring=ring.pin(state.ring, slot.index, -1)), None
-        return state, slot
+            return chosen, answer
+        if answer.snapshot == slot.snapshot:
+            return state, slot  # pinned already
+        # a newer snapshot was published meanwhile, or a rollback of another thread has dropped what had been read
+        return replace(state, ring=ring.pin(state.ring, slot.index, -1)), None
 
     try:
         while True:
@@ -387,11 +407,10 @@ def rollback(
             yield announce(thread, doing, patient)
             announced = True
             waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient)
-            target: Slot | None = yield Change("choose a snapshot", lambda s, slot=read: choose_or_keep(s, slot))
+            target: Slot | None = yield Change("choose a snapshot", lambda s, slot=read: choose_again(s, slot))
             if target is not None:
                 pinned[:] = [target.index]
                 break
-            # a rollback of another thread came first, and dropped what had been read
             pinned.clear()
             yield leave_exclusive(thread)
             announced = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -36,7 +37,7 @@ from tolaria.operations import (
 )
 from tolaria.records import Journal
 from tolaria.state.digest import host_digest
-from tolaria.state.leaves import Leaf, Storage, finiteness, is_finite
+from tolaria.state.leaves import Leaf, Storage, finiteness, is_finite, is_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 _ALIGNMENT = 64
@@ -122,12 +123,23 @@ class Examination:
 
 @dataclass(slots=True, eq=False)
 class SlotMemory:
-    """What one slot owns."""
+    """What one slot owns.
+
+    Attributes:
+        arena: The bytes.
+        survey: What they are the bytes of.
+        host: Values besides.
+        digest: From the first reading; None until its answer was asked for.
+        nonfinite: Names of tensors that it found not to be finite.
+        examination: The first reading, while it is under way.
+        rows: Where its answers arrive, by device.
+    """
 
     arena: Arena | None = None
     survey: SurveyResult | None = None
     host: HostValues | None = None
     digest: Digest | None = None
+    nonfinite: tuple[str, ...] = ()
     examination: Examination | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -156,6 +168,7 @@ class Vault:
     write_journal: Callable[[Journal], None]
     slots: list[SlotMemory] = field(init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
+    _reading: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
         self.slots = [SlotMemory() for _ in range(self.num_slots)]
@@ -178,10 +191,12 @@ class Vault:
     def _places(self, survey: SurveyResult) -> Places:
         storages = survey.leaves.storages
         names = sorted({str(storage.key[0]) for storage in storages})
-        queued = tuple(name for name in names if self.devices[name].barrier is not Barrier.HOST)
+        pinned = any(storage.key[0].type == "cpu" and is_page_locked(storage.bytes) for storage in storages)
+        # a device that holds nothing of ours may still be reading page-locked memory that is
+        there = list(self.devices) if pinned else names
+        queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
         host = tuple(name for name in names if name not in queued)
-        on_host = [storage.bytes for storage in storages if storage.key[0].type == "cpu"]
-        return Places(queued, host, pinned=bool(queued) and any(flat.is_pinned() for flat in on_host))
+        return Places(queued, host, pinned=pinned)
 
     @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
@@ -261,19 +276,23 @@ class Vault:
     @torch.inference_mode(False)
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
-        slot = self.slots[op.slot]
-        arena, survey, _ = self._filled(op.slot)
-        examination, slot.examination = slot.examination, None
-        if examination is None:
-            rows = {name: torch.empty_like(row, pin_memory=True) for name, row in slot.rows.items()}
-            examination = self._examine(rows, arena, survey)
+        with self._reading:
+            return self._inspect(self.slots[op.slot], *self._filled(op.slot)[:2], op.again)
+
+    def _inspect(self, slot: SlotMemory, arena: Arena, survey: SurveyResult, again: bool) -> Inspection:
+        if slot.digest is None:
+            examination, slot.examination = slot.examination or self._examine(slot.rows, arena, survey), None
+            slot.digest = self._digest_of(examination)
+            slot.nonfinite = () if examination.is_finite() else self._nonfinite(arena, survey)
+        if not again:
+            return Inspection(nonfinite=slot.nonfinite)
+        rows = {name: torch.empty_like(row, pin_memory=True) for name, row in slot.rows.items()}
+        return Inspection(intact=self._digest_of(self._examine(rows, arena, survey)) == slot.digest)
+
+    def _digest_of(self, examination: Examination) -> Digest:
         for name, event in examination.events.items():
             _queued(self.devices[name]).host_wait(event)
-        digest = examination.digest()
-        if slot.digest is not None:
-            return Inspection(intact=digest == slot.digest)
-        slot.digest = digest
-        return Inspection(nonfinite=() if examination.is_finite() else self._nonfinite(arena, survey))
+        return examination.digest()
 
     def _examine(self, rows: dict[str, torch.Tensor], arena: Arena, survey: SurveyResult) -> Examination:
         """Start a reading. On a queued device this enqueues and returns; elsewhere the answer is there at the end."""

@@ -194,6 +194,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
+def is_page_locked(tensor: torch.Tensor) -> bool:
+    """Whether a CPU tensor is in page-locked memory, so that a device may be transferring it."""
+    return torch.accelerator.is_available() and tensor.is_pinned()
+
+
 def finiteness(tensor: torch.Tensor) -> torch.Tensor:
     """`is_finite` without waiting for the device: shape [], bool."""
     if not (tensor.is_floating_point() or tensor.is_complex()):

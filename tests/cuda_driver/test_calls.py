@@ -10,9 +10,9 @@ import threading
 
 import pytest
 import torch
-from cuda import fake_driver
-from cuda.fake_driver import Machine
-from cuda.two_devices import Pair
+from cuda_driver import fake_driver
+from cuda_driver.fake_driver import Machine
+from cuda_driver.two_devices import Pair
 from torch import nn
 
 from tolaria import TolariaGovernor, TolariaInternalError
@@ -145,7 +145,7 @@ def test_the_beginning_of_a_graph_capture_waits_for_all_copies(late, govern):
     governor.snapshot()
     recorded = [call.split()[-1] for call in late.calls[start:] if call.startswith("cuEventRecord own0")]
     late.clear()
-    governor._keeper.driver.begin_capture(1, False, 5.0)
+    governor._keeper.driver.begin_capture(1, threading.get_ident(), False, 5.0)
     assert late.calls == [f"cuStreamWaitEvent main0 {recorded[1]}"]
     late.capturing.add(threading.get_ident())
     late.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cuda.fake_driver import Machine
+from cuda_driver.fake_driver import Machine
 
 from tolaria import protocol, ring
 from tolaria.cuda import ContextDevice

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from cuda.fake_driver import Machine
+from cuda_driver.fake_driver import Machine
 
 import tolaria.device
 from tolaria import GovernorConfig, UnsupportedState

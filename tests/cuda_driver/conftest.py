@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda.fake_driver import Machine, PageLockedRow
+from cuda_driver.fake_driver import Machine, PageLockedRow
 from torch import nn
 
 import tolaria.governor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda.fake_driver import CUresult, Machine
+from cuda_driver.fake_driver import CUresult, Machine
 from torch import nn
 
 from tolaria import DeviceLost, RollbackFailed, TolariaInternalError

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from cuda import fake_driver
-from cuda.fake_driver import Machine, PageLockedRow
-from cuda.two_devices import Pair
+from cuda_driver import fake_driver
+from cuda_driver.fake_driver import Machine, PageLockedRow
+from cuda_driver.two_devices import Pair
 from torch import nn
 
 from tolaria import TolariaGovernor
@@ -133,7 +133,7 @@ def a_captured_graph_waits_before_it_is_captured(machine, govern):
     model = filled(1)
     governor = govern(model)
     governor.snapshot()
-    governor._keeper.driver.begin_capture(1, False, 5.0)
+    governor._keeper.driver.begin_capture(1, threading.get_ident(), False, 5.0)
     with torch.no_grad():
         model.weight.fill_(2)
     governor._keeper.driver.end_capture(1)
@@ -294,14 +294,14 @@ def test_green(scenario, late, govern):
 
 def no_event(self: ContextDevice, *_: Any) -> Event:
     """An event that was never recorded, so that whoever waits for it does not."""
-    return Event(fake_driver.Event(self.index), deque())
+    return Event(fake_driver.Event(self.index), deque().append)
 
 
 def nothing(self: ContextDevice, *_: Any) -> None:
     pass
 
 
-def no_stream(self: ContextDevice) -> Any:
+def no_stream(self: ContextDevice, *_: Any) -> Any:
     return contextlib.nullcontext()
 
 
@@ -415,7 +415,7 @@ def test_one_that_always_says_passed_makes_a_step_wait(late, govern, run, monkey
 def wait_inside_a_capture(machine, govern):
     governor = govern(filled(1))
     governor.snapshot()
-    governor._keeper.driver.begin_capture(1, False, 5.0)
+    governor._keeper.driver.begin_capture(1, threading.get_ident(), False, 5.0)
     machine.capturing.add(threading.get_ident())
     for kind in SectionKind:
         with governor._keeper.sections.section(kind):

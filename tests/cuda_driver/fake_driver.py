@@ -91,6 +91,9 @@ class Context:
     device: int
     retained: int = 0
 
+    def __int__(self) -> int:
+        return id(self)
+
 
 @dataclass(eq=False)
 class Work:
