@@ -66,7 +66,8 @@ class Readings:
 
     def __init__(self, clocks: Mapping[str, Clock]) -> None:
         self._clocks = clocks
-        self._rows: deque[torch.Tensor] = deque()
+        # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
+        self._rows = deque(_page_locked(_ROWS_AT_ONCE, _ROW_NUMBERS) if clocks else ())
 
     def send(self, numbers: Mapping[str, Scalar]) -> Reading:
         """Start the transfer of one step's numbers on the caller's current streams."""
@@ -101,7 +102,7 @@ def mean_loss(loss: Loss) -> Scalar:
     if loss is None or isinstance(loss, (int, float)):
         return loss
     if isinstance(loss, torch.Tensor):
-        return loss.detach().double().mean()
+        return mean_sign(loss)
     values = [value for value in map(mean_loss, loss) if value is not None]
     if not values:
         return None
@@ -118,7 +119,9 @@ def _home(tensors: Sequence[torch.Tensor]) -> torch.device:
 
 def mean_sign(value: torch.Tensor | float) -> Scalar:
     """`read_sign` without reading."""
-    return value.detach().double().mean() if isinstance(value, torch.Tensor) else float(value)
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    return value.detach().double() if value.numel() == 1 else value.detach().double().mean()
 
 
 def read_loss(loss: Loss) -> float | None:
@@ -182,16 +185,20 @@ def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None
     finite. With tensors on several devices both end up on one of them. None and 0 without tensors.
     """
     looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
-    looked_at = [t for t in looked_at if t.numel() and (t.is_floating_point() or t.is_complex())]
-    if not looked_at:
-        return None, 0
+    looked_at = [torch.view_as_real(t) if t.is_complex() else t for t in looked_at if t.numel()]
     grouped: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in looked_at:
-        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        grouped.setdefault((wide.device, wide.dtype), []).append(wide)
-    norms: list[torch.Tensor] = []
+        if tensor.is_floating_point():
+            wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            grouped.setdefault((wide.device, wide.dtype), []).append(wide)
+    if not grouped:
+        return None, 0
+    # few launches, whatever the number of tensors: they cost the host more than the device
+    norms = []
     for (_, dtype), group in grouped.items():
-        norms += torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))
+        wider = torch.promote_types(dtype, torch.float32)
+        norms.append(torch.stack(list(torch._foreach_norm(group, 2, dtype=wider))))
     home = _home(norms)
-    each = torch.stack([norm.abs().to(home, torch.float64, non_blocking=True) for norm in norms])
-    return torch.linalg.vector_norm(each), (~torch.isfinite(each)).sum()
+    each = norms[0] if len(norms) == 1 else torch.cat([n.to(home, torch.float64, non_blocking=True) for n in norms])
+    # zero times anything finite is zero, and NaN otherwise
+    return torch.linalg.vector_norm(each, dtype=torch.float64), ((each * 0) != 0).sum(dtype=torch.float64)

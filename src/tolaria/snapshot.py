@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from tolaria.state.leaves import Leaf, Storage, finiteness, is_finite, is_page_l
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 _ALIGNMENT = 64
+_numbers = itertools.count(1)
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # a sum of many overflows in 16 bits
 
 Signature = tuple[tuple[torch.device, int, Part, bool, torch.dtype | None], ...]
@@ -133,6 +135,7 @@ class SlotMemory:
         nonfinite: Names of tensors that it found not to be finite.
         examination: The first reading, while it is under way.
         rows: Where its answers arrive, by device.
+        rows_again: The same for later readings.
     """
 
     arena: Arena | None = None
@@ -142,6 +145,7 @@ class SlotMemory:
     nonfinite: tuple[str, ...] = ()
     examination: Examination | None = None
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows_again: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -209,12 +213,11 @@ class Vault:
             slot.arena = None  # freed before its successor is allocated: the slot was claimed, nobody reads it
             with self._on_streams():
                 slot.arena = _allocate(signature, f"reserving slot {op.slot}")
-            queued = self.devices.barrier is Barrier.CONTEXT
-            slot.rows = {
-                str(device): torch.zeros(2, dtype=torch.int64).pin_memory()
-                for device in slot.arena.flat
-                if queued and device.type != "cpu"
-            }
+            # here and not when they are needed: taking page-locked memory invalidates captures of other threads
+            names = [n for n in map(str, slot.arena.flat) if self.devices[n].barrier is Barrier.CONTEXT]
+            slot.rows, slot.rows_again = (
+                {name: torch.zeros(2, dtype=torch.int64).pin_memory() for name in names} for _ in range(2)
+            )
         slot.survey = surveyed
 
     def _on_streams(self) -> contextlib.ExitStack:
@@ -286,8 +289,7 @@ class Vault:
             slot.nonfinite = () if examination.is_finite() else self._nonfinite(arena, survey)
         if not again:
             return Inspection(nonfinite=slot.nonfinite)
-        rows = {name: torch.empty_like(row, pin_memory=True) for name, row in slot.rows.items()}
-        return Inspection(intact=self._digest_of(self._examine(rows, arena, survey)) == slot.digest)
+        return Inspection(intact=self._digest_of(self._examine(slot.rows_again, arena, survey)) == slot.digest)
 
     def _digest_of(self, examination: Examination) -> Digest:
         for name, event in examination.events.items():
@@ -309,6 +311,8 @@ class Vault:
                 found.digests[name] = int(kernels.digest(flat))
                 found.finite = found.finite and bool(_all_finite(stretches, leaves, device))
             else:
+                # an answer that never came must not pass for one: no two readings start from the same number
+                rows[name][0], rows[name][1] = -next(_numbers), 0
                 port.enqueue(functools.partial(_read, rows[name], flat, stretches, leaves))
                 found.events[name] = _queued(port).stream_record()
         return found

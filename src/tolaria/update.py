@@ -126,10 +126,12 @@ class Update:
         `ReduceLROnPlateau` without `metric` needs the loss itself, and waits for it.
         """
         self._unscale()
-        norm, bad = observe.norm_and_count(observe.gradients(parameters) if closure is None else [])
+        grads = observe.gradients(parameters) if closure is None else []
+        norm, bad = observe.norm_and_count(grads)
         skipped = self._skipped_by_scaler()
         if clip is not None and norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+            dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm.to(dtype))
         with self._scaled_learning_rate(lr_factor):
             returned = self._step(closure)
         value = observe.mean_loss(returned if loss is None else loss)

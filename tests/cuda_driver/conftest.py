@@ -5,7 +5,6 @@ What has to be bent so that tensors on the CPU can stand for tensors on a device
 * `DeviceSet` opens a `ContextDevice` for "cpu".
 * Page-locked memory is ordinary memory. Rows that numbers travel to (`observe`) arrive late all the same
   (`PageLockedRow`); rows of a slot's reading are written by work on the governor's own stream, so they are late anyway.
-* `Vault.reserve` keeps no answer row for a device of type "cpu"; here it gets one.
 
 Random state needs nothing: the CPU's generator is captured and restored on the host, as it is in a run on a device.
 """
@@ -26,7 +25,6 @@ from tolaria import GovernorConfig, TolariaGovernor, observe
 from tolaria.cuda import ContextDevice
 from tolaria.device import DeviceSet
 from tolaria.judge import non_finite
-from tolaria.snapshot import Vault
 
 
 @pytest.fixture(autouse=True)
@@ -73,15 +71,6 @@ def install(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(
         observe, "_page_locked", lambda count, width: [PageLockedRow(machine, width) for _ in range(count)]
     )
-    reserve = Vault.reserve
-
-    def with_row(self: Vault, op: Any) -> None:
-        reserve(self, op)
-        slot = self.slots[op.slot]
-        if not slot.rows:
-            slot.rows = {"cpu": torch.full((2,), 7777, dtype=torch.int64)}
-
-    monkeypatch.setattr(Vault, "reserve", with_row)
 
 
 @pytest.fixture

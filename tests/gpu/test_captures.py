@@ -9,7 +9,7 @@ from torch import nn
 
 from tolaria import CaptureInProgress, GovernorConfig, StateMismatch, TolariaGovernor, capture, judge
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")]
 
 MODES = ["global", "thread_local", "relaxed"]
 

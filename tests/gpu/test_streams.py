@@ -155,6 +155,7 @@ def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture, monke
         built.governor.execute_rollback()
         seen = built.read(built.reader)
         assert not gate.is_open
+        built.writers[0].wait_stream(built.reader)
         with torch.no_grad(), built.governor.using(), torch.cuda.stream(built.writers[0]):
             built.model[0].add_(10)
         gate.open()

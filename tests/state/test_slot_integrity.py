@@ -123,7 +123,7 @@ def test_every_byte_of_every_storage_is_covered(govern: Govern, freeze: Freeze) 
     slot = next(s for s in held.governor._keeper.ring if s.snapshot == held.taken[1].serial)
     for byte in range(memory.numel()):
         memory[byte] ^= 1 << (byte % 8)
-        assert not held.governor._keeper.vault.inspect(tolaria.operations.Inspect(slot.index)).intact, byte
+        assert not held.governor._keeper.vault.inspect(tolaria.operations.Inspect(slot.index, again=True)).intact, byte
         memory[byte] ^= 1 << (byte % 8)
     report = held.governor.execute_rollback(verify="before")
     assert (report.snapshot_step, report.corrupted_steps) == (1, ())
