@@ -217,7 +217,7 @@ class TolariaGovernor:
         factor = self._course.learning_rate_factor() if acting else 1.0
         stale = acting and self._keeper.sections.are_stale()
         update, is_static = self._update, self._keeper.state.is_static
-        parameters = list(self._keeper.state.parameters())
+        parameters, trained = self._keeper.state.roster()
         # a veto that is kept needs to be decided before the optimizer steps
         late = self._keeper.reads_late and update.can_read_late and not (acting and self.config.on_veto == "keep")
         if late:
@@ -234,18 +234,18 @@ class TolariaGovernor:
             "scaler_skipped": done.scaler_skipped,
             "metric": metric,
         }
+        lists: dict[str, Sequence[torch.Tensor]] = {"gradients": done.norms} if done.norms else {}
         if step % self.config.check_weights_every == 0:
-            numbers["nonfinite_weights"] = self._nonfinite_weights(late)
+            if late:
+                lists["weights"] = observe.norms(trained)
+            else:
+                numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
         return Sent(
             step=step,
-            reading=self._readings.send({**numbers, **_extra(signs)}),
+            reading=self._readings.send({**numbers, **_extra(signs)}, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             judges_gradients=not (done.vetoed and self.config.on_veto == "keep"),
         )
-
-    def _nonfinite_weights(self, late: bool) -> Scalar:
-        weights = self._keeper.state.trained_parameters()
-        return observe.norm_and_count(weights)[1] if late else observe.num_nonfinite(weights)
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots.
@@ -260,18 +260,18 @@ class TolariaGovernor:
 
     def _observe(self, loss: Loss, signs: Mapping[str, torch.Tensor | float], wait: bool) -> Verdict:
         self._require_boundary("observing")
-        late = self._keeper.reads_late
-        grads = observe.gradients(self._keeper.state.parameters())
-        norm, bad = observe.norm_and_count(grads) if late else observe.gradient_norm(grads)
-        numbers: dict[str, Scalar] = {
-            "loss": observe.mean_loss(loss),
-            "grad_norm": norm,
-            "nonfinite_gradients": bad,
-            "nonfinite_weights": self._nonfinite_weights(late),
-        }
+        parameters, trained = self._keeper.state.roster()
+        grads = observe.gradients(parameters)
+        numbers: dict[str, Scalar] = {"loss": observe.mean_loss(loss)}
+        lists: dict[str, Sequence[torch.Tensor]] = {}
+        if self._keeper.reads_late:
+            lists = {"gradients": observe.norms(grads), "weights": observe.norms(trained)}
+        else:
+            numbers["grad_norm"], numbers["nonfinite_gradients"] = observe.gradient_norm(grads)
+            numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {name: value for name, value in signs.items() if name not in own}
-        reading = self._readings.send({**numbers, **own, **_extra(others)})
+        reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
         self._course.account(Sent(step=self._course.completed + 1, reading=reading))
         return self._course.watch_only(wait=wait)
 

@@ -379,10 +379,10 @@ class Keeper:
         return done
 
     def _duration(self, done: RolledBack) -> float | None:
-        """Wait until the devices are done; answers the milliseconds that the slowest of them took."""
+        """Wait until the devices are done; answers the milliseconds that the slowest of them took to copy."""
         self.wait_for(done.done)
         ports = [cast("QueuedDevice", self.devices[name]) for name, _ in done.done]
-        spans = zip(ports, done.began, done.done, strict=True)
+        spans = zip(ports, done.began, done.copied, strict=True)
         return max((port.elapsed_ms(began, ended) for port, (_, began), (_, ended) in spans), default=None)
 
     def _verify(self, slot: Slot) -> bool | None:

@@ -7,9 +7,11 @@ read at once, which waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +20,8 @@ Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | None
 Scalar = torch.Tensor | float | None
 """A number on the host, or a tensor of one element that holds it on some device."""
 
-_ROW_NUMBERS = 16
+_NONE: Mapping[str, Sequence[torch.Tensor]] = {}
+_ROW_NUMBERS = 1024
 _ROWS_AT_ONCE = 64
 
 
@@ -37,24 +40,45 @@ class Clock(Protocol):
 
 
 class Reading:
-    """The numbers of one step, perhaps still on their way. Read them once."""
+    """The numbers of one step, perhaps still on their way.
+
+    Attributes:
+        numbers: Single ones by name.
+        lists: Lists by name.
+    """
 
     def __init__(self, numbers: dict[str, float | None]) -> None:
-        self._numbers = numbers
-        self._rows: list[tuple[Clock, Any, tuple[str, ...], torch.Tensor, Callable[[torch.Tensor], None]]] = []
+        self.numbers = numbers
+        self.lists: dict[str, list[float]] = {}
+        self._transfers: list[_Transfer] = []
 
     def has_arrived(self) -> bool:
-        """Whether `numbers` would not wait."""
-        return all(clock.has_passed(event) for clock, event, *_ in self._rows)
+        """Whether `wait` would not wait."""
+        return all(transfer.clock.has_passed(transfer.event) for transfer in self._transfers)
 
-    def numbers(self) -> dict[str, float | None]:
-        """Every number by name; waits for those that have not arrived."""
-        while self._rows:
-            clock, event, names, row, give_back = self._rows.pop()
-            clock.host_wait(event)
-            self._numbers.update(zip(names, row.tolist(), strict=False))
-            give_back(row)
-        return self._numbers
+    def wait(self) -> None:
+        """Complete `numbers` and `lists`; waits for what has not arrived."""
+        while self._transfers:
+            transfer = self._transfers.pop()
+            transfer.clock.host_wait(transfer.event)
+            values = iter(transfer.row.tolist())
+            for name, length in transfer.lengths:
+                if length is None:
+                    self.numbers[name] = next(values)
+                else:
+                    self.lists.setdefault(name, []).extend(itertools.islice(values, length))
+            transfer.give_back(transfer.row)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Transfer:
+    """Numbers of one device: which they are (a length for each list), where they arrive, and when."""
+
+    clock: Clock
+    lengths: tuple[tuple[str, int | None], ...]
+    row: torch.Tensor
+    event: Any
+    give_back: Callable[[torch.Tensor], None]
 
 
 class Readings:
@@ -69,21 +93,33 @@ class Readings:
         # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
         self._rows = deque(_page_locked(_ROWS_AT_ONCE, _ROW_NUMBERS) if clocks else ())
 
-    def send(self, numbers: Mapping[str, Scalar]) -> Reading:
-        """Start the transfer of one step's numbers on the caller's current streams."""
-        here: dict[str, float | None] = {}
-        away: dict[str, dict[str, torch.Tensor]] = {}
+    def send(self, numbers: Mapping[str, Scalar], lists: Mapping[str, Sequence[torch.Tensor]] = _NONE) -> Reading:
+        """Start the transfer of one step's numbers on the caller's current streams.
+
+        Args:
+            numbers: Single ones by name.
+            lists: Lists by name, each as one or more tensors of shape [n], on any devices.
+        """
+        reading = Reading({})
+        away: dict[str, list[tuple[str, int | None, torch.Tensor]]] = {}
         for name, value in numbers.items():
             if isinstance(value, torch.Tensor) and str(value.device) in self._clocks:
-                away.setdefault(str(value.device), {})[name] = value.detach().reshape(()).double()
+                away.setdefault(str(value.device), []).append((name, None, value.detach().reshape(1)))
             else:
-                here[name] = None if value is None else float(value)
-        reading = Reading(here)
-        for device, values in away.items():
-            row = self._row(len(values))
-            row[: len(values)].copy_(torch.stack(list(values.values())), non_blocking=True)
+                reading.numbers[name] = None if value is None else float(value)
+        for name, tensors in lists.items():
+            for tensor in tensors:
+                if str(tensor.device) in self._clocks:
+                    away.setdefault(str(tensor.device), []).append((name, len(tensor), tensor))
+                else:
+                    reading.lists.setdefault(name, []).extend(tensor.tolist())
+        for device, entries in away.items():
+            packed = torch.cat([tensor for *_, tensor in entries]).double()
+            row = self._row(len(packed))
+            row[: len(packed)].copy_(packed, non_blocking=True)
             clock = self._clocks[device]
-            reading._rows.append((clock, clock.mark(), tuple(values), row, self._rows.append))
+            lengths = tuple((name, length) for name, length, _ in entries)
+            reading._transfers.append(_Transfer(clock, lengths, row, clock.mark(), self._rows.append))
         return reading
 
     def _row(self, needed: int) -> torch.Tensor:
@@ -178,11 +214,14 @@ def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
     return sum(not bool(torch.isfinite(t).all()) for t in looked_at)
 
 
-def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None, Scalar]:
-    """L2 norm over all tensors and how many of them are not finite, without waiting for the device.
+def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The L2 norm of each tensor, without waiting for the device; not finite where the tensor is not.
 
-    Norms are taken in float32 (float64 for such tensors): one that overflows, with elements beyond 1e19, counts as not
-    finite. With tensors on several devices both end up on one of them. None and 0 without tensors.
+    Norms are taken in float32 (float64 of such tensors), so one that overflows, with elements beyond 1e19, counts as
+    not finite too. A handful of launches whatever the number of tensors: they cost the host more than the device.
+
+    Returns:
+        Per device and element type one tensor of shape [number of tensors].
     """
     looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
     looked_at = [torch.view_as_real(t) if t.is_complex() else t for t in looked_at if t.numel()]
@@ -191,14 +230,15 @@ def norm_and_count(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor | None
         if tensor.is_floating_point():
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             grouped.setdefault((wide.device, wide.dtype), []).append(wide)
-    if not grouped:
-        return None, 0
-    # few launches, whatever the number of tensors: they cost the host more than the device
-    norms = []
-    for (_, dtype), group in grouped.items():
-        wider = torch.promote_types(dtype, torch.float32)
-        norms.append(torch.stack(list(torch._foreach_norm(group, 2, dtype=wider))))
-    home = _home(norms)
-    each = norms[0] if len(norms) == 1 else torch.cat([n.to(home, torch.float64, non_blocking=True) for n in norms])
-    # zero times anything finite is zero, and NaN otherwise
-    return torch.linalg.vector_norm(each, dtype=torch.float64), ((each * 0) != 0).sum(dtype=torch.float64)
+    return [
+        torch.stack(list(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))))
+        for (_, dtype), group in grouped.items()
+    ]
+
+
+def total_norm(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The L2 norm of everything behind `norms`, on a device; nothing waits. At least one part."""
+    if len(parts) == 1:
+        return torch.linalg.vector_norm(parts[0])
+    home = _home(parts)
+    return torch.linalg.vector_norm(torch.cat([part.to(home, torch.float64, non_blocking=True) for part in parts]))

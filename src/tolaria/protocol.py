@@ -98,8 +98,9 @@ class RolledBack:
     epoch: int
     corrupted: tuple[int, ...]  # steps of newer snapshots that were found corrupted and given up
     waited_s: float
-    began: Events = ()  # when the device began to copy, and
-    done: Events = ()  # when everything it had to do for this rollback was done
+    began: Events = ()  # when the device began to copy,
+    copied: Events = ()  # when it had copied, and
+    done: Events = ()  # when everything else that it had to do for this rollback was done
 
 
 # ---------------------------------------------------------------- barriers
@@ -423,12 +424,13 @@ def rollback(
         try:
             for part in Part:
                 yield from _copies(target.index, places, part, Direction.RESTORE)
+            copied: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from _record(places))
             # before the post barrier: gradients zeroed in place and what an extra loads are device work too
             alive = yield RestoreHost(target.index, reset)
         finally:
             done: Events = yield from _post_barrier(ground, places)
         epoch = yield Change("commit", lambda s: commit(s, target.snapshot))
-        return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s, began, done)
+        return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s, began, copied, done)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
             yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))

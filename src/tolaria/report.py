@@ -76,8 +76,8 @@ class RollbackReport:
         host_ms: Host time of the call in milliseconds, waiting for open sections included.
         wait_ms: The part of it spent waiting for open sections.
         corrupted_steps: Steps of newer snapshots that were found corrupted and passed over.
-        device_ms: Milliseconds from the first copy to the last work on the slowest device; None until `wait`, and where
-            the host waited, so that `host_ms` holds it.
+        device_ms: Milliseconds from the first copy to the last on the slowest device; None until `wait`, and where the
+            host waited, so that `host_ms` holds them.
         verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
     """
 

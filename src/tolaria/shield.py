@@ -11,6 +11,8 @@ from typing import Any
 
 Handler = Any
 
+_NUMBERS = tuple(int(number) for number in signal.valid_signals())  # asking takes longer than a small rollback
+
 
 class Shield:
     """A context manager: signals that arrive inside are delivered, in order and once each, when it is left.
@@ -27,7 +29,7 @@ class Shield:
     def __enter__(self) -> Shield:
         if threading.current_thread() is threading.main_thread():
             try:
-                for number in signal.valid_signals():
+                for number in _NUMBERS:
                     handler = signal.getsignal(number)
                     if callable(handler):
                         self._held[number] = handler

@@ -25,16 +25,18 @@ class Outcome:
 
     Attributes:
         loss: As handed in (from the closure where nothing was).
-        grad_norm: L2 norm before clipping, after unscaling; None without gradients.
+        grad_norm: L2 norm before clipping, after unscaling; None without gradients, and where `norms` stands for it.
         nonfinite_gradients: Gradient tensors with a non-finite value.
+        norms: L2 norms of the single gradients, on their devices, to be read late; see `observe.norms`.
         vetoed: The step was refused because of them.
         stale: The step was refused because its backward straddled a rollback.
         scaler_skipped: The scaler did not apply the step, which is routine; not 0 means it did not.
     """
 
     loss: observe.Scalar
-    grad_norm: observe.Scalar
-    nonfinite_gradients: observe.Scalar
+    grad_norm: float | None = None
+    nonfinite_gradients: int = 0
+    norms: Sequence[torch.Tensor] = ()
     vetoed: bool
     stale: bool
     scaler_skipped: observe.Scalar
@@ -127,11 +129,11 @@ class Update:
         """
         self._unscale()
         grads = observe.gradients(parameters) if closure is None else []
-        norm, bad = observe.norm_and_count(grads)
+        norms = observe.norms(grads)
         skipped = self._skipped_by_scaler()
-        if clip is not None and norm is not None:
+        if clip is not None and norms:
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm.to(dtype))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, observe.total_norm(norms).to(dtype))
         with self._scaled_learning_rate(lr_factor):
             returned = self._step(closure)
         value = observe.mean_loss(returned if loss is None else loss)
@@ -140,9 +142,7 @@ class Update:
                 metric = observe.read_loss(value)
             self._step_schedulers(metric)
         self._clear(parameters, is_static)
-        return Outcome(
-            loss=value, grad_norm=norm, nonfinite_gradients=bad, vetoed=False, stale=is_stale, scaler_skipped=skipped
-        )
+        return Outcome(loss=value, norms=norms, vetoed=False, stale=is_stale, scaler_skipped=skipped)
 
     def _skipped_by_scaler(self) -> observe.Scalar:
         """What the scaler has found in the unscaled gradients: not 0 where it will skip."""

@@ -36,8 +36,9 @@ ROLLBACK = [
     "cuEventRecord own0 b",  # when it began, for the report
     "launch own0 copy",
     "launch own0 copy",
-    "cuEventRecord own0 c",
-    "cuCtxWaitEvent ctx0 c",
+    "cuEventRecord own0 c",  # when it had copied
+    "cuEventRecord own0 d",
+    "cuCtxWaitEvent ctx0 d",
 ]
 
 
@@ -167,10 +168,10 @@ def test_waiting_for_a_report_reads_the_slot_once(late, govern):
         report.wait()
     assert calls == [
         "cuEventSynchronize a",
-        "cuEventElapsedTime b a",
+        "cuEventElapsedTime b c",
         "launch own0 _read",
-        "cuEventRecord own0 c",
-        "cuEventSynchronize c",
+        "cuEventRecord own0 d",
+        "cuEventSynchronize d",
     ]
     assert report.verified
     assert report.device_ms == 1.0  # events are a millisecond apart on this machine
@@ -382,11 +383,13 @@ def test_two_devices_snapshot_and_rollback():
         "launch own1 copy",
         "cuEventRecord own0 e",
         "cuEventRecord own1 f",
+        "cuEventRecord own0 g",
+        "cuEventRecord own1 h",
         # all work of both devices behind the copies of both
-        "cuCtxWaitEvent ctx0 e",
-        "cuCtxWaitEvent ctx0 f",
-        "cuCtxWaitEvent ctx1 e",
-        "cuCtxWaitEvent ctx1 f",
+        "cuCtxWaitEvent ctx0 g",
+        "cuCtxWaitEvent ctx0 h",
+        "cuCtxWaitEvent ctx1 g",
+        "cuCtxWaitEvent ctx1 h",
     ]
     assert [name for name, _ in done.done] == ["cuda:0", "cuda:1"]
     del done

@@ -35,7 +35,7 @@ class Loop:
             with torch.autocast("cuda", dtype=self.dtype, enabled=self.dtype is not None):
                 loss = self.model(x).square().mean()
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            self.governor.step(loss=loss, clip=1.0)
+            self.governor.step(loss=loss, clip=None if self.scaler else 1.0)
             if number == STEPS - 1:
                 return  # the end of the data waits for the last verdict, as it must
             if self.planted is not None:

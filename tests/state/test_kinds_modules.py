@@ -329,7 +329,7 @@ def test_frozen_parameters_of_minus_infinity_do_not_spoil_a_snapshot(govern: Gov
     for _ in governor.watch(range(1)):
         pass
     assert governor.statistics().snapshots == 1  # the first, automatic one, which is refused when it is not finite
-    assert [id(p) for p in governor._keeper.state.trained_parameters()] == [
+    assert [id(p) for p in governor._keeper.state.roster()[1]] == [
         id(model.layer.weight),
         id(model.layer.bias),
     ]

@@ -55,6 +55,10 @@ class StatePart:
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
         """Put identities and host values back. The bytes of every leaf have been ordered before this is called."""
 
+    def calls_the_user(self) -> bool:
+        """Whether `capture` or `restore` runs methods of the user's own."""
+        return False
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters whose gradients a rollback drops."""
         yield from ()
@@ -87,10 +91,13 @@ class ModulePart(StatePart):
                 self._trained[key] = tensor.requires_grad or is_finite(tensor)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.module.parameters()
+        # without the names that `Module.parameters` spends most of its time on
+        for module in self.module.modules():
+            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
 
     def constants(self) -> Iterator[nn.Parameter]:
-        yield from (p for key, p in self.module.named_parameters() if not self._trained.get(key, True))
+        if not all(self._trained.values()):  # asked once a step
+            yield from (p for key, p in self.module.named_parameters() if not self._trained.get(key, True))
 
     def survey(self, leaves: Leaves) -> Any:
         parameters: list[tuple[str, nn.Parameter, Ref]] = []
@@ -107,6 +114,9 @@ class ModulePart(StatePart):
                     ref = self._add(leaves, path + key, parameter)
                     parameters.append((f"{self.name}.{path}{key}", parameter, ref))
         return parameters, buffers, self._with_extra_state()
+
+    def calls_the_user(self) -> bool:
+        return bool(self._with_extra_state())
 
     def _with_extra_state(self) -> list[nn.Module]:
         return [module for module in self.module.modules() if _has_extra_state(module)]
@@ -345,6 +355,9 @@ class StatefulPart(StatePart):
     def __init__(self, name: str, obj: Stateful) -> None:
         self.name, self.obj = name, obj
 
+    def calls_the_user(self) -> bool:
+        return True
+
     def capture(self) -> Any:
         return clone_tree(self.obj.state_dict())
 
@@ -370,6 +383,9 @@ class AccessorPart(StatePart):
 
     def __init__(self, name: str, getter: Callable[[], Any], setter: Callable[[Any], Any]) -> None:
         self.name, self.getter, self.setter = name, getter, setter
+
+    def calls_the_user(self) -> bool:
+        return True
 
     def capture(self) -> Any:
         return clone_tree(self.getter())

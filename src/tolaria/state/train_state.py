@@ -114,12 +114,18 @@ class TrainState:
         Invariant: random state after a capture equals random state before it, and that is what is captured: it is read
         first and written back last, because a `state_dict` of the user's may draw.
         """
+        if not (with_rng or self._calls_the_user()):
+            return HostValues(tuple(part.capture() for part in self.parts), None, journal)
         before = rng.read(devices)
         try:
             captured = tuple(part.capture() for part in self.parts)
         finally:
             rng.write(before)
         return HostValues(captured, before if with_rng else None, journal)
+
+    def _calls_the_user(self) -> bool:
+        """Whether some part is captured and restored by methods of the user's own, which may draw random numbers."""
+        return any(part.calls_the_user() for part in self.parts)
 
     def check(self, survey: SurveyResult, doing: str) -> None:
         """Raise `StateMismatch`, naming every difference, if `survey` can no longer be restored exactly."""
@@ -157,9 +163,11 @@ class TrainState:
     def restore(self, survey: SurveyResult, host: HostValues, devices: Sequence[torch.device]) -> None:
         """Put back everything that is not bytes: identities, host values, then random state.
 
-        Random state is written last, and also when the snapshot holds none: a `load_state_dict` of the user's may draw.
+        Random state is written last, also when the snapshot holds none but a `load_state_dict` of the user's may draw.
         """
-        random_state = rng.read(devices) if host.rng is None else host.rng
+        random_state = host.rng
+        if random_state is None and self._calls_the_user():
+            random_state = rng.read(devices)
         self.drop_gradients(keep={storage.key for storage in survey.leaves.storages})
         for parameter, ref in survey.gradients:
             parameter.grad = put_back(survey.leaves, ref)
@@ -173,7 +181,8 @@ class TrainState:
         if bumped:
             # a backward over a graph that saved one of these now raises instead of using restored bytes silently
             torch.autograd.graph.increment_version(bumped)
-        rng.write(random_state)
+        if random_state is not None:
+            rng.write(random_state)
         if errors:
             names = ", ".join(name for name, _ in errors)
             raise RuntimeError(f"{names} could not be restored ({errors[0][1]}); everything else was") from errors[0][1]
@@ -218,10 +227,11 @@ class TrainState:
         found = [p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None]
         return any(bool(torch.count_nonzero(grad)) for grad in found)
 
-    def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """Every governed parameter that ought to be finite: all but frozen constants such as masks of -inf."""
+    def roster(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf."""
         constants = {id(parameter) for part in self.parts for parameter in part.constants()}
-        yield from (parameter for parameter in self.parameters() if id(parameter) not in constants)
+        everything = list(self.parameters())
+        return everything, [parameter for parameter in everything if id(parameter) not in constants]
 
     def digest(self) -> str:
         """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""
