@@ -190,8 +190,8 @@ def make_late(monkeypatch: pytest.MonkeyPatch) -> None:
     staged: dict[int, int] = {}  # readings sent when a slot was filled
     send, stage = Readings.send, Keeper._stage
 
-    def counted_send(self: Readings, numbers: Any) -> Reading:
-        reading = send(self, numbers)
+    def counted_send(self: Readings, *args: Any) -> Reading:
+        reading = send(self, *args)
         sent.append(reading)
         number[id(reading)] = len(sent)
         return reading
