@@ -131,7 +131,8 @@ def end_capture(token: int) -> Protocol:
     yield Change("end a graph capture", leave)
 
 
-def _refuse_in_capture(state: HostState, thread: ThreadId, doing: str, patient: bool) -> None:
+def refuse_in_capture(state: HostState, thread: ThreadId, doing: str, patient: bool) -> None:
+    """Raise `CaptureInProgress` while there is a graph capture; if `patient` only for one of this very thread."""
     if state.captures and (not patient or any(capturing == thread for _, capturing in state.captures)):
         raise CaptureInProgress(
             doing,
@@ -150,7 +151,7 @@ def announce_exclusive(state: HostState, thread: ThreadId, doing: str, patient: 
         CaptureInProgress: A graph capture is in progress, and the request does not wait (`patient`) or never could.
         PhaseError: See `gate.announce_exclusive`.
     """
-    _refuse_in_capture(state, thread, doing, patient)
+    refuse_in_capture(state, thread, doing, patient)
     return replace(state, gate=gate.announce_exclusive(state.gate, thread, doing))
 
 
@@ -164,7 +165,7 @@ def enter_exclusive(thread: ThreadId, timeout_s: float | None, doing: str, patie
 
     def enter(state: HostState) -> tuple[HostState, None] | None:
         # a capture may have begun inside a section that was open when we announced: waiting for it could last for ever
-        _refuse_in_capture(state, thread, doing, patient)
+        refuse_in_capture(state, thread, doing, patient)
         if state.captures:
             return None
         entered = gate.enter_exclusive(state.gate, thread)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ _lock = threading.RLock()
 _listeners: list[weakref.ref[Listener]] = []
 _capturing: dict[int, tuple[int, list[weakref.ref[Listener]]]] = {}  # per graph (by id): its thread, and who was told
 _originals: dict[str, Callable[..., Any]] = {}
+_dropped: deque[int] = deque()  # graphs that are no more
 
 
 def listen(listener: Listener, graph_class: Any = None) -> None:
@@ -55,6 +57,12 @@ def listen(listener: Listener, graph_class: Any = None) -> None:
 def ignore(listener: Listener) -> None:
     """Tell `listener` no more. Idempotent."""
     _remove(listener)
+
+
+def drain() -> None:
+    """Tell of captures whose graphs were dropped before they ended. Called at boundaries."""
+    while _dropped:
+        _over(_dropped.popleft(), succeeded=False)
 
 
 def _remove(listener: Listener | None) -> None:
@@ -103,12 +111,14 @@ def _uninstall() -> None:
 
 
 def _begin(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
+    drain()  # or the end of a former graph with the same id would end this one
     token, thread = id(graph), threading.get_ident()
     with _lock:
         told = list(_listeners)
         _capturing[token] = thread, told
-    # a graph that is dropped in the middle of its capture takes nobody with it
-    weakref.finalize(graph, _over, token, succeeded=False)
+    # a graph that is dropped in the middle of its capture takes nobody with it; the collector may come at any moment,
+    # also while a lock is held that `_over` needs
+    weakref.finalize(graph, _dropped.append, token)
     try:
         for listener in _live(list(told)):
             listener.begin_capture(token, thread)

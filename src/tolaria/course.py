@@ -21,13 +21,14 @@ from tolaria.errors import (
     CaptureInProgress,
     DeviceLost,
     RetryBudgetExceeded,
+    SafetyError,
     SlotsBusy,
     SnapshotRejected,
     UnsupportedState,
     UsageError,
 )
 from tolaria.feed import NO_REWIND, Feed, Rewind
-from tolaria.judge import Detector
+from tolaria.judge import Detector, state_from_json
 from tolaria.keeper import Keeper, Target
 from tolaria.operations import Inspection
 from tolaria.records import SCHEMA_VERSION, Health, Incident, Journal, Statistics, StepResult, Verdict, VitalSigns
@@ -74,6 +75,7 @@ class Course:
         self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
         self._judged: deque[tuple[int, Any]] = deque(maxlen=_HISTORY_STEPS)  # (step, state of the detector after it)
         self._outstanding: deque[Sent] = deque()  # completed, not judged yet
+        self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic whose rollback could not be made yet
         self._judge_lock = threading.RLock()
         self._scaler_skips = 0  # in a row
         self.verdict = Verdict(Health.HEALTHY, 0)
@@ -97,7 +99,9 @@ class Course:
         self.abandoned = self.completed
         self.completed, judgement, self._position = journal
         with self._judge_lock:
-            self._outstanding = deque(sent for sent in self._outstanding if sent.step <= self.completed)
+            self._forget_outstanding(self.completed)
+            self._unanswered = None
+            self.verdict = Verdict(Health.HEALTHY, self.completed)
             while self._judged and self._judged[-1][0] > self.completed:
                 self._judged.pop()
             if self._judged and self._judged[-1][0] == self.completed:
@@ -110,6 +114,12 @@ class Course:
         self._due = None
         while self._history and self._history[-1][0] > self.completed:
             self._history.pop()
+
+    def _forget_outstanding(self, after: int) -> None:
+        for sent in self._outstanding:
+            if sent.step > after:
+                sent.reading.forget()
+        self._outstanding = deque(sent for sent in self._outstanding if sent.step <= after)
 
     # ------------------------------------------------------------ judge
 
@@ -130,7 +140,7 @@ class Course:
             The first panic, with the steps after it not judged; None when there was none.
         """
         with self._judge_lock:
-            panic = None
+            panic, self._unanswered = self._unanswered, None
             while panic is None and self._outstanding:
                 must = wait or len(self._outstanding) > MOST_OUTSTANDING
                 if not must and not self._outstanding[0].reading.has_arrived():
@@ -148,7 +158,7 @@ class Course:
         """
         vital, by_scaler = sent.read()
         self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
-        if self.keeper.driver.state.torn:
+        if sent.torn:
             verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
         else:
             self._judgement, verdict = self._detector.update(self._judgement, vital)
@@ -171,9 +181,11 @@ class Course:
         limit = self._outstanding[0].step if self._outstanding else None
         self.keeper.seal_arrived(wait=wait, before=limit)
         for finding in self.keeper.findings():
-            if not finding.found.nonfinite:
+            if finding.found is None:
+                self.count(snapshots=-1, snapshots_failed=1)
+            if finding.found is None or not finding.found.nonfinite:
                 continue
-            step, names = finding.taken.step or 0, ", ".join(finding.found.nonfinite[:8])
+            step, names = finding.taken.completed, ", ".join(finding.found.nonfinite[:8])
             if finding.manual:
                 logger.warning("step %s: a manual snapshot is not finite: %s", step, names)
                 continue
@@ -186,6 +198,11 @@ class Course:
         self.count(panics=1)
         self.verdict = Verdict(Health.PANIC, vital.step, "non-finite train state", vital.step)
         return vital, self.verdict
+
+    def judge_all(self) -> None:
+        """Judge every step so far; waits. What follows a panic is left to the next step."""
+        with self._judge_lock:
+            self._unanswered = self.catch_up(wait=True)
 
     def watch_only(self, *, wait: bool = False) -> Verdict:
         """Judge what has arrived and report every panic, without acting. Answers the gravest verdict, or the newest."""
@@ -261,9 +278,11 @@ class Course:
         """Take a snapshot and count it. What was found may arrive later, unless `wait`."""
         started = time.perf_counter()
         info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
-        if wait and found is None:
+        if wait and found is None and self.keeper.reads_late:
             self.keeper.seal_arrived(wait=True)
             found = next((finding.found for finding in self.keeper.findings(info.serial)), None)
+            if found is None:
+                raise SnapshotRejected("taking a snapshot", "it could not be read back", "The log says why.")
         rejected = found is not None and bool(found.nonfinite) and not manual
         if manual and found is not None and found.nonfinite:
             logger.warning("step %s: a manual snapshot is not finite: %s", info.step, ", ".join(found.nonfinite[:8]))
@@ -306,6 +325,7 @@ class Course:
                 'Use mode="observe", and restart all ranks from a checkpoint.',
             )
         onset = vital.step if verdict.onset is None else verdict.onset
+        before = self.recovery
         onset_batch, panic_batch = self._batches(onset, vital.step)
         self.recovery, plan = recover.decide(
             self.recovery,
@@ -324,14 +344,19 @@ class Course:
             recover.Action.STOP: None,
         }[plan.action]
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
-            self.keeper.restore(
-                shield,
-                report,
-                completed=lambda: self.abandoned,
-                generations_back=plan.generations_back,
-                verify_before=True,
-                patient=True,
-            )
+            try:
+                self.keeper.restore(
+                    shield,
+                    report,
+                    completed=lambda: self.abandoned,
+                    generations_back=plan.generations_back,
+                    onset=onset,
+                    verify_before=True,
+                    patient=True,
+                )
+            except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
+                self.recovery, self._unanswered = before, (vital, verdict)
+                raise
             rewind = self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
             self._after_rollback(report, rewind)
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
@@ -431,6 +456,8 @@ class Course:
     def forget(self) -> None:
         """A new episode: detectors and the retry budget start afresh."""
         with self._judge_lock:
+            self._forget_outstanding(-1)
+            self._unanswered = None
             self._judgement = self._detector.init()
             self._judged.clear()
             self._scaler_skips = 0
@@ -454,8 +481,10 @@ class Course:
             if version != SCHEMA_VERSION:
                 raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
             completed, tick = int(saved["completed"]), int(saved["tick"])
-            judgement = _as_tuples(saved["judgement"])
-            recovery = recover.RecoveryState(**{name: _as_tuples(value) for name, value in saved["recovery"].items()})
+            judgement = state_from_json(saved["judgement"])
+            recovery = recover.RecoveryState(
+                **{name: state_from_json(value) for name, value in saved["recovery"].items()}
+            )
             statistics = Statistics(**saved["statistics"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
@@ -467,9 +496,5 @@ class Course:
         # batches are numbered afresh in a new process, so no panic here is the return of one there
         self.recovery = replace(recovery, attempt=0, first_batch=-1, last_batch=-1)
         self.tick, self._judgement, self.statistics = tick, judgement, statistics
+        self._forget_outstanding(-1)
         self._judged.clear()
-
-
-def _as_tuples(value: Any) -> Any:
-    """Lists become tuples, all the way down: what a state was before it went through JSON."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value

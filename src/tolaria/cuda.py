@@ -197,7 +197,8 @@ class ContextDevice:
 
     def elapsed_ms(self, began: Event, ended: Event) -> float:
         """Milliseconds on the device between two events that have passed."""
-        found: float = self._call("cuEventElapsedTime", began.handle, ended.handle)
+        with self._relaxed():
+            found: float = self._call("cuEventElapsedTime", began.handle, ended.handle)
         return found
 
     def close(self) -> None:

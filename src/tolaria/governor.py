@@ -32,6 +32,8 @@ When = Literal["boundary"]
 Verify = Literal["before"]
 Grads = Literal["capture", "drop"]
 
+_OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
+
 _live: weakref.WeakSet[TolariaGovernor] = weakref.WeakSet()
 _fork_hook_installed = False
 
@@ -113,7 +115,7 @@ class TolariaGovernor:
             write_journal=course.write_journal,
             on_stale=lambda: course.count(stale_vetoes=1),
         )
-        self._readings = Readings(self._keeper.clocks)
+        self._readings = Readings(self._keeper.clocks, 2 * len(self._keeper.state.roster()[0]) + _OTHER_NUMBERS)
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
@@ -244,6 +246,7 @@ class TolariaGovernor:
             step=step,
             reading=self._readings.send({**numbers, **_extra(signs)}, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
+            torn=self._keeper.driver.state.torn,
             judges_gradients=not (done.vetoed and self.config.on_veto == "keep"),
         )
 
@@ -272,7 +275,8 @@ class TolariaGovernor:
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {name: value for name, value in signs.items() if name not in own}
         reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
-        self._course.account(Sent(step=self._course.completed + 1, reading=reading))
+        torn = self._keeper.driver.state.torn
+        self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
 
     def check_vital_signs(self, loss: Loss = None, **signs: torch.Tensor | float) -> bool:
@@ -427,7 +431,12 @@ class TolariaGovernor:
         return self._keeper.state.digest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detectors, counters and retry budget as plain values, for a checkpoint. Snapshots are not part of it."""
+        """Detectors, counters and retry budget as plain values, for a checkpoint. Snapshots are not part of it.
+
+        Waits for the verdicts of all steps so far; a panic among them is answered by the next step.
+        """
+        if not (self.is_disabled or self._closed):
+            self._course.judge_all()
         return self._course.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ class Detector(Generic[S]):
 
 def state_from_json(value: Any) -> Any:
     """Turn what `json.loads` gives for a detector's state back into that state (lists become tuples)."""
-    return tuple(state_from_json(item) for item in value) if isinstance(value, list) else value
+    return tuple(map(state_from_json, value)) if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------- non-finite

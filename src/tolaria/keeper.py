@@ -17,17 +17,26 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import memory, protocol, ring
+from tolaria import capture, memory, protocol, ring
 from tolaria.attach import Sections, current_backward
 from tolaria.config import GovernorConfig
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
-from tolaria.errors import BudgetExceeded, NoSnapshot, PhaseError, SlotsBusy, SnapshotRejected
+from tolaria.errors import (
+    BudgetExceeded,
+    CaptureInProgress,
+    DeviceLost,
+    NoSnapshot,
+    PhaseError,
+    QuiesceTimeout,
+    SlotsBusy,
+    SnapshotRejected,
+)
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection
 from tolaria.protocol import Ground, RolledBack, Taken
 from tolaria.records import Journal
-from tolaria.report import RollbackReport, SnapshotInfo
+from tolaria.report import RollbackReport, SnapshotInfo, logger
 from tolaria.ring import Ring, Slot
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
@@ -60,12 +69,12 @@ class Finding:
     Attributes:
         taken: The snapshot.
         manual: It was vouched for by its caller, so it is kept whatever was found.
-        found: See `Inspection`.
+        found: See `Inspection`; None when it could not be read and was given up.
     """
 
     taken: Taken
     manual: bool
-    found: Inspection
+    found: Inspection | None
 
 
 class Keeper:
@@ -108,6 +117,7 @@ class Keeper:
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
         self._unsealed: deque[tuple[Taken, bool]] = deque()
         self._findings: deque[Finding] = deque()
+        self._sealing = threading.RLock()
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
 
@@ -160,6 +170,8 @@ class Keeper:
     def require_dead_gradients(self, doing: str) -> None:
         """Raise `PhaseError` when a backward ran since the last optimizer step and its gradients are alive."""
         state = self.driver.state
+        if state.captures:  # the request will be refused for that; reading gradients now would invalidate the capture
+            return
         if (state.running or state.grad_epoch is not None) and self.state.has_live_gradients():
             raise PhaseError(
                 doing,
@@ -183,6 +195,7 @@ class Keeper:
 
     def run_requests(self, after_step: bool) -> None:
         """Run what was queued, in order, if the calling thread is at a boundary. Errors are the boundary's to raise."""
+        capture.drain()
         if not self._requests or self.is_inside() or threading.get_ident() in self._stepping:
             return
         if self.driver.state.captures:  # at the boundary after it
@@ -248,17 +261,29 @@ class Keeper:
             wait: Wait for all of them.
             before: Leave those of this step and later ones for another time.
         """
-        for _ in range(len(self._unsealed)):
-            try:
-                taken, manual = self._unsealed.popleft()
-            except IndexError:  # another thread was faster
-                break
-            early = before is not None and taken.step is not None and taken.step >= before
-            held = ring.by_serial(self.ring, taken.snapshot) is not None
-            if held and (early or not (wait or self.vault.is_examined(taken.slot))):
-                self._unsealed.appendleft((taken, manual))  # they arrive in order
-                break
-            found = self.driver.submit(protocol.seal(taken.slot, taken.snapshot, manual, self.ground))
+        with self._sealing:
+            while self._unsealed:
+                taken, manual = self._unsealed[0]
+                held = ring.by_serial(self.ring, taken.snapshot) is not None
+                early = before is not None and taken.completed >= before
+                postponed = early or bool(self.driver.state.captures)
+                if held and not wait and (postponed or not self.vault.is_examined(taken.slot)):
+                    break  # they arrive in order
+                with Shield() as shield:  # an interrupt in between would leave a candidate that is never sealed
+                    self._seal(shield, taken, manual)
+                    self._unsealed.popleft()
+
+    def _seal(self, shield: Shield, taken: Taken, manual: bool) -> None:
+        thread = threading.get_ident()
+        try:
+            found = self.driver.submit(protocol.seal(thread, taken.slot, taken.snapshot, manual, self.ground), shield)
+        except (DeviceLost, CaptureInProgress, QuiesceTimeout):
+            raise
+        except Exception as error:  # out of memory: training goes on with the snapshots held so far
+            logger.warning("step %s: a snapshot could not be read, and is given up: %s", taken.step, error)
+            self.driver.change(lambda s: (_with_ring(s, ring.release(s.ring, taken.slot, taken.snapshot)), None))
+            self._findings.append(Finding(taken, manual, None))
+        else:
             if found is not None:
                 self._findings.append(Finding(taken, manual, found))
 
@@ -331,6 +356,7 @@ class Keeper:
         completed: Callable[[], int],
         to: Target = None,
         generations_back: int = 0,
+        onset: int | None = None,
         optimizer: Optimizer | None = None,
         verify_before: bool = False,
         patient: bool = False,
@@ -343,6 +369,8 @@ class Keeper:
             completed: Asked after the restore: optimizer steps completed when it took place.
             to: A snapshot, the step of one, or None for the newest good one.
             generations_back: With `to` None: that many good snapshots further back, as far as there are any.
+            onset: With `to` None: only snapshots from before this step, if there is one. A manual one may have been
+                taken after a bad step whose verdict had not arrived.
             optimizer: Cleared in the same critical section if it is not governed.
             verify_before: Check digests before the first write.
             patient: Wait for graph captures of other threads to end.
@@ -354,7 +382,7 @@ class Keeper:
             protocol.rollback(
                 threading.get_ident(),
                 self.ground,
-                _chooser(to, generations_back),
+                _chooser(to, generations_back, onset),
                 "rolling back",
                 verify_before,
                 (optimizer,) if foreign else (),
@@ -386,13 +414,18 @@ class Keeper:
         return max((port.elapsed_ms(began, ended) for port, (_, began), (_, ended) in spans), default=None)
 
     def _verify(self, slot: Slot) -> bool | None:
-        """Whether the slot has the bytes it was sealed with; None when it has been overwritten since."""
-        found = self.driver.submit(protocol.reinspect(slot.index, slot.snapshot, self.ground))
+        """Whether the slot has the bytes it was sealed with; None when it has been overwritten or freed since."""
+        if not self.sections.is_open:
+            return None
+        thread = threading.get_ident()
+        found = self.driver.submit(protocol.reinspect(thread, slot.index, slot.snapshot, self.ground))
         return None if found is None else found.intact
 
 
-def _chooser(to: Target, generations_back: int) -> Callable[[Ring, int | None], Slot | None]:
+def _chooser(to: Target, generations_back: int, onset: int | None) -> Callable[[Ring, int | None], Slot | None]:
     def newest(slots: Ring, before: int | None) -> Slot | None:
+        earlier = tuple(slot for slot in slots if onset is None or slot.completed < onset)
+        slots = earlier if ring.newest_good(earlier, before) is not None else slots
         chosen = ring.newest_good(slots, before)
         for _ in range(generations_back):
             older = None if chosen is None else ring.newest_good(slots, chosen.snapshot)

@@ -60,13 +60,13 @@ def digest(flat: torch.Tensor) -> torch.Tensor:
         shape [], int64, on the device of `flat`.
     """
     if flat.device.type == "cuda" and flat.numel():
-        kernel = _compiled()
-        if kernel is not None:
-            total = torch.zeros((), dtype=torch.int64, device=flat.device)
-            with torch.cuda.device(flat.device):
+        with torch.cuda.device(flat.device):
+            kernel = _compiled(torch.cuda.current_device())
+            if kernel is not None:
+                total = torch.zeros((), dtype=torch.int64, device=flat.device)
                 high, low = divmod(flat.numel() // 16, 1 << 20)
                 kernel(grid=(_BLOCKS, 1, 1), block=(_THREADS, 1, 1), args=[flat, high, low, total.view(1)])
-            return total
+                return total
     return portable_digest(flat)
 
 
@@ -111,8 +111,11 @@ def _signed(k: int) -> int:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any] | None:
-    """The kernel, compiled on first use (about half a second); None where this torch cannot."""
+def _compiled(index: int) -> Callable[..., Any] | None:
+    """The kernel for that device, which must be current; compiled on first use (half a second). None where impossible.
+
+    One for each device: a kernel belongs to the context that it was loaded in.
+    """
     try:
         kernel: Callable[..., Any] = torch.cuda._compile_kernel(_SOURCE, "tolaria_digest")
     except Exception as error:  # a private function of torch: it may be missing, or want what this machine lacks

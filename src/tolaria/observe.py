@@ -47,14 +47,20 @@ class Reading:
         lists: Lists by name.
     """
 
-    def __init__(self, numbers: dict[str, float | None]) -> None:
+    def __init__(self, numbers: dict[str, float | None], abandoned: deque[_Transfer]) -> None:
         self.numbers = numbers
         self.lists: dict[str, list[float]] = {}
         self._transfers: list[_Transfer] = []
+        self._abandoned = abandoned
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not wait."""
         return all(transfer.clock.has_passed(transfer.event) for transfer in self._transfers)
+
+    def forget(self) -> None:
+        """Nobody will read it. Its rows are used again when nothing is on its way to them any more."""
+        self._abandoned.extend(self._transfers)
+        self._transfers.clear()
 
     def wait(self) -> None:
         """Complete `numbers` and `lists`; waits for what has not arrived."""
@@ -86,12 +92,14 @@ class Readings:
 
     Args:
         clocks: The devices that have events, by name. Numbers that are elsewhere are read at once.
+        expected: Numbers that one step sends, as far as is known.
     """
 
-    def __init__(self, clocks: Mapping[str, Clock]) -> None:
+    def __init__(self, clocks: Mapping[str, Clock], expected: int = 0) -> None:
         self._clocks = clocks
         # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
-        self._rows = deque(_page_locked(_ROWS_AT_ONCE, _ROW_NUMBERS) if clocks else ())
+        self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, expected)) if clocks else ())
+        self._abandoned: deque[_Transfer] = deque()
 
     def send(self, numbers: Mapping[str, Scalar], lists: Mapping[str, Sequence[torch.Tensor]] = _NONE) -> Reading:
         """Start the transfer of one step's numbers on the caller's current streams.
@@ -100,7 +108,7 @@ class Readings:
             numbers: Single ones by name.
             lists: Lists by name, each as one or more tensors of shape [n], on any devices.
         """
-        reading = Reading({})
+        reading = Reading({}, self._abandoned)
         away: dict[str, list[tuple[str, int | None, torch.Tensor]]] = {}
         for name, value in numbers.items():
             if isinstance(value, torch.Tensor) and str(value.device) in self._clocks:
@@ -123,6 +131,9 @@ class Readings:
         return reading
 
     def _row(self, needed: int) -> torch.Tensor:
+        while self._abandoned and self._abandoned[0].clock.has_passed(self._abandoned[0].event):
+            transfer = self._abandoned.popleft()
+            transfer.give_back(transfer.row)
         if not self._rows or self._rows[0].numel() < needed:
             self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, needed)))
         return self._rows.popleft()

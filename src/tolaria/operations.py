@@ -48,11 +48,14 @@ class Places:
         queued: Devices that work asynchronously, whose order the barrier has to enforce.
         host: Devices whose copies are done when the call returns.
         pinned: Some of the host's tensors are page-locked, so that a transfer may be reading or writing them even now.
+        unguarded: Something is written outside of sections as well (gradients, registered objects), so that nobody
+            would wait for the copies of it by himself.
     """
 
     queued: tuple[DeviceName, ...] = ()
     host: tuple[DeviceName, ...] = ()
     pinned: bool = False
+    unguarded: bool = False
 
 
 class SectionKind(Enum):

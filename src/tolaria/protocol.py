@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
-from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive
+from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive, refuse_in_capture
 from tolaria.errors import (
     DeviceLost,
     NoSnapshot,
@@ -88,6 +88,7 @@ class Taken:
     step: int | None
     waited_s: float
     done: Events = ()  # when the copies have been made
+    completed: int = -1  # optimizer steps completed when it was taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +135,16 @@ def _post_barrier(ground: Ground, places: Places) -> Protocol:
             yield Synchronize(device)
     if ground.barrier is not Barrier.CONTEXT:
         return ()
-    events = yield from _record(places)
+    events: Events = yield from _record(places)
+    yield from _wait_everywhere(places, events)
+    return events
+
+
+def _wait_everywhere(places: Places, events: Events) -> Protocol:
+    """Make all later work on any stream of any device wait for the events."""
     for device in places.queued:
         for _, event in events:
             yield ContextWait(device, event)
-    return events
 
 
 def _copies_done(ground: Ground, places: Places) -> Protocol:
@@ -206,14 +212,19 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         places: Places = yield Survey()
         slot, serial = yield Change("claim a slot", claim)
         claimed.append((slot, serial))
-        yield Reserve(slot)
         yield from _pre_barrier(ground, places)
+        # behind the barrier: memory of the governor's stream may have been in the hands of the user's objects
+        yield Reserve(slot)
         yield from _copies(slot, places, Part.BUFFERS, Direction.CAPTURE)
         buffers_done = yield from _copies_done(ground, places)
         yield from _copies(slot, places, Part.REST, Direction.CAPTURE)
         # before `done`: what an extra's state_dict clones on a device is read by the governor's stream as well
         counted: int | None = yield CaptureHost(slot)
-        all_done = yield from _copies_done(ground, places)
+        all_done: Events = yield from _copies_done(ground, places)
+        pending = (buffers_done, all_done)
+        if places.unguarded:
+            yield from _wait_everywhere(places, all_done)
+            pending = ((), ())
         if ground.barrier is Barrier.CONTEXT:
             # behind the copies and before anything that may overwrite the slot; `seal` asks for the answer later
             yield Examine(slot)
@@ -223,12 +234,17 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         yield Change(
             "publish",
             lambda s: (
-                replace(s, ring=ring.publish(s.ring, slot, taken_at), buffers_done=buffers_done, all_done=all_done),
+                replace(
+                    s,
+                    ring=ring.publish(s.ring, slot, taken_at, -1 if counted is None else counted),
+                    buffers_done=pending[0],
+                    all_done=pending[1],
+                ),
                 None,
             ),
         )
         claimed.clear()
-        return Taken(slot, serial, taken_at, waited_s, all_done)
+        return Taken(slot, serial, taken_at, waited_s, all_done, -1 if counted is None else counted)
     finally:
         for index, serial in claimed:
             yield Change(
@@ -237,10 +253,11 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         yield leave_exclusive(thread)
 
 
-def seal(slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:
+def seal(thread: ThreadId, slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:
     """Read a staged slot back: take its digest and look for non-finite values. Needs no gate: it reads the slot only.
 
     Args:
+        thread: The calling thread.
         slot: Index in the ring.
         serial: Serial number of the snapshot that should be there.
         vouched: A manual snapshot is kept even if it is not finite: its caller vouches for it.
@@ -252,7 +269,7 @@ def seal(slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:
     if not (yield from _pin(slot, serial)):
         return None
     try:
-        found: Inspection = yield from _read(slot, ground, again=False)
+        found: Inspection = yield from _read(thread, slot, ground, again=False)
         settle = ring.release if found.nonfinite and not vouched else ring.seal
         yield Change("settle", lambda s: (replace(s, ring=settle(s.ring, slot, serial)), None))
         return found
@@ -264,7 +281,7 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual
     """`snapshot`, then `seal` with the gate open again. Answers (`Taken`, `Inspection` or None)."""
     taken: Taken = yield from snapshot(thread, ground, step, manual)
     try:
-        found = yield from seal(taken.slot, taken.snapshot, manual, ground)
+        found = yield from seal(thread, taken.slot, taken.snapshot, manual, ground)
     except BaseException:
         # nobody learns of this snapshot: never sealed, it would hold its slot for ever
         yield Change(
@@ -275,22 +292,23 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual
     return taken, found
 
 
-def reinspect(slot: int, serial: int, ground: Ground) -> Protocol:
+def reinspect(thread: ThreadId, slot: int, serial: int, ground: Ground) -> Protocol:
     """Compare a slot's bytes with its digest. Needs no gate. None when the slot has moved on."""
     if not (yield from _pin(slot, serial)):
         return None
     try:
-        return (yield from _read(slot, ground, again=True))
+        return (yield from _read(thread, slot, ground, again=True))
     finally:
         yield Change("unpin", lambda s: (replace(s, ring=ring.pin(s.ring, slot, -1)), None))
 
 
-def _read(slot: int, ground: Ground, *, again: bool) -> Protocol:
-    """Inspect a pinned slot. The `blocking` barrier's way to read a device would invalidate a graph capture."""
-    if ground.barrier is not Barrier.BLOCKING:
+def _read(thread: ThreadId, slot: int, ground: Ground, *, again: bool) -> Protocol:
+    """Inspect a pinned slot. Reading a device may wait for it or take memory, which invalidates a graph capture."""
+    if ground.barrier is Barrier.HOST:
         return (yield Inspect(slot, again))
 
     def enter(state: HostState) -> tuple[HostState, None] | None:
+        refuse_in_capture(state, thread, "reading a snapshot", patient=True)
         return None if state.captures else (replace(state, ordering=state.ordering + 1), None)
 
     yield Await("read a snapshot: wait for graph captures", enter, ground.gate_timeout_s)
@@ -382,7 +400,7 @@ def rollback(
         while True:
             slot: Slot = yield Change("choose a snapshot", select)
             pinned.append(slot.index)
-            found: Inspection = yield from _read(slot.index, ground, again=True)
+            found: Inspection = yield from _read(thread, slot.index, ground, again=True)
             if found.intact:
                 return slot
             corrupted.append(slot)

@@ -93,9 +93,10 @@ class StepResult:
     """What `TolariaGovernor.step` did.
 
     Attributes:
-        verdict: The judgement of this step.
-        rolled_back: The train state was put back; the update of this step is gone.
-        skipped: The optimizer step was not applied (a veto, or a `GradScaler` that skipped).
+        verdict: The judgement of this step; where numbers are read late, of the newest step whose numbers have arrived.
+        rolled_back: The train state was put back, to before the step of `verdict` and so before this one.
+        skipped: The optimizer step was not applied (a veto, or a `GradScaler` that skipped), as far as that is known: a
+            fused optimizer skips on the device.
     """
 
     verdict: Verdict

@@ -48,7 +48,8 @@ class SnapshotInfo:
         """Block until it is ``"staged"`` (its bytes are copied) or ``"sealed"`` (finite, digest taken).
 
         Raises:
-            SnapshotRejected: It turned out not to be finite.
+            SnapshotRejected: It is not held any more: not finite (a manual one is kept all the same), overwritten, or
+                undone.
             PhaseError: The request is still pending, so waiting on this thread could never end.
         """
         if self.serial < 0:

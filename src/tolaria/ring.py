@@ -45,7 +45,8 @@ class Slot:
         index: Position in the ring, fixed.
         phase: See `SlotPhase`.
         snapshot: Serial number of the snapshot held, unique within a governor; -1 when free.
-        step: Optimizer steps completed when it was taken.
+        step: Its step number: the optimizer steps completed when it was taken, unless its caller chose another.
+        completed: The optimizer steps completed when it was taken; -1 until it is published.
         manual: Vouched for by its caller.
         healthy: Healthy steps judged since.
         readers: Rollbacks that are reading it now.
@@ -58,6 +59,7 @@ class Slot:
     manual: bool = False
     healthy: int = 0
     readers: int = 0
+    completed: int = -1
 
     @property
     def is_good(self) -> bool:
@@ -127,10 +129,11 @@ def claim(ring: Ring, snapshot: int, step: int, manual: bool) -> tuple[Ring, int
     return _put(ring, filling), chosen.index
 
 
-def publish(ring: Ring, index: int, step: int | None = None) -> Ring:
+def publish(ring: Ring, index: int, step: int | None = None, completed: int = -1) -> Ring:
     """The copies of a filling slot are ordered: it becomes readable, as the snapshot of `step` if that is known now."""
     slot = ring[index]
-    return _put(ring, replace(slot, phase=SlotPhase.STAGED, step=slot.step if step is None else step))
+    known = slot.step if step is None else step
+    return _put(ring, replace(slot, phase=SlotPhase.STAGED, step=known, completed=completed))
 
 
 def seal(ring: Ring, index: int, snapshot: int) -> Ring:

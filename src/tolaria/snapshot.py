@@ -20,7 +20,7 @@ import torch
 
 from tolaria import kernels, memory
 from tolaria.device import Device, DeviceSet, QueuedDevice
-from tolaria.errors import TolariaInternalError, UnsupportedState
+from tolaria.errors import DeviceLost, TolariaInternalError, UnsupportedState
 from tolaria.operations import (
     Barrier,
     CaptureHost,
@@ -200,7 +200,7 @@ class Vault:
         there = list(self.devices) if pinned else names
         queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
         host = tuple(name for name in names if name not in queued)
-        return Places(queued, host, pinned=pinned)
+        return Places(queued, host, pinned=pinned, unguarded=bool(survey.gradients) or self.state.is_written_outside())
 
     @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
@@ -328,9 +328,18 @@ class Vault:
         if host is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} has no host values", "Please report this.")
         self.write_journal(host.journal)
+        callers = {
+            str(device): torch.cuda.current_stream(device) for device in self._devices() if device.type == "cuda"
+        }
+
+        def adopt(tensor: torch.Tensor) -> None:
+            # allocated on our stream, and the user's from now on: not to be given away while his work uses it
+            if str(tensor.device) in callers:
+                tensor.record_stream(callers[str(tensor.device)])
+
         with self._on_streams():
             # the policy may have become "keep" since, when a second governor was built
-            self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices())
+            self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices(), adopt)
             for optimizer in op.reset:
                 optimizer.state.clear()
         return any(parameter.grad is not None for parameter in self.state.parameters())
@@ -343,7 +352,8 @@ class Vault:
     def close(self) -> None:
         """Wait for copies under way, free all slot memory and forget every governed tensor. Idempotent."""
         for port in self.devices.values():
-            port.close()
+            with contextlib.suppress(DeviceLost):  # nothing is under way there any more
+                port.close()
         self.slots = [SlotMemory() for _ in self.slots]
         self._surveyed = None
 

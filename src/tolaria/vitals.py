@@ -21,12 +21,14 @@ class Sent:
         reading: ``loss``, ``grad_norm``, ``nonfinite_gradients``, ``nonfinite_weights``, ``scaler_skipped``, ``metric``
             where they exist, and the caller's signs; or lists ``gradients`` and ``weights`` of norms in their place.
         skipped: The optimizer step was known not to be applied when it was sent.
+        torn: The train state was known to be half written.
         judges_gradients: False where a veto is kept, so that the refused gradients are nobody's business any more.
     """
 
     step: int
     reading: Reading
     skipped: bool = False
+    torn: bool = False
     judges_gradients: bool = True
 
     def read(self) -> tuple[VitalSigns, bool]:

@@ -176,7 +176,7 @@ def take_and_seal(thread: int, barrier: Barrier, manual: bool = False, step: int
 
     def program() -> Iterator[Any]:
         taken = yield from snapshot(thread, ground(barrier), step, manual)
-        yield from seal(taken.slot, taken.snapshot, manual, Ground(barrier))
+        yield from seal(thread, taken.slot, taken.snapshot, manual, Ground(barrier))
 
     return program
 

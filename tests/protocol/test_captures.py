@@ -226,14 +226,14 @@ def no_sections(state: HostState) -> HostState:
 @barriers
 @pytest.mark.parametrize("patient", [False, True])
 def test_without_any_guard_a_rollback_invalidates_a_capture(barrier, patient, monkeypatch):
-    monkeypatch.setattr(admission, "_refuse_in_capture", lambda *_: None)
+    monkeypatch.setattr(admission, "refuse_in_capture", lambda *_: None)
     blind = altered(roll_back(1, barrier, patient=patient), asking("wait for open sections", no_captures))
     assert_caught(explore([captured(0, steps(0)), blind], barrier, ("A", "")), "capture invalidated")
 
 
 @barriers
 def test_without_any_guard_a_snapshot_invalidates_a_capture(barrier, monkeypatch):
-    monkeypatch.setattr(admission, "_refuse_in_capture", lambda *_: None)
+    monkeypatch.setattr(admission, "refuse_in_capture", lambda *_: None)
     blind = altered(take(1, barrier), asking("wait for open sections", no_captures))
     assert_caught(explore([captured(0, steps(0)), blind], barrier, ("A", "")), "capture invalidated")
 
@@ -251,7 +251,7 @@ def test_a_guard_at_the_announcement_only_is_not_enough(barrier, patient):
 
 @barriers
 def test_without_the_refusal_a_manual_rollback_inside_a_capture_waits_for_itself(barrier, monkeypatch):
-    monkeypatch.setattr(admission, "_refuse_in_capture", lambda *_: None)
+    monkeypatch.setattr(admission, "refuse_in_capture", lambda *_: None)
     programs = [captured(0, roll_back(0, barrier)), reader(1, "B")]
     assert_caught(explore(programs, barrier, ("A", "B")), "deadlock")
 

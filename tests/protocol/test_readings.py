@@ -59,7 +59,7 @@ def late(thread, barrier):
 
     def program():
         taken = yield from delayed(take(thread, barrier, manual=True), Examine, lambda op: False)()
-        yield from seal(taken.slot, taken.snapshot, True, Ground(barrier))
+        yield from seal(thread, taken.slot, taken.snapshot, True, Ground(barrier))
 
     return program
 

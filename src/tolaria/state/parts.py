@@ -53,7 +53,10 @@ class StatePart:
         yield from ()
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        """Put identities and host values back. The bytes of every leaf have been ordered before this is called."""
+        """Put identities and host values back. The bytes of every leaf have been ordered before this is called.
+
+        `captured` is a copy that may be given away.
+        """
 
     def calls_the_user(self) -> bool:
         """Whether `capture` or `restore` runs methods of the user's own."""
@@ -160,7 +163,7 @@ class ModulePart(StatePart):
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(transient)
         for module, state in zip(extra, captured, strict=True):
-            module.set_extra_state(clone_tree(state))
+            module.set_extra_state(state)
 
 
 def _has_extra_state(module: nn.Module) -> bool:
@@ -362,7 +365,7 @@ class StatefulPart(StatePart):
         return clone_tree(self.obj.state_dict())
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        self.obj.load_state_dict(clone_tree(captured))
+        self.obj.load_state_dict(captured)
 
 
 class GeneratorPart(StatePart):
@@ -375,7 +378,7 @@ class GeneratorPart(StatePart):
         return self.generator.get_state()
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        self.generator.set_state(captured.clone())
+        self.generator.set_state(captured)
 
 
 class AccessorPart(StatePart):
@@ -391,7 +394,7 @@ class AccessorPart(StatePart):
         return clone_tree(self.getter())
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        self.setter(clone_tree(captured))
+        self.setter(captured)
 
 
 def make_part(name: str, obj: Any) -> StatePart:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 import xxhash
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils import _pytree
 
 from tolaria.errors import StateMismatch, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
-from tolaria.state.leaves import Leaves, Ref, Storage, StorageKey, put_back, storage_key
+from tolaria.state.leaves import Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
 
 
@@ -123,6 +124,12 @@ class TrainState:
             rng.write(before)
         return HostValues(captured, before if with_rng else None, journal)
 
+    def is_written_outside(self) -> bool:
+        """Whether something is written outside of sections: registered objects, extra state of modules."""
+        own = (self.model, *self.optimizers, *self.schedulers)
+        extras = [part for part in self.parts if part not in own and not isinstance(part, ScalerPart)]
+        return bool(extras) or self.model.calls_the_user()
+
     def _calls_the_user(self) -> bool:
         """Whether some part is captured and restored by methods of the user's own, which may draw random numbers."""
         return any(part.calls_the_user() for part in self.parts)
@@ -160,10 +167,17 @@ class TrainState:
             if key not in held
         ]
 
-    def restore(self, survey: SurveyResult, host: HostValues, devices: Sequence[torch.device]) -> None:
+    def restore(
+        self,
+        survey: SurveyResult,
+        host: HostValues,
+        devices: Sequence[torch.device],
+        adopt: Callable[[torch.Tensor], None] = lambda _: None,
+    ) -> None:
         """Put back everything that is not bytes: identities, host values, then random state.
 
-        Random state is written last, also when the snapshot holds none but a `load_state_dict` of the user's may draw.
+        `adopt` is called with each tensor that is handed over to the user's objects. Random state is written last, also
+        when the snapshot holds none but a `load_state_dict` of the user's may draw.
         """
         random_state = host.rng
         if random_state is None and self._calls_the_user():
@@ -174,7 +188,11 @@ class TrainState:
         errors = []
         for part, saved, captured in zip(self.parts, survey.saved, host.captured, strict=True):
             try:
-                part.restore(saved, captured, survey.leaves)
+                own = clone_tree(captured)  # each time, so that nobody can ever reach the snapshot
+                for tensor in _pytree.tree_leaves(own):
+                    if isinstance(tensor, torch.Tensor):
+                        adopt(tensor)
+                part.restore(saved, own, survey.leaves)
             except Exception as error:  # the other parts come back all the same; the caller learns of the first failure
                 errors.append((part.name, error))
         bumped = [leaf.tensor for leaf in survey.leaves.leaves]
