@@ -131,6 +131,7 @@ class SlotMemory:
         arena: The bytes.
         survey: What they are the bytes of.
         host: Values besides.
+        copies: By device and part: places in the arena, and the storages that they are copies of.
         digest: From the first reading; None until its answer was asked for.
         nonfinite: Names of tensors that it found not to be finite.
         examination: The first reading, while it is under way.
@@ -141,6 +142,7 @@ class SlotMemory:
     arena: Arena | None = None
     survey: SurveyResult | None = None
     host: HostValues | None = None
+    copies: dict[tuple[str, Part], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = field(default_factory=dict)
     digest: Digest | None = None
     nonfinite: tuple[str, ...] = ()
     examination: Examination | None = None
@@ -194,8 +196,10 @@ class Vault:
 
     def _places(self, survey: SurveyResult) -> Places:
         storages = survey.leaves.storages
-        names = sorted({str(storage.key[0]) for storage in storages})
-        pinned = any(storage.key[0].type == "cpu" and is_page_locked(storage.bytes) for storage in storages)
+        names = sorted(map(str, {storage.key[0] for storage in storages}))
+        pinned = torch.accelerator.is_available() and any(
+            storage.key[0].type == "cpu" and is_page_locked(storage.bytes) for storage in storages
+        )
         # a device that holds nothing of ours may still be reading page-locked memory that is
         there = list(self.devices) if pinned else names
         queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
@@ -209,6 +213,7 @@ class Vault:
         surveyed = self._take_survey()
         signature = _signature(surveyed.leaves.storages)
         slot.survey = slot.host = slot.digest = slot.examination = None
+        slot.copies = {}
         if slot.arena is None or slot.arena.signature != signature:
             slot.arena = None  # freed before its successor is allocated: the slot was claimed, nobody reads it
             with self._on_streams():
@@ -219,6 +224,12 @@ class Vault:
                 {name: torch.zeros(2, dtype=torch.int64).pin_memory() for name in names} for _ in range(2)
             )
         slot.survey = surveyed
+        copies: dict[tuple[torch.device, Part], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for view, storage in zip(slot.arena.views, surveyed.leaves.storages, strict=True):
+            held, live = copies.setdefault((storage.key[0], _part(storage)), ([], []))
+            held.append(view)
+            live.append(storage.bytes)
+        slot.copies = {(str(device), part): pair for (device, part), pair in copies.items()}
 
     def _on_streams(self) -> contextlib.ExitStack:
         """Inside, what is launched on any governed device is ordered with our copies."""
@@ -236,13 +247,8 @@ class Vault:
     @torch.inference_mode(False)
     def copy(self, op: Copy) -> None:
         """Perform `Copy`: one call on the device port."""
-        arena, survey, _ = self._filled(op.slot)
-        held: list[torch.Tensor] = []
-        live: list[torch.Tensor] = []
-        for view, storage in zip(arena.views, survey.leaves.storages, strict=True):
-            if _part(storage) is op.part and str(storage.key[0]) == op.device:
-                held.append(view)
-                live.append(storage.bytes)
+        self._filled(op.slot)
+        held, live = self.slots[op.slot].copies.get((op.device, op.part), ((), ()))
         pair = (held, live) if op.direction is Direction.CAPTURE else (live, held)
         self.devices[op.device].copy(*pair)
 
@@ -356,6 +362,7 @@ class Vault:
                 port.close()
         self.slots = [SlotMemory() for _ in self.slots]
         self._surveyed = None
+        self.state.forget_survey()
 
     def __del__(self) -> None:
         # dropped without `close`: copies may still be under way from or to memory that is about to be given back

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tolaria
 from tolaria import TolariaGovernor
+from tolaria.state.leaves import Leaves
+from tolaria.state.train_state import TrainState
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -248,3 +250,27 @@ def test_snapshots_and_rollbacks_inside_inference_mode(govern: Govern, freeze: C
     for _ in range(3):
         governor.snapshot()
     assert not any(tensor.is_inference() for _, tensor in world.tensors())
+
+
+def test_a_survey_that_knows_the_last_one_sees_what_a_fresh_one_sees() -> None:
+    """Storages are taken over from the last survey only where nothing changed; changed ones are looked at again."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    state = TrainState(model, [])
+    first = state.survey().leaves
+    old = model[0].weight.data
+    model[0].weight.data = torch.zeros(4, 3)  # other memory, same object
+    model[1].running_mean = torch.ones(4)  # another object
+    model[0].bias.data = model[0].bias.data[:2]  # same memory, other shape
+    second = state.survey().leaves
+    fresh = Leaves()
+    for part in state.parts:
+        part.survey(fresh)
+    assert [(leaf.name, leaf.geometry) for leaf in second.leaves] == [
+        (leaf.name, leaf.geometry) for leaf in fresh.leaves
+    ]
+    assert [storage.key for storage in second.storages] == [storage.key for storage in fresh.storages]
+    for mine, theirs in zip(second.storages, fresh.storages, strict=True):
+        assert mine.bytes.data_ptr() == theirs.bytes.data_ptr()
+    kept = {id(storage.bytes) for storage in first.storages} & {id(storage.bytes) for storage in second.storages}
+    assert len(kept) == len(first.storages) - 3  # the weight, the bias and the running mean were looked at again
+    del old

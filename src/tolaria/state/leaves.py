@@ -89,10 +89,18 @@ class Storage:
 
 @dataclass(slots=True, eq=False)
 class Leaves:
-    """Everything a survey found, in the order it was found."""
+    """Everything a survey found, in the order it was found.
+
+    Attributes:
+        leaves: The tensors.
+        storages: The memory under them.
+        previous: An earlier survey. Its tensors are held by it, so one that is met again is the same object, and needs
+            to be looked at only as far as it may have changed.
+    """
 
     leaves: list[Leaf] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
+    previous: Leaves | None = None
     _index: dict[StorageKey, int] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)
 
@@ -106,12 +114,17 @@ class Leaves:
         if known is not None:
             self.storages[self.leaves[known].storage].has_buffers |= buffer
             return Ref(known)
-        refuse_unsupported(name, tensor)
-        key = storage_key(tensor)
+        met = self._met(tensor)
+        if met is None:
+            refuse_unsupported(name, tensor)
+        key, geometry = storage_key(tensor), _geometry(tensor)
         index = self._index.get(key)
         if index is None:
             index = self._index[key] = len(self.storages)
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            if met is None:
+                flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            else:
+                flat = met.bytes
             self.storages.append(Storage(key, flat, buffer, tensor.dtype, trained))
         else:
             storage = self.storages[index]
@@ -119,9 +132,19 @@ class Leaves:
             storage.trained &= trained
             if storage.dtype is not tensor.dtype:
                 storage.dtype = None
-        self.leaves.append(Leaf(name, tensor, index, _geometry(tensor), trained))
+        self.leaves.append(Leaf(name, tensor, index, geometry, trained))
         self._known[id(tensor)] = len(self.leaves) - 1
         return Ref(len(self.leaves) - 1)
+
+    def _met(self, tensor: torch.Tensor) -> Storage | None:
+        """The storage of a tensor that the previous survey has met, if it still lies there and looks the same."""
+        if self.previous is None or (number := self.previous._known.get(id(tensor))) is None:
+            return None
+        leaf = self.previous.leaves[number]  # the same object: the leaf has held it, so its id was not given away
+        storage = self.previous.storages[leaf.storage]
+        # the same address again is not the same memory, if that was freed and taken once more
+        same = storage.bytes.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+        return storage if same and not leaf.moved(storage) else None
 
     def encode(self, name: str, value: Any) -> Any:
         """A copy of `value` in which every tensor has become a `Ref` to a leaf of this collection.
@@ -164,7 +187,10 @@ def storage_key(tensor: torch.Tensor) -> StorageKey:
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def _geometry(tensor: torch.Tensor) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
+Geometry = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
+
+
+def _geometry(tensor: torch.Tensor) -> Geometry:
     return tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 

@@ -73,6 +73,7 @@ class TrainState:
         self.parts: list[StatePart] = [self.model, *self.optimizers, *self.schedulers]
         if scaler is not None:
             self.parts.append(ScalerPart("scaler", scaler))
+        self._last_survey: Leaves | None = None
         # by storage; held, so that the memory stays what the graphs take it for
         self._in_graphs: dict[StorageKey, tuple[str, Storage]] = {}
         self._static: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -94,9 +95,15 @@ class TrainState:
 
     def survey(self) -> SurveyResult:
         """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly."""
-        leaves = Leaves()
+        leaves = Leaves(previous=self._last_survey)
         saved = tuple(part.survey(leaves) for part in self.parts)
+        leaves.previous = None
+        self._last_survey = leaves
         return SurveyResult(leaves, saved, self._survey_gradients(leaves) if self.model.include_gradients else ())
+
+    def forget_survey(self) -> None:
+        """Hold no tensor any more that the last survey met."""
+        self._last_survey = None
 
     def _survey_gradients(self, leaves: Leaves) -> tuple[tuple[nn.Parameter, Ref], ...]:
         for part in self.parts:
