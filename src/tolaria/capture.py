@@ -1,7 +1,7 @@
 """CAPTURE: tells every governor of the process when a CUDA graph is captured or replayed.
 
 A barrier of any kind, and a device synchronise too, invalidates every capture in progress on the device, whoever makes
-it; and a replay writes governed memory without running a line of Python. So the three methods of `torch.cuda.CUDAGraph`
+it; and a replay writes governed memory without running a line of Python. So four methods of `torch.cuda.CUDAGraph`
 are wrapped for the process while some governor wants to know, and put back when the last one is closed. Captures that
 are not made through that class (in C++, or through another library) stay unknown.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -36,9 +37,12 @@ class Listener(Protocol):
 
 _lock = threading.RLock()
 _listeners: list[weakref.ref[Listener]] = []
-_capturing: dict[int, tuple[int, list[weakref.ref[Listener]]]] = {}  # per graph (by id): its thread, and who was told
+_capturing: dict[int, tuple[int, list[weakref.ref[Listener]]]] = {}  # by token: the capture's thread, and who was told
+# a number for each capture and not the graph's id, which the next graph may have
+_numbers = itertools.count(1)
+_tokens: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _originals: dict[str, Callable[..., Any]] = {}
-_dropped: deque[int] = deque()  # graphs that are no more
+_dropped: deque[int] = deque()  # captures whose graphs are no more
 
 
 def listen(listener: Listener, graph_class: Any = None) -> None:
@@ -111,10 +115,10 @@ def _uninstall() -> None:
 
 
 def _begin(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) -> Any:
-    drain()  # or the end of a former graph with the same id would end this one
-    token, thread = id(graph), threading.get_ident()
+    token, thread = next(_numbers), threading.get_ident()
     with _lock:
         told = list(_listeners)
+        _tokens[graph] = token
         _capturing[token] = thread, told
     # a graph that is dropped in the middle of its capture takes nobody with it; the collector may come at any moment,
     # also while a lock is held that `_over` needs
@@ -135,7 +139,7 @@ def _end(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) ->
         succeeded = True
         return result
     finally:
-        _over(id(graph), succeeded=succeeded)
+        _over(_tokens.get(graph, 0), succeeded=succeeded)
 
 
 def _over(token: int, *, succeeded: bool) -> None:
@@ -156,4 +160,4 @@ def _reset(original: Callable[..., Any], graph: Any, *args: Any, **kwargs: Any) 
     try:
         return original(graph, *args, **kwargs)
     finally:
-        _over(id(graph), succeeded=False)
+        _over(_tokens.get(graph, 0), succeeded=False)

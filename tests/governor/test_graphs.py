@@ -1,0 +1,92 @@
+"""What a captured graph may write must stay where it is: gradients of its backward, state of its optimizer."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria import CaptureInProgress, StateMismatch
+
+
+@pytest.fixture
+def model():
+    return nn.Linear(3, 2)
+
+
+def backward(model):
+    model(torch.ones(4, 3)).sum().backward()
+
+
+def captured(governor, work):
+    """Do `work` as a capture of this thread would be announced around it."""
+    sections = governor._keeper.sections
+    sections.begin_capture(7, threading.get_ident())
+    work()
+    sections.end_capture(7, succeeded=True)
+
+
+@pytest.mark.parametrize("by", ["step", "rollback"])
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_gradients_of_a_captured_backward_are_zeroed_and_others_dropped(by, in_graph, govern, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    governor = govern(model, optimizer)
+    governor.snapshot()
+    if in_graph:
+        captured(governor, lambda: backward(model))
+    else:
+        backward(model)
+    before = [parameter.grad for parameter in model.parameters()]
+    if by == "step":
+        governor.step(loss=1.0)
+    else:
+        governor.execute_rollback()
+    after = [parameter.grad for parameter in model.parameters()]
+    if in_graph:
+        assert all(a is b and not b.any() for a, b in zip(after, before, strict=True))
+    else:
+        assert after == [None, None]
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_state_that_a_captured_optimizer_uses_is_not_let_go(in_graph, govern, model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    governor = govern(model, optimizer)
+    early = governor.snapshot()  # no optimizer state yet
+
+    def step():
+        backward(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    if in_graph:
+        captured(governor, step)
+        before = governor.digest()
+        with pytest.raises(StateMismatch, match="a graph captured since then uses its memory"):
+            governor.execute_rollback(to=early)
+        assert governor.digest() == before
+    else:
+        captured(governor, lambda: backward(model))  # a graph without the optimizer needs none of its state
+        assert governor.execute_rollback(to=early).success
+        assert not optimizer.state
+
+
+def test_during_a_capture_requests_are_refused_or_queued(govern, model):
+    governor = govern(model)
+    governor.snapshot()
+
+    def inside():
+        for call in (governor.snapshot, governor.execute_rollback):
+            with pytest.raises(CaptureInProgress):
+                call()
+
+    captured(governor, inside)
+    assert governor.execute_rollback().success
+
+
+def test_a_replay_is_a_write_section(govern, model):
+    governor = govern(model)
+    with governor._keeper.sections.replaying():
+        assert governor._keeper.driver.depth() == 1
+    assert governor._keeper.driver.depth() == 0
