@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import hypothesis
@@ -111,3 +112,24 @@ _TORCH_RANDOM = _TorchRandom()  # hypothesis keeps a weak reference only
 hypothesis.register_random(_TORCH_RANDOM)
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("deterministic")
+
+
+# -- Governors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """No governor of another test is alive: the policy for random state depends on how many there are.
+
+    One intra-op thread: the tensors are tiny, and OpenMP threads that spin for a busy core cost 100 ms an operator.
+    """
+    from tolaria import governor
+
+    if len(governor._live):
+        gc.collect()
+    for left in list(governor._live):
+        left.close()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -51,7 +51,7 @@ def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout
 
     (epoch, pending, wait), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
     if wait is _Wait.CONTEXT:
-        yield from _wait_everywhere(pending)
+        yield from _order_everything(pending)
     for device, event in pending:
         if wait is _Wait.CALLER:
             yield CallerWait(device, event)
@@ -75,12 +75,17 @@ def _how_to_wait(state: HostState, thread: ThreadId, kind: SectionKind) -> _Wait
     return _Wait.HOST if state.captures else _Wait.CONTEXT
 
 
-def _wait_everywhere(pending: Events) -> Protocol:
+def wait_everywhere(events: Events) -> Protocol:
+    """Make all later work on any stream of their devices wait for the events. No graph capture may be in progress."""
+    for device, _ in events:
+        for _, event in events:
+            yield ContextWait(device, event)
+
+
+def _order_everything(pending: Events) -> Protocol:
     waited = False
     try:
-        for device, _ in pending:
-            for _, event in pending:
-                yield ContextWait(device, event)
+        yield from wait_everywhere(pending)
         waited = True
     finally:
 

@@ -31,7 +31,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
-from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive, refuse_in_capture
+from tolaria.admission import (
+    announce,
+    announce_exclusive,
+    enter_exclusive,
+    leave_exclusive,
+    refuse_in_capture,
+    wait_everywhere,
+)
 from tolaria.errors import (
     DeviceLost,
     NoSnapshot,
@@ -48,7 +55,6 @@ from tolaria.operations import (
     Change,
     Check,
     ContextRecord,
-    ContextWait,
     Copy,
     Direction,
     Events,
@@ -136,15 +142,8 @@ def _post_barrier(ground: Ground, places: Places) -> Protocol:
     if ground.barrier is not Barrier.CONTEXT:
         return ()
     events: Events = yield from _record(places)
-    yield from _wait_everywhere(places, events)
+    yield from wait_everywhere(events)
     return events
-
-
-def _wait_everywhere(places: Places, events: Events) -> Protocol:
-    """Make all later work on any stream of any device wait for the events."""
-    for device in places.queued:
-        for _, event in events:
-            yield ContextWait(device, event)
 
 
 def _copies_done(ground: Ground, places: Places) -> Protocol:
@@ -223,7 +222,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         all_done: Events = yield from _copies_done(ground, places)
         pending = (buffers_done, all_done)
         if places.unguarded:
-            yield from _wait_everywhere(places, all_done)
+            yield from wait_everywhere(all_done)
             pending = ((), ())
         if ground.barrier is Barrier.CONTEXT:
             # behind the copies and before anything that may overwrite the slot; `seal` asks for the answer later

@@ -11,7 +11,6 @@ Random state needs nothing: the CPU's generator is captured and restored on the 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from cuda_driver.fake_driver import Machine, PageLockedRow
 from torch import nn
 
-import tolaria.governor
 from tolaria import GovernorConfig, TolariaGovernor, observe
 from tolaria.cuda import ContextDevice
 from tolaria.device import DeviceSet
@@ -28,16 +26,8 @@ from tolaria.judge import non_finite
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """No governor of another test is alive, and operators stay on one thread."""
-    if len(tolaria.governor._live):
-        gc.collect()
-    for left in list(tolaria.governor._live):
-        left.close()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _alone(alone: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture

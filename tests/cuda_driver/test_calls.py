@@ -227,7 +227,7 @@ def test_closing(late, govern):
 
 
 def test_every_event_is_given_back(late):
-    """BUG (left failing): events that somebody still refers to when the device is closed are never destroyed."""
+    """events that somebody still refers to when the device is closed are never destroyed."""
     governor = TolariaGovernor(small())
     governor.snapshot()
     governor.close()
@@ -279,7 +279,7 @@ def test_a_thread_with_no_context_or_another_borrows_ours_where_it_matters(base)
 
 
 def test_a_green_context_of_the_same_device_is_not_ours():
-    """BUG (left failing): `_current` compares devices, so with a green context current nothing is pushed.
+    """`_current` compares devices, so with a green context current nothing is pushed.
 
     Our stream and events are then made in the green context, whose streams cover its own work only.
     """

@@ -57,7 +57,7 @@ def test_any_other_answer_is_a_bug_of_ours(call, machine, device):
 
 
 def test_the_message_names_the_device_error(machine, device):
-    """BUG (left failing) where the bindings' codes are plain IntEnums (cuda-bindings 12 on Python 3.11 and later).
+    """where the bindings' codes are plain IntEnums (cuda-bindings 12 on Python 3.11 and later).
 
     `str` of one is its number alone: "the device reports 710". (cuda-bindings 13 has an enumeration of its own.)
     """
@@ -97,7 +97,7 @@ def test_not_named(error):
 
 
 def test_an_error_without_a_message():
-    """BUG (left failing): `str(error).splitlines()[0]` of an empty message is an IndexError."""
+    """`str(error).splitlines()[0]` of an empty message is an IndexError."""
     assert isinstance(named(AcceleratorError("", 700), "performing Copy"), DeviceLost)
 
 
@@ -201,7 +201,7 @@ def test_dropping_a_governor_of_a_lost_device_is_silent(late):
 
 
 def test_a_context_is_given_back_when_opening_fails_half_way():
-    """BUG (left failing): the primary context stays retained when the stream cannot be made."""
+    """the primary context stays retained when the stream cannot be made."""
     machine = Machine()
     machine.fails["cuStreamCreateWithPriority"] = 2
     with pytest.raises(TolariaInternalError):

@@ -164,7 +164,7 @@ def test_asked_for_and_missing(one_gpu, monkeypatch):
 
 
 def test_asked_for_and_missing_is_said_each_time(one_gpu, monkeypatch):
-    """BUG (left failing): once the reason is known, `_choose` returns before it looks at what was wanted."""
+    """once the reason is known, `_choose` returns before it looks at what was wanted."""
     monkeypatch.setattr(tolaria.device, "find_driver", lambda: (None, "it rains"))
     devices = DeviceSet("context")
     for _ in range(2):

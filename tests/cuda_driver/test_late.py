@@ -340,7 +340,7 @@ def test_verify_before(late, govern, run):
 
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_flipped_bit_in_a_slot_is_noticed(sealed, late, govern, run):
-    """BUG (left failing for a snapshot that nobody has sealed): see "who looks first" below."""
+    """Also one that nobody has sealed yet; see "who looks first" below."""
     governor = govern(run.model, run.optimizer, scheduler=run.scheduler)
     info = governor.snapshot()
     late.finish()  # the device has copied and read the slot, though nobody has asked yet
@@ -379,7 +379,7 @@ def test_a_corrupted_slot_is_passed_over_for_an_older_one(late, govern, run):
     assert older.wait("sealed").state == "sealed"
 
 
-# ------------------------------------------------------------ who looks first (BUGS, left failing)
+# ------------------------------------------------------------ who looks first
 
 
 def unread_poisoned_candidate(late, run, govern):
@@ -407,7 +407,7 @@ def test_a_poisoned_candidate_is_rejected(late, govern, run):
 
 @pytest.mark.parametrize("verify", ["before", None])
 def test_a_poisoned_candidate_is_rejected_also_when_a_rollback_has_read_it_first(verify, late, govern, run):
-    """BUG (left failing): `reinspect` and verify="before" take what the examination found and drop `nonfinite`.
+    """`reinspect` and verify="before" take what the examination found and drop `nonfinite`.
 
     `seal` then finds a digest, answers an Inspection without `nonfinite`, and the poisoned slot becomes sealed.
     """
@@ -421,7 +421,7 @@ def test_a_poisoned_candidate_is_rejected_also_when_a_rollback_has_read_it_first
 
 
 def test_a_step_after_a_report_was_waited_for_does_not_wait(late, govern, run):
-    """BUG (left failing): the reading was taken by the report, so the seal reads the slot again and blocks the step."""
+    """the reading was taken by the report, so the seal reads the slot again and blocks the step."""
     governor = govern(run.model, run.optimizer)
     governor.snapshot()
     governor.execute_rollback().wait()
@@ -432,7 +432,7 @@ def test_a_step_after_a_report_was_waited_for_does_not_wait(late, govern, run):
 
 
 def test_a_bit_flipped_before_a_first_reading_by_a_report_is_noticed(late, govern, run):
-    """BUG (left failing): the report takes the examination for its own reading, so it compares nothing.
+    """the report takes the examination for its own reading, so it compares nothing.
 
     What it ought to verify is that the bytes still have the digest that was taken behind the copies.
     """
@@ -464,7 +464,7 @@ def test_a_poisoned_candidate_is_a_panic_also_when_a_waiting_handle_has_found_it
 
 
 def test_what_was_found_in_an_undone_future_is_no_panic(late, govern, run):
-    """BUG (left failing): `Keeper._findings` survives the rollback that undid them, and a clean state is rolled back.
+    """`Keeper._findings` survives the rollback that undid them, and a clean state is rolled back.
 
     A handle came across a poisoned candidate; a rollback on request has undone it before the next step.
     """

@@ -152,7 +152,7 @@ def test_copies_of_any_size_and_address(shapes, seed):
 
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_nothing_is_copied_as_well(at):
-    """BUG (left failing for 1): an empty tensor has address 0, which counts as aligned whatever its offset is.
+    """An empty tensor has address 0, which counts as aligned whatever its offset is.
 
     Governed storages begin at offset 0 and slots at multiples of 64, so nothing in the library gets there today.
     """

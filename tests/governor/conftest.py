@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -252,19 +251,8 @@ def assert_at_rest(governor: TolariaGovernor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """No governor of another test is alive: the policy for random state depends on how many there are.
-
-    One intra-op thread: the tensors are tiny, and OpenMP threads that spin for a busy core cost 100 ms an operator.
-    """
-    if len(tolaria.governor._live):
-        gc.collect()
-    for left in list(tolaria.governor._live):
-        left.close()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _alone(alone: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture

@@ -47,6 +47,13 @@ class Picture:
         thread.start()
         thread.join()
 
+    def spoil(self):
+        """A step that is over when this returns."""
+        with torch.no_grad(), self.governor.using():
+            for parameter in self.model:
+                parameter.fill_(NEW)
+        torch.cuda.synchronize()
+
     def read(self, stream):
         """What a forward on `stream` sees: smallest and largest element of each parameter, as a device tensor."""
         with torch.no_grad(), self.governor.using(write=False), torch.cuda.stream(stream):
@@ -148,10 +155,7 @@ def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture, monke
     built = picture(4)
     with Gate() as gate:
         Held(monkeypatch, gate)
-        with torch.no_grad(), built.governor.using():
-            for parameter in built.model:
-                parameter.fill_(NEW)
-        torch.cuda.synchronize()
+        built.spoil()
         built.governor.execute_rollback()
         seen = built.read(built.reader)
         assert not gate.is_open
@@ -170,10 +174,7 @@ def test_without_the_post_barrier_a_reader_sees_the_past(picture, monkeypatch):
     monkeypatch.setattr(ContextDevice, "context_wait", lambda self, event: None)
     with Gate() as gate:
         Held(monkeypatch, gate)
-        with torch.no_grad(), built.governor.using():
-            for parameter in built.model:
-                parameter.fill_(NEW)
-        torch.cuda.synchronize()
+        built.spoil()
         built.governor.execute_rollback()
         seen = built.read(built.reader)
         built.reader.synchronize()
@@ -190,10 +191,7 @@ def test_a_stream_made_after_the_rollback_waits_as_well(picture, monkeypatch):
     built = picture(1)
     with Gate() as gate:
         Held(monkeypatch, gate)
-        with torch.no_grad(), built.governor.using():
-            for parameter in built.model:
-                parameter.fill_(NEW)
-        torch.cuda.synchronize()
+        built.spoil()
         built.governor.execute_rollback()
         code, raw = driver.cuStreamCreate(1)  # non-blocking, made by nobody whom torch knows
         assert int(code) == 0
