@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -274,3 +275,16 @@ def test_a_survey_that_knows_the_last_one_sees_what_a_fresh_one_sees() -> None:
     kept = {id(storage.bytes) for storage in first.storages} & {id(storage.bytes) for storage in second.storages}
     assert len(kept) == len(first.storages) - 3  # the weight, the bias and the running mean were looked at again
     del old
+
+
+def test_the_same_address_in_another_storage_is_looked_at_again() -> None:
+    """The former storage may be shrunk to nothing, and its address taken once more: its old view would be no place."""
+    memory = numpy.zeros(12, dtype="float32")
+    model = torch.nn.Linear(3, 4, bias=False)
+    model.weight.data = torch.from_numpy(memory).view(4, 3)
+    state = TrainState(model, [])
+    first = state.survey().leaves.storages[0]
+    model.weight.data = torch.from_numpy(memory).view(4, 3)
+    second = state.survey().leaves.storages[0]
+    assert first.key == second.key
+    assert second.bytes.untyped_storage()._cdata == model.weight.untyped_storage()._cdata
