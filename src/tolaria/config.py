@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tolaria.budget import TierChoice
 from tolaria.errors import InvalidConfig
 
 RngPolicy = Literal["restore", "fork", "keep"]
@@ -25,10 +26,20 @@ class GovernorConfig:
 
     Attributes:
         mode: ``"act"`` rolls back by itself; ``"observe"`` judges and logs and touches nothing.
-        cadence: Optimizer steps between automatic snapshots.
+        cadence: Optimizer steps between automatic snapshots; ``"auto"``: as few as cost no more than 1 % of the
+            measured time of the steps, but never fewer than the slots allow. Incidents then depend on the clock.
         probation: Healthy steps that must follow a snapshot before it is certified.
         slots: Snapshots held at once, each as large as the train state. None: as many as cadence and probation need,
             2 + ceil(probation / cadence); where verdicts arrive late (`context` barrier), probation counts 3 more.
+        host_slots: Further snapshots in main memory, drained from those on a device, so that a rollback can go further
+            back. None: up to 3, as far as a quarter of the available memory (or `host_budget`) holds them. For a
+            train state in main memory: further slots there; None: none.
+        reach: How many steps back the ring shall reach where it has slots to spare: they thin out with age.
+        tier: ``"device"`` or ``"host"``: where snapshots of a train state on a device are held. None: on the device if
+            that leaves 15 % of it free above the peak so far, else in page-locked main memory.
+        device_budget: Bytes that all slots on one device may take together, instead of that rule.
+        host_budget: Bytes that all slots in main memory may take together; None: what is available.
+        scrub_every: Steps from one idle slot that is read again, and compared with its digest, to the next; 0: never.
         keep_batches: Delivered batches that `watch` keeps for a replay. None: those of `num_kept_steps` steps.
         rng: Global random state (Python, NumPy, torch): ``"restore"`` it with the rest, ``"fork"`` it (re-key, so that
             no draw repeats), or ``"keep"`` it as it runs. None: restore with one live governor in the process, keep
@@ -49,9 +60,15 @@ class GovernorConfig:
     """
 
     mode: Mode = "act"
-    cadence: int = 10
+    cadence: int | Literal["auto"] = 10
     probation: int = 10
     slots: int | None = None
+    host_slots: int | None = None
+    reach: int = 300
+    tier: TierChoice | None = None
+    device_budget: int | None = None
+    host_budget: int | None = None
+    scrub_every: int = 100
     keep_batches: int | None = None
     rng: RngPolicy | None = None
     on_veto: OnVeto = "rollback"
@@ -71,12 +88,18 @@ class GovernorConfig:
         self._choice("rng", ("restore", "fork", "keep", None))
         self._choice("on_veto", ("rollback", "keep"))
         self._choice("barrier", ("context", "blocking", None))
-        for name in ("cadence", "check_weights_every", "max_retries", "retry_window", "cool_steps"):
+        self._choice("tier", ("device", "host", None))
+        for name in ("check_weights_every", "max_retries", "retry_window", "cool_steps"):
             self._at_least(name, 1)
-        self._at_least("probation", 0)
-        for name in ("slots", "keep_batches"):
+        if self.cadence != "auto":
+            self._at_least("cadence", 1)
+        for name in ("probation", "reach", "scrub_every"):
+            self._at_least(name, 0)
+        for name in ("slots", "keep_batches", "device_budget", "host_budget"):
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
+        if self.host_slots is not None:
+            self._at_least("host_slots", 0)
         if not 0.0 < self.cool_lr <= 1.0:
             raise self._bad("cool_lr", "a factor in (0, 1]")
         if not self.gate_timeout_s > 0.0:
@@ -94,13 +117,17 @@ class GovernorConfig:
 
     def num_slots(self, lag: int = 0) -> int:
         """Slots of the ring: the number asked for, or what cadence and probation need if verdicts come `lag` late."""
-        return self.slots or 2 + math.ceil((self.probation + lag) / self.cadence)
+        return self.slots or 2 + math.ceil((self.probation + lag) / self._wanted_cadence(lag))
+
+    def _wanted_cadence(self, lag: int) -> int:
+        """`cadence`; where it follows the clock, the smallest for which 3 slots do."""
+        return max(1, self.probation + lag) if self.cadence == "auto" else self.cadence
 
     def effective_cadence(self, lag: int = 0) -> int:
         """`cadence`, stretched until no snapshot in probation would have to be overwritten in a ring of `num_slots`."""
         if not self.probation + lag or self.num_slots(lag) <= 2:
-            return self.cadence
-        return max(self.cadence, math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
+            return self._wanted_cadence(lag)
+        return max(self._wanted_cadence(lag), math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
 
     def num_kept_steps(self, lag: int = 0) -> int:
         """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences).

@@ -31,8 +31,9 @@ from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector, state_from_json
 from tolaria.keeper import Keeper, Target
 from tolaria.operations import Inspection
-from tolaria.records import SCHEMA_VERSION, Health, Incident, Journal, Statistics, StepResult, Verdict, VitalSigns
-from tolaria.report import Ledger, RollbackReport, SnapshotInfo, logger
+from tolaria.pace import Pace
+from tolaria.records import SCHEMA_VERSION, Health, Journal, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.report import Ledger, RollbackReport, SnapshotInfo, incident_of, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
 from tolaria.vitals import Sent
@@ -59,8 +60,7 @@ class Course:
 
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
         self.config = config
-        self.completed = 0
-        self.tick = 0
+        self.completed = self.tick = 0
         self.statistics = Statistics()
         self.recovery = recover.RecoveryState()
         self._detector = detector
@@ -83,8 +83,9 @@ class Course:
         self.feed: Feed
 
     def begin(self, keeper: Keeper, feed: Feed) -> None:
-        """Take on the snapshots and the data of the run. Separate from construction: the keeper reads our journal."""
+        """Take on snapshots and data of the run. Separate from construction: the keeper reads our journal."""
         self.keeper, self.feed = keeper, feed
+        self._pace = Pace(self.config.effective_cadence(keeper.lag))
 
     # ------------------------------------------------------------ what a snapshot holds of us
 
@@ -179,8 +180,9 @@ class Course:
         panic = None
         # a snapshot is not read before the step it was taken after is judged, or that one's damage would be its own
         limit = self._outstanding[0].step if self._outstanding else None
-        self.keeper.seal_arrived(wait=wait, before=limit)
-        for finding in self.keeper.findings():
+        self.keeper.arrivals.seal(wait=wait, before=limit)
+        for finding in self.keeper.arrivals.findings():
+            self._pace.took(0.0, finding.device_s)
             if finding.found is None:
                 self.count(snapshots=-1, snapshots_failed=1)
             if finding.found is None or not finding.found.nonfinite:
@@ -191,7 +193,18 @@ class Course:
                 continue
             self.count(snapshots=-1, snapshots_rejected=1)
             panic = panic or self._poisoned(VitalSigns(step=step), names)
-        return panic
+        return panic or self._read_back(wait)
+
+    def _read_back(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
+        """What the last rollback has restored, once it has been read back. Anything else is a panic again."""
+        seen = self.keeper.arrivals.read_back(wait=wait)
+        if seen is None or seen.intact:
+            return None
+        self.count(panics=1, snapshots_corrupted=int(seen.corrupted), rollbacks_disturbed=int(not seen.corrupted))
+        reason = "the restored snapshot was corrupted" if seen.corrupted else "a writer disturbed the rollback"
+        # nothing that was computed since is to be trusted, but what the snapshot holds is older
+        self.verdict = Verdict(Health.PANIC, self.completed, reason, seen.slot.completed + 1)
+        return VitalSigns(step=self.completed), self.verdict
 
     def _poisoned(self, vital: VitalSigns, names: str) -> tuple[VitalSigns, Verdict]:
         logger.warning("step %d: not finite: %s", vital.step, names)
@@ -218,6 +231,8 @@ class Course:
             return StepResult(verdict=self.watch_only(), rolled_back=False, skipped=sent.skipped)
         panic = self.catch_up(wait=self.keeper.driver.state.torn)
         due = self.completed - self._last_automatic >= self.cadence
+        self.keeper.backlog.tend(self.tick, self.cadence)
+        self._pace.stepped(time.perf_counter())
         if panic is None and self.verdict.health is Health.HEALTHY and due and not sent.skipped:
             if self.feed.is_delivering and self._due is None:
                 self._due = VitalSigns(step=sent.step)  # `settle` takes it at the end of the loop body
@@ -254,6 +269,8 @@ class Course:
     @property
     def cadence(self) -> int:
         """Steps between automatic snapshots."""
+        if self.config.cadence == "auto":
+            return self._pace.cadence
         return self.config.effective_cadence(self.keeper.lag)
 
     # ------------------------------------------------------------ snapshots
@@ -279,16 +296,16 @@ class Course:
         started = time.perf_counter()
         info, found = self.keeper.take(shield, step, manual=manual, gradients=gradients)
         if wait and found is None and self.keeper.reads_late:
-            self.keeper.seal_arrived(wait=True)
-            found = next((finding.found for finding in self.keeper.findings(info.serial)), None)
+            self.keeper.arrivals.seal(wait=True)
+            found = next((finding.found for finding in self.keeper.arrivals.findings(info.serial)), None)
             if found is None:
                 raise SnapshotRejected("taking a snapshot", "it could not be read back", "The log says why.")
         rejected = found is not None and bool(found.nonfinite) and not manual
         if manual and found is not None and found.nonfinite:
             logger.warning("step %s: a manual snapshot is not finite: %s", info.step, ", ".join(found.nonfinite[:8]))
-        self.count(
-            snapshots=int(not rejected), snapshots_rejected=int(rejected), snapshot_s=time.perf_counter() - started
-        )
+        spent = time.perf_counter() - started
+        self._pace.took(spent)
+        self.count(snapshots=int(not rejected), snapshots_rejected=int(rejected), snapshot_s=spent)
         return info, found
 
     def _take_automatic(self) -> tuple[str, ...]:
@@ -353,6 +370,7 @@ class Course:
                     onset=onset,
                     verify_before=True,
                     patient=True,
+                    read_back=True,
                 )
             except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
@@ -374,7 +392,7 @@ class Course:
         taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
         return (min(taken), max(taken)) if taken else (self.tick - (step - onset), self.tick)
 
-    def roll_back(self, report: RollbackReport, to: Target, optimizer: Optimizer | None, verify_before: bool) -> None:
+    def roll_back(self, report: RollbackReport, to: Target, optimizer: Optimizer | None, verify: str | None) -> None:
         """A rollback on request. Data goes on: batches delivered since the snapshot are not delivered again."""
         with Shield() as shield:
             try:
@@ -384,7 +402,8 @@ class Course:
                     completed=lambda: self.abandoned,
                     to=to,
                     optimizer=optimizer,
-                    verify_before=verify_before,
+                    verify_before=verify == "before",
+                    read_back=verify is not None,
                 )
             except BaseException:
                 report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report
@@ -396,6 +415,7 @@ class Course:
 
     def _after_rollback(self, report: RollbackReport, rewind: Rewind) -> None:
         """Count it, and re-key random state where draws would repeat."""
+        self._pace.interrupted()
         self.count(
             rollbacks=1,
             steps_lost=report.steps_lost,
@@ -419,27 +439,8 @@ class Course:
         note: str = "",
     ) -> None:
         """One line in the ledger."""
-        if report is not None and report.corrupted_steps:
-            note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
-        self._ledger.write(
-            Incident(
-                step=vital.step,
-                onset=vital.step if verdict.onset is None else verdict.onset,
-                reason=verdict.reason,
-                signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
-                evidence=dict(verdict.evidence),
-                action=action,
-                restored_step=None if report is None else report.snapshot_step,
-                certified=report is not None and report.certified,
-                steps_lost=0 if report is None else report.steps_lost,
-                batches_replayed=rewind.replayed,
-                batches_skipped=rewind.skipped,
-                rollback_ms=0.0 if report is None else report.host_ms,
-                barrier=self.keeper.ground.barrier.value,
-                env_id=0 if report is None else report.env_id,
-                note=note,
-            )
-        )
+        batches, barrier = (rewind.replayed, rewind.skipped), self.keeper.ground.barrier.value
+        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier))
 
     # ------------------------------------------------------------ counters, resume
 

@@ -1,6 +1,6 @@
 """The `Device` port: the few calls through which the protocol touches a device, and its real implementations.
 
-Every operation of `tolaria.protocol` that names a device ends in exactly one method here. CPU operators run in their
+Every operation of `tolaria.protocol` that orders a device ends in exactly one method here. CPU operators run in their
 caller, so a CPU needs no ordering beyond the gate. CUDA is ordered by context-wide events where the driver has them
 (`tolaria.cuda`). Any other accelerator is ordered by blocking the host on both sides, which is sound under the gate and
 says so in `capabilities()`.
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tolaria.cuda import ContextDevice, TorchStreams, copy_words, find_driver
+from tolaria.cuda import ContextDevice, TorchStreams, find_driver
 from tolaria.errors import CaptureInProgress, UnsupportedState
 from tolaria.operations import Barrier
 
@@ -33,14 +33,17 @@ class Device(Protocol):
     name: str
     barrier: Barrier
 
-    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Copy each source into the destination of the same index. Flat uint8 tensors of pairwise equal size."""
-
     def synchronize(self) -> None:
         """Return when the governor's work on this device is done; with the `blocking` barrier: all work."""
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Call `work`; what it launches is ordered behind the governor's copies."""
+
+    def transfer(self, work: Callable[[], None]) -> Any:
+        """Call `work`, a transfer to main memory that nothing else should wait for.
+
+        It begins behind the governor's copies so far. Answers the event of its end, or None when it is over.
+        """
 
     def on_stream(self) -> AbstractContextManager[None]:
         """What is launched inside is ordered behind the governor's copies."""
@@ -70,6 +73,13 @@ class _AtOnce:
     def enqueue(self, work: Callable[[], None]) -> None:
         work()
 
+    def transfer(self, work: Callable[[], None]) -> Any:
+        work()
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        raise NotImplementedError
+
     def on_stream(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -92,7 +102,10 @@ class CpuDevice(_AtOnce):
         self._helpers: ThreadPoolExecutor | None = None
 
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Move the bytes. Version counters are not touched: the caller bumps them."""
+        """Copy each source into the destination of the same index: flat uint8 tensors of pairwise equal size.
+
+        Version counters are not touched: the caller bumps them.
+        """
         num_helpers = min(torch.get_num_threads(), _MOST_COPY_THREADS) - 1
         if num_helpers < 1 or sum(source.numel() for source in sources) < _LARGE_COPY_BYTES:
             if sources:
@@ -140,6 +153,12 @@ def _move(jobs: deque[Job]) -> None:
             ctypes.memmove(destination, source, size)  # releases the interpreter lock
 
 
+class HostDevice(Device, Protocol):
+    """Main memory: the caller copies."""
+
+    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None: ...
+
+
 class BlockingDevice(_AtOnce):
     """Any accelerator known to `torch.accelerator`, ordered by device synchronise before and after the copies."""
 
@@ -147,10 +166,6 @@ class BlockingDevice(_AtOnce):
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        """Enqueue on the caller's current stream; `synchronize` follows before the gate opens."""
-        copy_words(destinations, sources)
 
     def synchronize(self) -> None:
         """`torch.accelerator.synchronize`: covers every stream of this process on the device."""

@@ -31,6 +31,7 @@ from tolaria.operations import (
     Inspect,
     Op,
     Protocol,
+    ReadLive,
     Reserve,
     RestoreHost,
     SectionKind,
@@ -38,6 +39,7 @@ from tolaria.operations import (
     StreamWait,
     Survey,
     Synchronize,
+    Transfer,
 )
 from tolaria.protocol import drive
 from tolaria.shield import Shield
@@ -72,6 +74,8 @@ class Driver:
             Inspect: vault.inspect,
             RestoreHost: vault.restore_host,
             Copy: vault.copy,
+            ReadLive: vault.read_live,
+            Transfer: vault.transfer,
             ContextRecord: lambda op: queued(op.device).context_record(),
             ContextWait: lambda op: queued(op.device).context_wait(op.event),
             StreamRecord: lambda op: queued(op.device).stream_record(),

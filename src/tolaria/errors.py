@@ -16,6 +16,7 @@
         SnapshotRejected         a snapshot is not finite, or its bytes changed since they were sealed
       RetryBudgetExceeded      rolled back correctly, but the trouble keeps returning; ends a run at the last good state
       RollbackFailed           failed after the first write; the train state is undefined
+        RollbackDisturbed        somebody wrote what was being restored
       DeviceLost               a sticky device error; this process cannot use the device again
       TolariaInternalError     a bug in tolaria; its invariants are void
 
@@ -118,6 +119,13 @@ class RollbackFailed(TolariaError):
 
     state_intact = False
     _state_sentence = "The train state is undefined."
+
+
+class RollbackDisturbed(RollbackFailed):
+    """What was restored does not read back as the snapshot, whose own bytes are as they were sealed.
+
+    Somebody outside of any section wrote the train state while, or right after, it was restored.
+    """
 
 
 class DeviceLost(TolariaError):

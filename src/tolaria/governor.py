@@ -29,7 +29,7 @@ from tolaria.update import Update
 from tolaria.vitals import EXTRA, Sent
 
 When = Literal["boundary"]
-Verify = Literal["before"]
+Verify = Literal["before", "after"]
 Grads = Literal["capture", "drop"]
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
@@ -114,6 +114,8 @@ class TolariaGovernor:
             read_journal=course.read_journal,
             write_journal=course.write_journal,
             on_stale=lambda: course.count(stale_vetoes=1),
+            on_corrupted=lambda slot: course.count(snapshots_corrupted=1),
+            on_drained=lambda: course.count(snapshots_drained=1),
         )
         self._readings = Readings(self._keeper.clocks, 2 * len(self._keeper.state.roster()[0]) + _OTHER_NUMBERS)
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
@@ -338,7 +340,9 @@ class TolariaGovernor:
             reason: Recorded in the report.
             when: ``"boundary"``: from inside a section or hook, queue it and return a report with status ``pending``.
             verify: ``"before"``: compare the slot with its digest before the first write; a corrupted one is passed
-                over for the next older good snapshot.
+                over for the next older good snapshot. ``"after"``, and ``"before"`` too: read the restored bytes back
+                under the gate, and restore once more what was disturbed. The `context` barrier does that always, beside
+                the work that follows; `RollbackReport.wait` and the next `step` see the outcome.
 
         Raises:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
@@ -354,7 +358,7 @@ class TolariaGovernor:
         self._require_open(doing)
 
         def run() -> None:
-            self._course.roll_back(report, to, optimizer, verify == "before")
+            self._course.roll_back(report, to, optimizer, verify)
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -403,13 +407,15 @@ class TolariaGovernor:
         return Capabilities(
             barrier=self._keeper.ground.barrier.value,
             devices=tuple(self._keeper.vault.devices),
-            tier=self._keeper.tier,
+            tier=self._keeper.vault.plan.tier.value,
+            tier_reason=self._keeper.vault.plan.reason,
+            host_slots=self._keeper.vault.plan.host_slots,
             barrier_reason=self._keeper.devices.reason,
-            copy_path="foreach copy of whole storages",
+            copy_path=self._keeper.vault.copy_path,
             state_bytes=self._keeper.vault.num_bytes(newest.index) if newest else 0,
-            slots=len(self._keeper.ring),
+            slots=self._keeper.vault.room.slots,
             cadence=self._course.cadence,
-            cadence_stretched=self._course.cadence != self.config.cadence,
+            cadence_stretched=self.config.cadence not in ("auto", self._course.cadence),
             rng=_rng_policy(self.config),
         )
 

@@ -17,26 +17,26 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import capture, memory, protocol, ring
+from tolaria import budget, capture, protocol, ring
+from tolaria.arrivals import Arrivals
 from tolaria.attach import Sections, current_backward
+from tolaria.backlog import Backlog
+from tolaria.barriers import Ground
 from tolaria.config import GovernorConfig
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
 from tolaria.errors import (
     BudgetExceeded,
-    CaptureInProgress,
-    DeviceLost,
     NoSnapshot,
     PhaseError,
-    QuiesceTimeout,
     SlotsBusy,
     SnapshotRejected,
 )
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection
-from tolaria.protocol import Ground, RolledBack, Taken
+from tolaria.protocol import RolledBack, Taken
 from tolaria.records import Journal
-from tolaria.report import RollbackReport, SnapshotInfo, logger
+from tolaria.report import RollbackReport, SnapshotInfo, disturbed
 from tolaria.ring import Ring, Slot
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
@@ -44,6 +44,9 @@ from tolaria.state.leaves import Storage, is_page_locked
 from tolaria.state.train_state import TrainState
 
 Target = SnapshotInfo | int | None
+
+_MOST_ATTEMPTS = 3  # at a rollback that does not read back as its snapshot
+_MOST_DRAINED = 3  # slots of main memory for snapshots that are drained from devices, unless asked for otherwise
 
 READING_LAG = 3
 """Steps by which verdicts trail behind on a device that is not waited for, as a rule."""
@@ -62,21 +65,6 @@ class Request:
     after_step: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Finding:
-    """What the late reading of a snapshot has shown.
-
-    Attributes:
-        taken: The snapshot.
-        manual: It was vouched for by its caller, so it is kept whatever was found.
-        found: See `Inspection`; None when it could not be read and was given up.
-    """
-
-    taken: Taken
-    manual: bool
-    found: Inspection | None
-
-
 class Keeper:
     """Snapshots of one train state.
 
@@ -87,6 +75,8 @@ class Keeper:
         read_journal: The governor's counters and detector states, as immutable values.
         write_journal: Takes them back at a rollback.
         on_stale: Called when stale gradients were refused.
+        on_corrupted: Called, on another thread, when an idle snapshot was found to have changed and was given up.
+        on_drained: Called, on another thread, when a snapshot was copied to main memory.
 
     Raises:
         UnsupportedState, BudgetExceeded: Nothing was attached.
@@ -100,24 +90,36 @@ class Keeper:
         read_journal: Callable[[], Journal],
         write_journal: Callable[[Journal], None],
         on_stale: Callable[[], None],
+        on_corrupted: Callable[[Slot], None],
+        on_drained: Callable[[], None],
     ) -> None:
         survey = state.survey()
-        storages = survey.leaves.storages
         devices = DeviceSet(config.barrier)
-        devices.open(_places(storages))
+        devices.open(_places(survey.leaves.storages))
         self.state, self.config, self.devices = state, config, devices
-        self.ground = Ground(devices.barrier, config.gate_timeout_s)
         self.accelerators = [torch.device(name) for name, port in devices.items() if port.barrier is not Barrier.HOST]
-        self.tier = "device" if any(s.key[0].type != "cpu" for s in storages) else "host"
+        to_spare = not self.accelerators and config.host_slots
+        self.ground = Ground(
+            devices.barrier,
+            config.gate_timeout_s,
+            reach=config.reach if to_spare else 0,
+            drained_reach=config.reach,
+        )
         self.lag = READING_LAG if self.reads_late else 0
-        num_slots = config.num_slots(self.lag)
-        _refuse_oversize(sum(s.key[2] for s in storages if s.key[0].type == "cpu"), num_slots)
-        self.vault = Vault(state, num_slots, devices, with_rng, read_journal, write_journal)
-        self.driver = Driver(HostState(ring=ring.empty_ring(num_slots)), self.vault, devices)
+        slots, room = _layout(config, self.lag, bool(self.accelerators))
+        self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal)
+        self.vault.lay_plan(survey)  # an estimate: optimizer state does not exist yet, and comes on top
+        self.driver = Driver(HostState(ring=slots), self.vault, devices)
+        self.arrivals = Arrivals(self.driver, self.vault, self.ground)
+        self.backlog = Backlog(
+            self.driver,
+            self.ground,
+            lambda: self.vault.plan.host_slots,
+            config.scrub_every,
+            on_corrupted,
+            on_drained,
+        )
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
-        self._unsealed: deque[tuple[Taken, bool]] = deque()
-        self._findings: deque[Finding] = deque()
-        self._sealing = threading.RLock()
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
 
@@ -147,6 +149,7 @@ class Keeper:
     def close(self) -> None:
         """Detach and free everything."""
         self.sections.detach()
+        self.backlog.close()
         self.vault.close()
 
     # ------------------------------------------------------------ boundaries
@@ -231,7 +234,7 @@ class Keeper:
         try:
             if self.reads_late:
                 taken = self._stage(shield, step, manual)
-                self._unsealed.append((taken, manual))
+                self.arrivals.expect_seal(taken, manual)
             else:
                 # one submission: an interrupt in between would leave a candidate that is never sealed
                 taken, found = self.driver.submit(
@@ -242,66 +245,35 @@ class Keeper:
         return self.info(taken), found
 
     def _stage(self, shield: Shield, step: int | None, manual: bool) -> Taken:
-        try:
+        def submit() -> Taken:
             taken: Taken = self.driver.submit(
                 protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield
             )
+            return taken
+
+        tier = self.vault.plan.tier
+        try:
+            return submit()
+        except BudgetExceeded:
+            if self.vault.plan.tier is tier:
+                raise
+            return submit()  # the devices turned out to be full; main memory is next
         except SlotsBusy:
-            if not manual or not self._unsealed:
+            if not manual or not self.arrivals.are_unsealed:
                 raise
             # a caller in a hurry: candidates may turn out to be good or bad once they are read
-            self.seal_arrived(wait=True)
-            taken = self.driver.submit(protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield)
-        return taken
-
-    def seal_arrived(self, *, wait: bool = False, before: int | None = None) -> None:
-        """Seal (or give up) staged snapshots whose reading has arrived, oldest first; `findings` tells what was found.
-
-        Args:
-            wait: Wait for all of them.
-            before: Leave those of this step and later ones for another time.
-        """
-        with self._sealing:
-            while self._unsealed:
-                taken, manual = self._unsealed[0]
-                held = ring.by_serial(self.ring, taken.snapshot) is not None
-                early = before is not None and taken.completed >= before
-                postponed = early or bool(self.driver.state.captures)
-                if held and not wait and (postponed or not self.vault.is_examined(taken.slot)):
-                    break  # they arrive in order
-                with Shield() as shield:  # an interrupt in between would leave a candidate that is never sealed
-                    self._seal(shield, taken, manual)
-                    self._unsealed.popleft()
-
-    def _seal(self, shield: Shield, taken: Taken, manual: bool) -> None:
-        thread = threading.get_ident()
-        try:
-            found = self.driver.submit(protocol.seal(thread, taken.slot, taken.snapshot, manual, self.ground), shield)
-        except (DeviceLost, CaptureInProgress, QuiesceTimeout):
-            raise
-        except Exception as error:  # out of memory: training goes on with the snapshots held so far
-            logger.warning("step %s: a snapshot could not be read, and is given up: %s", taken.step, error)
-            self.driver.change(lambda s: (_with_ring(s, ring.release(s.ring, taken.slot, taken.snapshot)), None))
-            self._findings.append(Finding(taken, manual, None))
-        else:
-            if found is not None:
-                self._findings.append(Finding(taken, manual, found))
-
-    def findings(self, serial: int | None = None) -> list[Finding]:
-        """What late readings have shown since they were last asked for; with `serial`: of that snapshot only."""
-        taken = [one for one in list(self._findings) if serial is None or one.taken.snapshot == serial]
-        for one in taken:
-            self._findings.remove(one)
-        return taken
+            self.arrivals.seal(wait=True)
+            return submit()
 
     def info(self, taken: Taken | None) -> SnapshotInfo:
         """A handle for what was taken, or for a request."""
         return SnapshotInfo(
             step=taken.step if taken is not None else None,
             bytes=self.vault.num_bytes(taken.slot) if taken is not None else 0,
-            tier=self.tier,
+            tier=self.vault.plan.tier.value if taken is None else self.ring[taken.slot].tier.value,
             serial=taken.snapshot if taken is not None else -1,
             _state=self._phase,
+            _held=self._held,
             _wait=self._wait,
             _done=taken.done if taken is not None else (),
         )
@@ -309,15 +281,20 @@ class Keeper:
     def fill(self, receipt: SnapshotInfo, info: SnapshotInfo) -> None:
         """Complete the handle of a queued request."""
         receipt.step, receipt.bytes, receipt.serial, receipt._done = info.step, info.bytes, info.serial, info._done
+        receipt.tier = info.tier
 
     def _phase(self, serial: int) -> str:
         slot = ring.by_serial(self.ring, serial)
         return slot.phase.value if slot is not None else "dropped"
 
+    def _held(self, serial: int) -> tuple[str, ...]:
+        held = [slot for slot in self.ring if slot.snapshot == serial and slot.phase in ring.READABLE]
+        return tuple(dict.fromkeys(slot.tier.value for slot in held))
+
     def _wait(self, serial: int, done: Events, until: str) -> None:
         self.wait_for(done)
         if until == "sealed":
-            self.seal_arrived(wait=True)
+            self.arrivals.seal(wait=True)
         if until == "sealed" and self._phase(serial) == "dropped":
             raise SnapshotRejected(
                 "waiting for a snapshot to be sealed",
@@ -338,7 +315,9 @@ class Keeper:
             self.driver.change(lambda s: (_with_ring(s, ring.certify(s.ring, index, taken.serial)), None))
 
     def advance(self, step: int) -> None:
-        """A healthy step: probation of every candidate taken before it goes on."""
+        """A healthy step: probation of every candidate taken before it goes on, once the last rollback is verified."""
+        if self.arrivals.is_unverified:
+            return
         probation = self.config.probation
         self.driver.change(lambda s: (_with_ring(s, ring.advance(s.ring, probation, step)), None))
 
@@ -360,6 +339,7 @@ class Keeper:
         optimizer: Optimizer | None = None,
         verify_before: bool = False,
         patient: bool = False,
+        read_back: bool = False,
     ) -> RolledBack:
         """Restore a snapshot and fill in `report`.
 
@@ -374,52 +354,88 @@ class Keeper:
             optimizer: Cleared in the same critical section if it is not governed.
             verify_before: Check digests before the first write.
             patient: Wait for graph captures of other threads to end.
+            read_back: Read what was restored, and compare it with the snapshot. Where that takes no time of the host
+                (`context`), it is always done.
+
+        Raises:
+            RollbackDisturbed: Again and again something else was read back than was restored.
         """
         governed = [part.optimizer for part in self.state.optimizers]
         foreign = optimizer is not None and all(optimizer is not one for one in governed)
+        cleared = (optimizer,) if foreign else ()
         started = time.perf_counter()
-        done: RolledBack = self.driver.submit(
-            protocol.rollback(
-                threading.get_ident(),
-                self.ground,
-                _chooser(to, generations_back, onset),
-                "rolling back",
-                verify_before,
-                (optimizer,) if foreign else (),
-                patient,
-            ),
-            shield,
-        )
-        for finding in list(self._findings):  # of an undone future
-            if finding.taken.snapshot > done.slot.snapshot:
-                self._findings.remove(finding)
+        done = self._submit(shield, _chooser(to, generations_back, onset), verify_before, cleared, patient, read_back)
+        panic_step = completed()
+        done, verified = self._verified_now(shield, done, cleared, patient)
+        self.arrivals.forget_after(done.slot.snapshot)
         report.host_ms = (time.perf_counter() - started) * 1e3
-        report.success, report.status = True, "submitted"
-        report.snapshot_step = done.slot.step
+        report.success, report.status, report.verified = True, "submitted", verified
+        report.snapshot_step, report.tier = done.slot.step, done.slot.tier.value
         report.certified = done.slot.phase is ring.SlotPhase.CERTIFIED
-        report.panic_step = completed()
+        report.panic_step = panic_step
         report.steps_lost = max(0, report.panic_step - done.slot.step)
         report.optimizer = "reset" if foreign else "restored" if governed else "none"
         report.barrier = self.ground.barrier.value
         report.wait_ms = done.waited_s * 1e3
         report.corrupted_steps = done.corrupted
-        report._finish = lambda: (self._duration(done), self._verify(done.slot))
+        report._finish = lambda: (self._duration(done), *self._verify(done, verified))
         return done
+
+    def _submit(
+        self,
+        shield: Shield,
+        choose: Callable[[Ring, int | None], Slot | None],
+        verify_before: bool,
+        cleared: tuple[Optimizer, ...],
+        patient: bool,
+        read_back: bool,
+    ) -> RolledBack:
+        thread, read_back = threading.get_ident(), read_back or self.reads_late
+        done: RolledBack = self.driver.submit(
+            protocol.rollback(thread, self.ground, choose, "rolling back", verify_before, cleared, patient, read_back),
+            shield,
+        )
+        if done.read_back and self.reads_late:
+            self.arrivals.expect_read_back(done)
+        return done
+
+    def _verified_now(
+        self, shield: Shield, done: RolledBack, cleared: tuple[Optimizer, ...], patient: bool
+    ) -> tuple[RolledBack, bool | None]:
+        """Where nothing is late: compare what was restored with the snapshot, and do it again if it is not that."""
+        passed_over = done.corrupted
+        for _ in range(_MOST_ATTEMPTS):
+            if not done.read_back or self.reads_late:
+                return done, None
+            seen = self.arrivals.judge(done, shield)
+            if seen is None or seen.intact:
+                return replace(done, corrupted=passed_over), None if seen is None else True
+            if seen.corrupted:
+                passed_over = (*passed_over, done.slot.step)
+            serial = done.slot.snapshot
+
+            def older(slots: Ring, before: int | None, limit: int = serial) -> Slot | None:
+                return ring.newest_good(slots, limit + 1 if before is None else before)
+
+            done = self._submit(shield, older, False, cleared, patient, True)
+        raise disturbed(done.slot.step)
 
     def _duration(self, done: RolledBack) -> float | None:
         """Wait until the devices are done; answers the milliseconds that the slowest of them took to copy."""
         self.wait_for(done.done)
-        ports = [cast("QueuedDevice", self.devices[name]) for name, _ in done.done]
-        spans = zip(ports, done.began, done.copied, strict=True)
-        return max((port.elapsed_ms(began, ended) for port, (_, began), (_, ended) in spans), default=None)
+        return self.vault.duration_s(done.began, done.copied) * 1e3 if done.began else None
 
-    def _verify(self, slot: Slot) -> bool | None:
-        """Whether the slot has the bytes it was sealed with; None when it has been overwritten or freed since."""
-        if not self.sections.is_open:
-            return None
+    def _verify(self, done: RolledBack, verified: bool | None) -> tuple[bool | None, bool]:
+        """Whether what was restored is the snapshot (None: nobody can tell now); if not, whether it was disturbed."""
+        if verified is not None or not self.sections.is_open:
+            return verified, False
+        if done.read_back:
+            seen = self.arrivals.judge(done)
+            return (None, False) if seen is None else (seen.intact, not (seen.intact or seen.corrupted))
+        # not read back: whether the slot has the bytes that it was sealed with
         thread = threading.get_ident()
-        found = self.driver.submit(protocol.reinspect(thread, slot.index, slot.snapshot, self.ground))
-        return None if found is None else found.intact
+        found = self.driver.submit(protocol.reinspect(thread, done.slot.index, done.slot.snapshot, self.ground))
+        return None if found is None else found.intact, False
 
 
 def _chooser(to: Target, generations_back: int, onset: int | None) -> Callable[[Ring, int | None], Slot | None]:
@@ -463,13 +479,14 @@ def _places(storages: Sequence[Storage]) -> set[torch.device]:
     return found
 
 
-def _refuse_oversize(num_bytes: int, num_slots: int) -> None:
-    """A first estimate: parameters and buffers alone; optimizer state does not exist yet and comes on top."""
-    left = memory.available_host_bytes()
-    if left is not None and num_bytes * num_slots > left:
-        raise BudgetExceeded(
-            "attaching the governor",
-            f"{num_slots} slots x {num_bytes / 2**20:,.1f} MiB of parameters and buffers exceed the "
-            f"{left / 2**20:,.1f} MiB that are available",
-            "Configure fewer slots (a longer cadence or a shorter probation), or free memory.",
-        )
+def _layout(config: GovernorConfig, lag: int, with_devices: bool) -> tuple[Ring, budget.Request]:
+    """The slots of the ring, and what is known of the memory that they may take."""
+    num_slots = config.num_slots(lag)
+    if with_devices:
+        drained = _MOST_DRAINED if config.host_slots is None else config.host_slots
+        # should the devices have no room for them, main memory takes the snapshots themselves
+        slots = ring.empty_ring(max(num_slots, drained), num_slots)
+    else:
+        drained, num_slots = 0, num_slots + (config.host_slots or 0)
+        slots = ring.empty_ring(num_slots)
+    return slots, budget.Request({}, 0, num_slots, drained, config.tier, config.device_budget, config.host_budget)

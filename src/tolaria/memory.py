@@ -37,30 +37,50 @@ def _container_bytes() -> int | None:
         return None
 
 
-def allocate(num_bytes: int, device: torch.device, doing: str) -> torch.Tensor:
-    """A zeroed flat tensor, shape [num_bytes], uint8, on `device`.
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a device, and the most that was in use at once: this process's peak, and what others have now.
+
+    None where torch does not tell. Waits for nothing.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    others = max(0, total - free - torch.cuda.memory_reserved(device))
+    return total, others + torch.cuda.max_memory_allocated(device)
+
+
+def allocate(num_bytes: int, device: torch.device, doing: str, *, on_host: bool = False) -> torch.Tensor:
+    """A zeroed flat tensor, shape [num_bytes], uint8, on `device`, or for its bytes in page-locked main memory.
 
     Raises:
         BudgetExceeded: It does not fit. On the host this is asked first, because the system would grant the memory and
             kill the process when it is touched.
     """
-    if device.type == "cpu":
+    where = "the host" if on_host else str(device)
+    if on_host or device.type == "cpu":
         left = available_host_bytes()
         if left is not None and num_bytes > left:
-            raise _exceeded(doing, num_bytes, device, f"{left / 2**20:,.1f} MiB are available")
+            raise _exceeded(doing, num_bytes, where, f"{left / 2**20:,.1f} MiB are available")
     try:
+        if on_host and device.type != "cpu":
+            return page_locked(num_bytes)
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _exceeded(doing, num_bytes, device, str(error).splitlines()[0] if str(error) else "refused") from error
-    except RuntimeError as error:  # the CPU allocator has no error type of its own
-        if "allocate memory" not in str(error):
+        raise _exceeded(doing, num_bytes, where, str(error).splitlines()[0] if str(error) else "refused") from error
+    except RuntimeError as error:  # the allocators of main memory have no error type of their own
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
             raise
-        raise _exceeded(doing, num_bytes, device, "the allocator refused") from error
+        raise _exceeded(doing, num_bytes, where, "the allocator refused") from error
 
 
-def _exceeded(doing: str, num_bytes: int, device: torch.device, seen: str) -> BudgetExceeded:
+def page_locked(num_bytes: int) -> torch.Tensor:
+    """Zeroed main memory that a device can reach by itself. Invalidates graph captures of other threads."""
+    return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def _exceeded(doing: str, num_bytes: int, where: str, seen: str) -> BudgetExceeded:
     return BudgetExceeded(
         doing,
-        f"one slot needs {num_bytes / 2**20:,.1f} MiB on {device}, but {seen}",
+        f"one slot needs {num_bytes / 2**20:,.1f} MiB on {where}, but {seen}",
         "Snapshots held so far are intact. Free memory, or configure fewer slots (longer cadence, shorter probation).",
     )

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any
 
 from tolaria.gate import GateState, ThreadId
-from tolaria.ring import Ring
+from tolaria.ring import Ring, Tier
 
 DeviceName = str
 Event = Any
@@ -50,12 +50,14 @@ class Places:
         pinned: Some of the host's tensors are page-locked, so that a transfer may be reading or writing them even now.
         unguarded: Something is written outside of sections as well (gradients, registered objects), so that nobody
             would wait for the copies of it by himself.
+        tier: Where a snapshot of them is to be held.
     """
 
     queued: tuple[DeviceName, ...] = ()
     host: tuple[DeviceName, ...] = ()
     pinned: bool = False
     unguarded: bool = False
+    tier: Tier = Tier.HOST
 
 
 class SectionKind(Enum):
@@ -136,9 +138,13 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Make sure that the slot has memory for the surveyed layout; allocates only when the layout is new."""
+    """Make sure that the slot has memory for the surveyed layout; allocates only when the layout is new.
+
+    With `like`: for the layout of that slot, which it is going to be a copy of.
+    """
 
     slot: int
+    like: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +178,15 @@ class Examine:
 class Inspect:
     """Answer what the first reading of a slot showed, an `Inspection`; waits for the `Examine` that is under way.
 
-    With `again` the slot is then read once more: are its bytes still those of the first reading?
+    With `again` the slot is then read once more: are its bytes still those of the first reading? With `live` the answer
+    is that of `ReadLive`: are the restored bytes those of the first reading? With `at_rest` a digest is taken of what
+    an accelerator's storages have in main memory, which later readings then compare with.
     """
 
     slot: int
     again: bool = False
+    live: bool = False
+    at_rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +208,28 @@ class Copy:
     device: DeviceName
     part: Part
     direction: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLive:
+    """Read the restored storages of one part back, behind the copies: `Inspect` with `live` tells what was found.
+
+    Enqueued where devices have queues, else performed at once.
+    """
+
+    slot: int
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Copy a whole slot of the device tier into one of the host tier, on streams that nothing else waits for.
+
+    Enqueues, behind everything that the governor's own streams were given so far. Answers the `Events` of its end.
+    """
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +295,8 @@ Op = (
     | Examine
     | Inspect
     | RestoreHost
+    | ReadLive
+    | Transfer
     | Copy
     | ContextRecord
     | ContextWait

@@ -17,8 +17,12 @@ Order of a rollback, and why each edge is there:
     host state          schedulers, hyper-parameters, random state; gradients dropped; version counters bumped; what
                         of this is work for a device goes to the stream of the copies
     post barrier        work launched later, on any stream, starts after all of that
+    reading back        what was restored is read once more; writers wait for the end of it lazily, readers do not
     epoch + 1           backward passes that straddle this point are recognised as stale
     gate released       never held while waiting for a device, except by the ``blocking`` barrier
+
+The parts: `admission` (sections, captures, the exclusive side), `barriers`, `sealing` (reading slots back, draining),
+`rollback`; the snapshot and the driver of all of them are here.
 
 A snapshot has no post barrier: writers wait for its `done` events lazily when they open their next section. Buffers
 are copied first and have events of their own, because a train-mode forward writes them before any optimizer does.
@@ -31,58 +35,43 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
-from tolaria.admission import (
-    announce,
-    announce_exclusive,
-    enter_exclusive,
-    leave_exclusive,
-    refuse_in_capture,
-    wait_everywhere,
-)
-from tolaria.errors import (
-    DeviceLost,
-    NoSnapshot,
-    PhaseError,
-    RollbackFailed,
-    SlotsBusy,
-    SnapshotRejected,
-)
+from tolaria.admission import announce, enter_exclusive, leave_exclusive, wait_everywhere
+from tolaria.barriers import Ground, copies, copies_done, pre_barrier, record
+from tolaria.errors import PhaseError, SlotsBusy
 from tolaria.gate import ThreadId
 from tolaria.operations import (
-    Await,
     Barrier,
     CaptureHost,
     Change,
-    Check,
-    ContextRecord,
-    Copy,
     Direction,
     Events,
     Examine,
     HostState,
-    HostWait,
-    Inspect,
-    Inspection,
     Op,
     Part,
     Places,
     Protocol,
     Reserve,
-    RestoreHost,
-    StreamRecord,
-    StreamWait,
     Survey,
-    Synchronize,
 )
-from tolaria.ring import Ring, Slot
+from tolaria.ring import Tier
+from tolaria.rollback import RolledBack, rollback
+from tolaria.sealing import drain, reinspect, reinspect_restored, seal
 
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """What the protocol knows of the machine: how to order work on its devices, and how long to wait for sections."""
-
-    barrier: Barrier
-    gate_timeout_s: float | None = None
+__all__ = [
+    "Ground",
+    "RolledBack",
+    "Taken",
+    "drain",
+    "drive",
+    "refuse_in_autograd",
+    "reinspect",
+    "reinspect_restored",
+    "rollback",
+    "seal",
+    "snapshot",
+    "snapshot_and_seal",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,81 +82,9 @@ class Taken:
     snapshot: int
     step: int | None
     waited_s: float
+    began: Events = ()  # when the devices began to copy
     done: Events = ()  # when the copies have been made
     completed: int = -1  # optimizer steps completed when it was taken
-
-
-@dataclass(frozen=True, slots=True)
-class RolledBack:
-    """Result of `rollback`."""
-
-    slot: Slot
-    epoch: int
-    corrupted: tuple[int, ...]  # steps of newer snapshots that were found corrupted and given up
-    waited_s: float
-    began: Events = ()  # when the device began to copy,
-    copied: Events = ()  # when it had copied, and
-    done: Events = ()  # when everything else that it had to do for this rollback was done
-
-
-# ---------------------------------------------------------------- barriers
-
-
-def _pre_barrier(ground: Ground, places: Places) -> Protocol:
-    """Order everything launched so far, on any stream of any device, before the governor's copies."""
-    if ground.barrier is Barrier.BLOCKING:
-        for device in places.queued:
-            yield Synchronize(device)
-    elif ground.barrier is Barrier.CONTEXT:
-        events = []
-        for device in places.queued:
-            events.append((device, (yield ContextRecord(device))))
-        # a tensor of one device may be written by work of another: every copy stream waits for all of them
-        for device in places.queued:
-            for _, event in events:
-                yield StreamWait(device, event)
-        if places.pinned:
-            for device, event in events:
-                yield HostWait(device, event)
-
-
-def _post_barrier(ground: Ground, places: Places) -> Protocol:
-    """Order the governor's work before everything launched from now on, on any stream of any device.
-
-    Answers the events at which that work ends.
-    """
-    if ground.barrier is Barrier.BLOCKING:
-        for device in places.queued:
-            yield Synchronize(device)
-    if ground.barrier is not Barrier.CONTEXT:
-        return ()
-    events: Events = yield from _record(places)
-    yield from wait_everywhere(events)
-    return events
-
-
-def _copies_done(ground: Ground, places: Places) -> Protocol:
-    """Mark the end of a capture. With a device queue: events for writers to wait for; else wait here, or nothing."""
-    if ground.barrier is Barrier.BLOCKING:
-        for device in places.queued:
-            yield Synchronize(device)
-    if ground.barrier is not Barrier.CONTEXT:
-        return ()
-    return (yield from _record(places))
-
-
-def _record(places: Places) -> Protocol:
-    """An event on the governor's own stream of every device. Answers (device, event) pairs."""
-    events = []
-    for device in places.queued:
-        events.append((device, (yield StreamRecord(device))))
-    return tuple(events)
-
-
-def _copies(slot: int, places: Places, part: Part, direction: Direction) -> Protocol:
-    """One part of a slot, everywhere. The host's copies last: they run while the queued ones are under way."""
-    for device in (*places.queued, *places.host):
-        yield Copy(slot, device, part, direction)
 
 
 # ---------------------------------------------------------------- snapshot
@@ -193,13 +110,14 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
     doing = "taking a snapshot" if step is None else f"taking a snapshot at step {step}"
     claimed: list[tuple[int, int]] = []
 
-    def claim(state: HostState) -> tuple[HostState, tuple[int, int]]:
+    def claim(state: HostState, tier: Tier) -> tuple[HostState, tuple[int, int]]:
         serial = state.next_snapshot
-        answer = ring.claim(state.ring, serial, -1 if step is None else step, manual)
+        answer = ring.claim(state.ring, serial, -1 if step is None else step, manual, tier, ground.reach)
         if answer is None:
             raise SlotsBusy(
                 doing,
-                f"all {len(state.ring)} slots hold the last good snapshot, a candidate in probation, or are being read",
+                f"all {ring.count(state.ring, lambda slot: slot.tier is tier)} slots of the {tier.value} tier hold the "
+                "last good snapshot, a candidate in probation, or are being read",
                 "Nothing was overwritten. Try again after the next healthy steps, or configure more slots.",
             )
         slots, index = answer
@@ -209,17 +127,18 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
     try:
         waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient=False)
         places: Places = yield Survey()
-        slot, serial = yield Change("claim a slot", claim)
+        slot, serial = yield Change("claim a slot", lambda s: claim(s, places.tier))
         claimed.append((slot, serial))
-        yield from _pre_barrier(ground, places)
+        yield from pre_barrier(ground, places)
         # behind the barrier: memory of the governor's stream may have been in the hands of the user's objects
         yield Reserve(slot)
-        yield from _copies(slot, places, Part.BUFFERS, Direction.CAPTURE)
-        buffers_done = yield from _copies_done(ground, places)
-        yield from _copies(slot, places, Part.REST, Direction.CAPTURE)
+        began: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from record(places))
+        yield from copies(slot, places, Part.BUFFERS, Direction.CAPTURE)
+        buffers_done = yield from copies_done(ground, places)
+        yield from copies(slot, places, Part.REST, Direction.CAPTURE)
         # before `done`: what an extra's state_dict clones on a device is read by the governor's stream as well
         counted: int | None = yield CaptureHost(slot)
-        all_done: Events = yield from _copies_done(ground, places)
+        all_done: Events = yield from copies_done(ground, places)
         pending = (buffers_done, all_done)
         if places.unguarded:
             yield from wait_everywhere(all_done)
@@ -243,37 +162,13 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
             ),
         )
         claimed.clear()
-        return Taken(slot, serial, taken_at, waited_s, all_done, -1 if counted is None else counted)
+        return Taken(slot, serial, taken_at, waited_s, began, all_done, -1 if counted is None else counted)
     finally:
         for index, serial in claimed:
             yield Change(
                 "give the slot up", lambda s, i=index, n=serial: (replace(s, ring=ring.release(s.ring, i, n)), None)
             )
         yield leave_exclusive(thread)
-
-
-def seal(thread: ThreadId, slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:
-    """Read a staged slot back: take its digest and look for non-finite values. Needs no gate: it reads the slot only.
-
-    Args:
-        thread: The calling thread.
-        slot: Index in the ring.
-        serial: Serial number of the snapshot that should be there.
-        vouched: A manual snapshot is kept even if it is not finite: its caller vouches for it.
-        ground: Barrier and time-out.
-
-    Returns:
-        The `Inspection`; None when the slot has moved on meanwhile.
-    """
-    if not (yield from _pin(slot, serial)):
-        return None
-    try:
-        found: Inspection = yield from _read(thread, slot, ground, again=False)
-        settle = ring.release if found.nonfinite and not vouched else ring.seal
-        yield Change("settle", lambda s: (replace(s, ring=settle(s.ring, slot, serial)), None))
-        return found
-    finally:
-        yield Change("unpin", lambda s: (replace(s, ring=ring.pin(s.ring, slot, -1)), None))
 
 
 def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -> Protocol:
@@ -289,181 +184,6 @@ def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual
         )
         raise
     return taken, found
-
-
-def reinspect(thread: ThreadId, slot: int, serial: int, ground: Ground) -> Protocol:
-    """Compare a slot's bytes with its digest. Needs no gate. None when the slot has moved on."""
-    if not (yield from _pin(slot, serial)):
-        return None
-    try:
-        return (yield from _read(thread, slot, ground, again=True))
-    finally:
-        yield Change("unpin", lambda s: (replace(s, ring=ring.pin(s.ring, slot, -1)), None))
-
-
-def _read(thread: ThreadId, slot: int, ground: Ground, *, again: bool) -> Protocol:
-    """Inspect a pinned slot. Reading a device may wait for it or take memory, which invalidates a graph capture."""
-    if ground.barrier is Barrier.HOST:
-        return (yield Inspect(slot, again))
-
-    def enter(state: HostState) -> tuple[HostState, None] | None:
-        refuse_in_capture(state, thread, "reading a snapshot", patient=True)
-        return None if state.captures else (replace(state, ordering=state.ordering + 1), None)
-
-    yield Await("read a snapshot: wait for graph captures", enter, ground.gate_timeout_s)
-    try:
-        return (yield Inspect(slot, again))
-    finally:
-        yield Change("read", lambda s: (replace(s, ordering=s.ordering - 1), None))
-
-
-def _pin(slot: int, serial: int) -> Protocol:
-    """Hold a slot against being claimed, if it still holds that snapshot. Answers whether it does."""
-
-    def function(state: HostState) -> tuple[HostState, bool]:
-        if ring.by_serial(state.ring, serial) is None:
-            return state, False
-        return replace(state, ring=ring.pin(state.ring, slot, 1)), True
-
-    return (yield Change("pin", function))
-
-
-# ---------------------------------------------------------------- rollback
-
-
-def rollback(
-    thread: ThreadId,
-    ground: Ground,
-    choose: Callable[[Ring, int | None], Slot | None],
-    doing: str,
-    verify_before: bool = False,
-    reset: tuple[Any, ...] = (),
-    patient: bool = False,
-) -> Protocol:
-    """Restore one snapshot in place.
-
-    Args:
-        thread: The calling thread.
-        ground: Barrier and time-out.
-        choose: Picks the slot from the ring; its second argument, when not None, excludes snapshots from that serial
-            number on (used to go further back past a corrupted one).
-        doing: For messages.
-        verify_before: Read the slot's digest before the first write, and fall back to an older snapshot on a mismatch.
-        reset: Optimizers that were not governed at the snapshot; their state is cleared (a cold start).
-        patient: Wait for graph captures of other threads to end, instead of raising.
-
-    Returns:
-        `RolledBack`.
-
-    Raises:
-        PhaseError, CaptureInProgress, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: nothing was written.
-        RollbackFailed: an operation failed after the first write.
-    """
-    pinned: list[int] = []
-    corrupted: list[Slot] = []
-    wrote = announced = False
-
-    def select(state: HostState) -> tuple[HostState, Slot]:
-        slot = choose(state.ring, corrupted[-1].snapshot if corrupted else None)
-        if slot is None:
-            if corrupted:
-                raise SnapshotRejected(
-                    doing,
-                    f"the bytes of {len(corrupted)} snapshots changed since they were sealed, and none is older",
-                    "Restart from a checkpoint on disk; this machine's memory is not to be trusted.",
-                )
-            raise NoSnapshot(
-                doing,
-                "there is no manual or certified snapshot to go back to, expected at least one",
-                "Take one with snapshot(), or let the run reach its first certified snapshot.",
-            )
-        return replace(state, ring=ring.pin(state.ring, slot.index, 1)), slot
-
-    def discard(state: HostState) -> tuple[HostState, None]:
-        bad = corrupted[-1]
-        slots = ring.release(ring.pin(state.ring, bad.index, -1), bad.index, bad.snapshot)
-        return replace(state, ring=slots), None
-
-    def commit(state: HostState, restored: int) -> tuple[HostState, int]:
-        epoch = state.epoch + 1
-        slots = ring.suspend(ring.drop_newer(state.ring, restored))
-        # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
-        # holds any, belong to the new epoch); running passes are not
-        return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch
-
-    def may_run(state: HostState) -> tuple[HostState, None]:
-        announce_exclusive(state, thread, doing, patient)  # raises what the real one would
-        return state, None
-
-    def intact() -> Protocol:
-        while True:
-            slot: Slot = yield Change("choose a snapshot", select)
-            pinned.append(slot.index)
-            found: Inspection = yield from _read(thread, slot.index, ground, again=True)
-            if found.intact:
-                return slot
-            corrupted.append(slot)
-            pinned.clear()
-            yield Change("discard a corrupted snapshot", discard)
-
-    def choose_again(state: HostState, slot: Slot | None) -> tuple[HostState, Slot | None]:
-        chosen, answer = select(state)
-        if slot is None:
-            return chosen, answer
-        if answer.snapshot == slot.snapshot:
-            return state, slot  # pinned already
-        # a newer snapshot was published meanwhile, or a rollback of another thread has dropped what had been read
-        return replace(state, ring=ring.pin(state.ring, slot.index, -1)), None
-
-    try:
-        while True:
-            read: Slot | None = None
-            if verify_before:
-                # with the gate open: this reads the slot only, and may take its time
-                yield Change("may it run?", may_run)
-                read = yield from intact()
-            yield announce(thread, doing, patient)
-            announced = True
-            waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient)
-            target: Slot | None = yield Change("choose a snapshot", lambda s, slot=read: choose_again(s, slot))
-            if target is not None:
-                pinned[:] = [target.index]
-                break
-            pinned.clear()
-            yield leave_exclusive(thread)
-            announced = False
-        places: Places = yield Check(target.index)
-        # the copies below run on the stream that filled the slot, so they are ordered behind its `done` by themselves
-        yield from _pre_barrier(ground, places)
-        began: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from _record(places))
-        wrote = True
-        alive = False
-        try:
-            for part in Part:
-                yield from _copies(target.index, places, part, Direction.RESTORE)
-            copied: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from _record(places))
-            # before the post barrier: gradients zeroed in place and what an extra loads are device work too
-            alive = yield RestoreHost(target.index, reset)
-        finally:
-            done: Events = yield from _post_barrier(ground, places)
-        epoch = yield Change("commit", lambda s: commit(s, target.snapshot))
-        return RolledBack(target, epoch, tuple(slot.step for slot in corrupted), waited_s, began, copied, done)
-    except BaseException as error:
-        if wrote and not isinstance(error, GeneratorExit):
-            yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
-            if isinstance(error, DeviceLost):
-                raise
-            raise RollbackFailed(
-                doing,
-                f"{type(error).__name__} after the first write: {error}",
-                "Call execute_rollback() again once the cause is mended (the snapshot is still held), or stop the run.",
-            ) from error
-        raise
-    finally:
-        for index in pinned:
-            yield Change("unpin", lambda s, i=index: (replace(s, ring=ring.pin(s.ring, i, -1)), None))
-        if announced:
-            yield leave_exclusive(thread)
 
 
 def refuse_in_autograd(doing: str) -> PhaseError:

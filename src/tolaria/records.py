@@ -113,10 +113,12 @@ class Capabilities:
             sides, the host waits for nothing) or ``"blocking"`` (device synchronise on both sides).
         barrier_reason: Why it is not ``"context"`` on an accelerator; else empty.
         devices: Devices that hold governed tensors, for example ``("cpu",)``.
-        tier: Where slots live: ``"host"`` (main memory) or ``"device"`` (beside the tensors they copy).
+        tier: Where snapshots are taken into: ``"host"`` (main memory) or ``"device"`` (beside the tensors they copy).
+        tier_reason: Why a train state on a device has its snapshots in main memory; else empty.
+        host_slots: How many slots of main memory are filled from those of the device tier.
         copy_path: How bytes are moved.
         state_bytes: Bytes of one snapshot; 0 before the first one.
-        slots: Number of slots in the ring.
+        slots: Slots of that tier.
         cadence: Steps between automatic snapshots, after any stretching (see `cadence_stretched`).
         cadence_stretched: True when the ring was too small for the cadence that was asked for.
         rng: RNG policy in force: ``"restore"``, ``"fork"`` or ``"keep"``.
@@ -132,6 +134,8 @@ class Capabilities:
     cadence_stretched: bool
     rng: str
     barrier_reason: str = ""
+    tier_reason: str = ""
+    host_slots: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +150,9 @@ class Statistics:
     snapshots_deferred: int = 0  # due, but every slot held something that may not be overwritten
     snapshots_rejected: int = 0  # not finite
     snapshots_failed: int = 0  # out of memory, or an extra raised
+    snapshots_corrupted: int = 0  # their bytes changed in memory after they were sealed; given up
+    snapshots_drained: int = 0  # copied from a device to main memory
+    rollbacks_disturbed: int = 0  # read back as something else, so they were done again
     rollbacks: int = 0
     panics: int = 0
     vetoes: int = 0  # optimizer steps not applied because a gradient was not finite
@@ -177,6 +184,7 @@ class Incident:
         rollback_ms: Host time of the rollback in milliseconds.
         barrier: Barrier kind used.
         env_id: The caller's number for this environment or model.
+        tier: Where the snapshot was: ``"device"`` or ``"host"``; ``"none"`` where nothing was put back.
         note: Anything unusual, for example why a replay became a skip.
     """
 
@@ -194,4 +202,5 @@ class Incident:
     rollback_ms: float
     barrier: str
     env_id: int = 0
+    tier: str = "none"
     note: str = ""

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tolaria.errors import PhaseError, SnapshotRejected
-from tolaria.records import SCHEMA_VERSION, Incident
+from tolaria.errors import PhaseError, RollbackDisturbed, SnapshotRejected
+from tolaria.records import SCHEMA_VERSION, Incident, Verdict, VitalSigns
 
 logger = logging.getLogger("tolaria")
 
@@ -23,7 +23,7 @@ class SnapshotInfo:
     Attributes:
         step: Optimizer steps completed when it was taken; None while the request is pending.
         bytes: Tensor bytes held.
-        tier: ``"host"`` or ``"device"``.
+        tier: ``"host"`` or ``"device"``: where it was taken into; `held` tells where it is by now.
     """
 
     step: int | None
@@ -32,6 +32,7 @@ class SnapshotInfo:
     serial: int = -1
     _state: Callable[[int], str] = field(repr=False)
     _wait: Callable[[int, Any, str], None] = field(repr=False)
+    _held: Callable[[int], tuple[str, ...]] = field(default=lambda _: (), repr=False)
     _done: Any = field(default=(), repr=False)
 
     @classmethod
@@ -43,6 +44,11 @@ class SnapshotInfo:
     def state(self) -> str:
         """``pending``, ``staged``, ``sealed``, ``certified``, or ``dropped`` (overwritten, rejected or undone)."""
         return self._state(self.serial) if self.serial >= 0 else "pending"
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The tiers that hold it now, the fastest first; empty when it is held no more."""
+        return self._held(self.serial)
 
     def wait(self, until: str = "staged") -> SnapshotInfo:
         """Block until it is ``"staged"`` (its bytes are copied) or ``"sealed"`` (finite, digest taken).
@@ -65,10 +71,12 @@ class RollbackReport:
     Attributes:
         success: The restore was validated and submitted in order (True also before `wait`); False while pending and
             where nothing was done.
-        status: ``pending`` (queued for the next boundary), ``submitted``, ``done``, or ``failed`` (nothing touched).
+        status: ``pending`` (queued for the next boundary), ``submitted``, ``done``, ``disturbed`` (somebody wrote what
+            was being restored), or ``failed`` (nothing touched).
         env_id: The caller's number for this environment or model.
         reason: Why.
         snapshot_step: Step of the snapshot restored; None while pending or failed.
+        tier: Where that snapshot was: ``device`` or ``host``.
         certified: It was certified (False: vouched for by its caller).
         panic_step: Steps completed when the rollback was asked for.
         steps_lost: Optimizer steps undone.
@@ -79,7 +87,9 @@ class RollbackReport:
         corrupted_steps: Steps of newer snapshots that were found corrupted and passed over.
         device_ms: Milliseconds from the first copy to the last on the slowest device; None until `wait`, and where the
             host waited, so that `host_ms` holds them.
-        verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
+        verified: What was restored is what was captured: read back, its digest equals the one taken when the snapshot
+            was sealed. Where nothing was read back (`host` and `blocking`, unless ``verify="after"``), `wait` compares
+            the slot itself. None until looked at.
     """
 
     success: bool
@@ -87,6 +97,7 @@ class RollbackReport:
     env_id: int = 0
     reason: str = ""
     snapshot_step: int | None = None
+    tier: str = "none"
     certified: bool = False
     panic_step: int = 0
     steps_lost: int = 0
@@ -97,21 +108,24 @@ class RollbackReport:
     corrupted_steps: tuple[int, ...] = ()
     device_ms: float | None = None
     verified: bool | None = None
-    _finish: Callable[[], tuple[float | None, bool | None]] | None = field(default=None, repr=False)
+    _finish: Callable[[], tuple[float | None, bool | None, bool]] | None = field(default=None, repr=False)
 
     def wait(self) -> RollbackReport:
-        """Block until the copies are done, then check that the slot still has the bytes it was sealed with.
+        """Block until the copies are done and, where it can be told, verified (see there).
 
         Raises:
-            SnapshotRejected: It has not: what was restored is not what was captured.
+            SnapshotRejected: The bytes of the snapshot had changed: what was restored is not what was captured.
+            RollbackDisturbed: They had not, but something else was read back. The next `step` rolls back once more.
             PhaseError: The request is still pending.
         """
         if self.status == "pending":
             raise PhaseError("waiting for a rollback", "the request is pending", "Wait after the next boundary.")
         if self._finish is not None:
             finish, self._finish = self._finish, None
-            self.device_ms, self.verified = finish()
-            self.status = "done"
+            self.device_ms, self.verified, was_disturbed = finish()
+            self.status = "disturbed" if was_disturbed else "done"
+        if self.status == "disturbed":
+            raise disturbed(self.snapshot_step)
         if self.verified is False:
             raise SnapshotRejected(
                 "verifying a rollback",
@@ -119,6 +133,16 @@ class RollbackReport:
                 'The train state was restored from them: roll back again with verify="before".',
             )
         return self
+
+
+def disturbed(step: int | None) -> RollbackDisturbed:
+    """The error for a rollback that somebody has written into."""
+    return RollbackDisturbed(
+        "verifying a rollback",
+        f"the train state does not read back as the snapshot of step {step}, whose own bytes are as they were sealed: "
+        "a writer outside of any section, expected none",
+        "Put that writer into `with governor.using():`, and roll back again.",
+    )
 
 
 def incident_line(incident: Incident) -> str:
@@ -134,6 +158,48 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
+
+
+def incident_of(
+    vital: VitalSigns,
+    verdict: Verdict,
+    action: str,
+    report: RollbackReport | None,
+    batches: tuple[int, int],
+    note: str,
+    barrier: str,
+) -> Incident:
+    """One panic as a record.
+
+    Args:
+        vital: The signs of its step.
+        verdict: The judgement.
+        action: What follows, see `Incident`.
+        report: Of the rollback; None where there was none.
+        batches: How many will be delivered again, and how many will not.
+        note: Anything unusual.
+        barrier: Barrier kind in use.
+    """
+    if report is not None and report.corrupted_steps:
+        note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
+    return Incident(
+        step=vital.step,
+        onset=vital.step if verdict.onset is None else verdict.onset,
+        reason=verdict.reason,
+        signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
+        evidence=dict(verdict.evidence),
+        action=action,
+        restored_step=None if report is None else report.snapshot_step,
+        certified=report is not None and report.certified,
+        tier="none" if report is None else report.tier,
+        steps_lost=0 if report is None else report.steps_lost,
+        batches_replayed=batches[0],
+        batches_skipped=batches[1],
+        rollback_ms=0.0 if report is None else report.host_ms,
+        barrier=barrier,
+        env_id=0 if report is None else report.env_id,
+        note=note,
+    )
 
 
 class Ledger:

@@ -9,6 +9,10 @@ on.
 
 Pure values and pure transitions, like `gate`: the model checker explores this code.
 
+A ring has slots of two tiers: beside the train state, in the memory of its devices; and in main memory (page-locked,
+where the state is on an accelerator). Snapshots are taken into one of them, whichever was chosen; where that is the
+device tier, certified snapshots are drained into the other one, which so reaches further back.
+
 Invariants
     * The newest certified snapshot is never claimed for writing, nor dropped before a newer one is certified.
     * The newest good snapshot (manual or certified) is not either, except a manual one by its manual successor, while a
@@ -34,6 +38,13 @@ class SlotPhase(Enum):
     CERTIFIED = "certified"  # sealed, and probation passed
 
 
+class Tier(Enum):
+    """Where the bytes of a slot are."""
+
+    DEVICE = "device"  # beside the train state
+    HOST = "host"  # in main memory
+
+
 READABLE = frozenset({SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED})
 
 
@@ -49,7 +60,8 @@ class Slot:
         completed: The optimizer steps completed when it was taken; -1 until it is published.
         manual: Vouched for by its caller.
         healthy: Healthy steps judged since.
-        readers: Rollbacks that are reading it now.
+        readers: Rollbacks and transfers that are reading it now.
+        tier: Where its bytes are, fixed. Where the train state is in main memory, every slot is of the host tier.
     """
 
     index: int
@@ -60,6 +72,7 @@ class Slot:
     healthy: int = 0
     readers: int = 0
     completed: int = -1
+    tier: Tier = Tier.HOST
 
     @property
     def is_good(self) -> bool:
@@ -75,15 +88,16 @@ class Slot:
 Ring = tuple[Slot, ...]
 
 
-def empty_ring(num_slots: int) -> Ring:
-    """A ring of free slots."""
-    return tuple(Slot(index) for index in range(num_slots))
+def empty_ring(host: int, device: int = 0) -> Ring:
+    """A ring of free slots: those of the device tier first."""
+    tiers = (*(Tier.DEVICE,) * device, *(Tier.HOST,) * host)
+    return tuple(Slot(index, tier=tier) for index, tier in enumerate(tiers))
 
 
 def newest_good(ring: Ring, before: int | None = None) -> Slot | None:
     """The newest manual or certified snapshot, optionally only among those with a serial number below `before`."""
     good = [slot for slot in ring if slot.is_good and (before is None or slot.snapshot < before)]
-    return max(good, key=lambda slot: slot.snapshot, default=None)
+    return max(good, key=_age, default=None)
 
 
 def newest_certified(ring: Ring) -> Slot | None:
@@ -93,6 +107,11 @@ def newest_certified(ring: Ring) -> Slot | None:
 
 def _age(slot: Slot) -> int:
     return slot.snapshot
+
+
+def _free(slot: Slot) -> Slot:
+    """The slot when it holds nothing any more. Its readers are still reading."""
+    return Slot(slot.index, readers=slot.readers, tier=slot.tier)
 
 
 def by_serial(ring: Ring, snapshot: int) -> Slot | None:
@@ -106,27 +125,77 @@ def by_step(ring: Ring, step: int) -> Slot | None:
     return max(found, key=lambda slot: slot.snapshot, default=None)
 
 
-def claim(ring: Ring, snapshot: int, step: int, manual: bool) -> tuple[Ring, int] | None:
-    """Take a slot for writing: a free one, else the oldest good one that may be given up.
+def claim(
+    ring: Ring,
+    snapshot: int,
+    step: int,
+    manual: bool,
+    tier: Tier = Tier.HOST,
+    reach: int = 0,
+    most: int | None = None,
+) -> tuple[Ring, int] | None:
+    """Take a slot of one tier for writing: a free one, else a good one that may be given up.
 
     The newest certified snapshot is always kept, and so is the newest good one, except that a manual snapshot may take
     the place of an older manual one while a certified one stands behind it.
+
+    Args:
+        ring: The slots.
+        snapshot: Serial number of the snapshot to be written.
+        step: Its step number.
+        manual: Vouched for by its caller.
+        tier: Where to.
+        reach: How many steps back the ring shall reach. What is given up is chosen by `thinnest`; 0: the oldest.
+        most: Use that many slots of the tier, the first ones; None: all.
 
     Returns:
         The ring with that slot filling, and its index; None when every slot must be kept.
     """
     certified = newest_certified(ring)
-    keep = (newest_good(ring), certified)
-    idle = [slot for slot in ring if not slot.readers]
+    keep = {slot.snapshot for slot in (newest_good(ring), certified) if slot is not None}
+    idle = [slot for slot in [slot for slot in ring if slot.tier is tier][:most] if not slot.readers]
     chosen = min((s for s in idle if s.phase is SlotPhase.FREE), key=lambda slot: slot.index, default=None)
     if chosen is None:
-        chosen = min((s for s in idle if s.is_good and s not in keep), key=_age, default=None)
+        # the place beside the train state is worth keeping; one in main memory is not, while there is another
+        if tier is Tier.DEVICE:
+            chosen = thinnest([s for s in idle if s.is_good and s.snapshot not in keep], ring, reach)
+        chosen = chosen or thinnest([s for s in idle if s.is_good and not _is_kept(ring, s, keep)], ring, reach)
     if chosen is None and manual and certified is not None:
-        chosen = min((s for s in idle if s.is_good and s is not certified), key=_age, default=None)
+        chosen = min((s for s in idle if s.is_good and s.snapshot != certified.snapshot), key=_age, default=None)
     if chosen is None:
         return None
-    filling = Slot(chosen.index, SlotPhase.FILLING, snapshot, step, manual)
+    filling = Slot(chosen.index, SlotPhase.FILLING, snapshot, step, manual, tier=tier)
     return _put(ring, filling), chosen.index
+
+
+def _is_kept(ring: Ring, slot: Slot, keep: set[int]) -> bool:
+    """Whether this is the only place of a snapshot that must be kept."""
+    if slot.snapshot not in keep:
+        return False
+    return not any(other.snapshot == slot.snapshot and other.is_good for other in ring if other.index != slot.index)
+
+
+def thinnest(candidates: list[Slot], ring: Ring, reach: int) -> Slot | None:
+    """The snapshot that will be missed least.
+
+    Ages grow like a geometric series: what goes is the one whose neighbours in time are closest to each other, measured
+    by its age. Of those older than `reach` steps one is enough, so the oldest goes while there are two. With
+    `reach` 0: the oldest.
+    """
+    if not candidates or reach <= 0:
+        return min(candidates, key=_age, default=None)
+    held = sorted({slot.completed for slot in ring if slot.is_good})
+    now = held[-1]
+    beyond = [slot for slot in candidates if now - slot.completed > reach]
+    if sum(now - step > reach for step in held) > 1 and beyond:
+        return min(beyond, key=_age)
+
+    def loss(slot: Slot) -> tuple[float, int]:
+        older = max((step for step in held if step < slot.completed), default=slot.completed - reach)
+        newer = min((step for step in held if step > slot.completed), default=slot.completed)
+        return (newer - older) / max(1, now - slot.completed), slot.snapshot
+
+    return min(candidates, key=loss)
 
 
 def publish(ring: Ring, index: int, step: int | None = None, completed: int = -1) -> Ring:
@@ -149,7 +218,7 @@ def release(ring: Ring, index: int, snapshot: int) -> Ring:
     slot = ring[index]
     if slot.snapshot != snapshot:
         return ring
-    return _put(ring, replace(Slot(index), readers=slot.readers))
+    return _put(ring, _free(slot))
 
 
 def advance(ring: Ring, probation: int, step: int) -> Ring:
@@ -184,9 +253,48 @@ def drop_newer(ring: Ring, snapshot: int) -> Ring:
 
     def one(slot: Slot) -> Slot:
         newer = slot.snapshot > snapshot and slot.phase in READABLE
-        return replace(Slot(slot.index), readers=slot.readers) if newer else slot
+        return _free(slot) if newer else slot
 
     return tuple(map(one, ring))
+
+
+def drainable(ring: Ring, spacing: int) -> Slot | None:
+    """The certified snapshot that the host tier should hold next: the newest, if it is `spacing` steps ahead of it."""
+    certified = [slot for slot in ring if slot.phase is SlotPhase.CERTIFIED and slot.tier is Tier.DEVICE]
+    newest = max(certified, key=_age, default=None)
+    if newest is None:
+        return None
+    drained = [slot for slot in ring if slot.tier is Tier.HOST and slot.phase is not SlotPhase.FREE]
+    if any(slot.phase is SlotPhase.FILLING or slot.snapshot >= newest.snapshot for slot in drained):
+        return None  # one at a time
+    ahead = min((newest.completed - slot.completed for slot in drained), default=spacing)
+    return newest if ahead >= spacing else None
+
+
+def claim_for_draining(ring: Ring, source: int, snapshot: int, reach: int, most: int) -> tuple[Ring, int] | None:
+    """Pin a certified slot as the source of a transfer, and claim one of the host tier for it.
+
+    Returns:
+        The ring, and the index of the slot to fill; None if the source has moved on, or nothing can be given up.
+    """
+    slot = ring[source]
+    if slot.snapshot != snapshot or slot.phase is not SlotPhase.CERTIFIED:
+        return None
+    claimed = claim(pin(ring, source, 1), snapshot, slot.step, False, Tier.HOST, reach, most)
+    if claimed is None:
+        return None
+    after, index = claimed
+    return _put(after, replace(after[index], completed=slot.completed, manual=slot.manual)), index
+
+
+def drained(ring: Ring, source: int, target: int, snapshot: int) -> Ring:
+    """A transfer is over: its target holds what its source holds, unless that was dropped or given up meanwhile."""
+    slots = pin(ring, source, -1)
+    if slots[target].snapshot != snapshot or slots[target].phase is not SlotPhase.FILLING:
+        return slots
+    if slots[source].snapshot != snapshot or slots[source].phase is not SlotPhase.CERTIFIED:
+        return _put(slots, _free(slots[target]))
+    return _put(slots, replace(slots[target], phase=SlotPhase.CERTIFIED))
 
 
 def pin(ring: Ring, index: int, by: int) -> Ring:

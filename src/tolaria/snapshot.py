@@ -1,16 +1,13 @@
 """SNAPSHOT: the memory behind the ring. Each slot owns its bytes; captures fill it, restores read it.
 
-A slot's memory is one flat arena per device. Storages lie in it in the order (part, trained, dtype), each aligned to
-64 bytes, so that one reduction per element type looks for non-finite values and one pass takes the digest. An arena is
-allocated when the layout of the train state is new to its slot, and never between layout changes; on the governor's own
-stream, so that the allocator gives its memory to nobody whose work is not ordered behind ours.
+A slot's memory (`arena`) is allocated when the layout of the train state is new to the slot, and never between layout
+changes; on the governor's own streams, so that the allocator gives it to nobody whose work is not ordered behind ours.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,109 +15,39 @@ from typing import Any, cast
 
 import torch
 
-from tolaria import kernels, memory
-from tolaria.device import Device, DeviceSet, QueuedDevice
-from tolaria.errors import DeviceLost, TolariaInternalError, UnsupportedState
+from tolaria import arena, budget, kernels, memory
+from tolaria.arena import Arena
+from tolaria.budget import Plan
+from tolaria.device import Device, DeviceSet, HostDevice, QueuedDevice
+from tolaria.errors import BudgetExceeded, DeviceLost, TolariaInternalError, UnsupportedState
+from tolaria.examination import Digest, Examination, doubtful, host_is_finite, nonfinite_names
+from tolaria.kernels import Side
 from tolaria.operations import (
     Barrier,
     CaptureHost,
     Check,
     Copy,
     Direction,
+    Events,
     Examine,
     Inspect,
     Inspection,
     Part,
     Places,
+    ReadLive,
     Reserve,
     RestoreHost,
     Survey,
+    Transfer,
 )
 from tolaria.records import Journal
-from tolaria.state.digest import host_digest
-from tolaria.state.leaves import Leaf, Storage, finiteness, is_finite, is_page_locked
+from tolaria.ring import Tier
+from tolaria.route import Route, lay, transfer
+from tolaria.state.digest import host_digest, host_digest_of
+from tolaria.state.leaves import is_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
-_ALIGNMENT = 64
-_numbers = itertools.count(1)
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # a sum of many overflows in 16 bits
-
-Signature = tuple[tuple[torch.device, int, Part, bool, torch.dtype | None], ...]
-
-
-def _part(storage: Storage) -> Part:
-    return Part.BUFFERS if storage.has_buffers else Part.REST
-
-
-def _signature(storages: Sequence[Storage]) -> Signature:
-    return tuple((s.key[0], s.key[2], _part(s), s.trained, s.dtype) for s in storages)
-
-
-@dataclass(slots=True, eq=False)
-class Arena:
-    """Memory for one layout.
-
-    Attributes:
-        signature: The layout it was made for.
-        flat: Per device, all of it: shape [bytes], uint8.
-        views: Per storage of the survey, its place: shape [storage bytes], uint8.
-        ranges: Homogeneous stretches that ought to be finite, as 1-d floating-point tensors.
-    """
-
-    signature: Signature
-    flat: dict[torch.device, torch.Tensor]
-    views: list[torch.Tensor]
-    ranges: list[torch.Tensor]
-
-
-def _allocate(signature: Signature, doing: str) -> Arena:
-    order = sorted(
-        range(len(signature)),
-        key=lambda i: (str(signature[i][0]), signature[i][2].value, signature[i][3], str(signature[i][4])),
-    )
-    used: dict[torch.device, int] = {}
-    offsets: dict[int, int] = {}
-    stretches: dict[tuple[torch.device, Part, torch.dtype], list[int]] = {}
-    for i in order:
-        device, size, part, trained, dtype = signature[i]
-        offsets[i] = start = used.get(device, 0)
-        used[device] = end = start + -(-size // _ALIGNMENT) * _ALIGNMENT
-        if trained and dtype is not None and _is_summable(dtype):
-            stretches.setdefault((device, part, dtype), [start, end])[1] = end
-    flat = {device: memory.allocate(size, device, doing) for device, size in used.items()}
-    views = [flat[signature[i][0]][offsets[i] : offsets[i] + signature[i][1]] for i in range(len(signature))]
-    ranges = [flat[device][start:end].view(dtype) for (device, _, dtype), (start, end) in stretches.items()]
-    return Arena(signature, flat, views, ranges)
-
-
-Digest = tuple[tuple[str, int], ...]
-"""Per device, in order of names: xxh3-128 of host memory, `kernels.digest` of device memory."""
-
-
-@dataclass(slots=True, eq=False)
-class Examination:
-    """One reading of a slot, perhaps still under way on a device.
-
-    Attributes:
-        digests: Of host memory, by device name.
-        finite: Host memory holds no non-finite value that ought not to be there.
-        rows: Page-locked answers of queued devices by name, shape [2], int64: digest, and 1 if finite.
-        events: When they will be there.
-    """
-
-    digests: dict[str, int] = field(default_factory=dict)
-    finite: bool = True
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    events: dict[str, Any] = field(default_factory=dict)
-
-    def digest(self) -> Digest:
-        """The digest of the whole slot; every answer must be there."""
-        found = {**self.digests, **{name: int(row[0]) for name, row in self.rows.items()}}
-        return tuple(sorted(found.items()))
-
-    def is_finite(self) -> bool:
-        """Whether all is well; False means: look again, tensor by tensor."""
-        return self.finite and all(bool(row[1]) for row in self.rows.values())
+logger = logging.getLogger("tolaria")
 
 
 @dataclass(slots=True, eq=False)
@@ -128,26 +55,37 @@ class SlotMemory:
     """What one slot owns.
 
     Attributes:
+        tier: Where its bytes are.
         arena: The bytes.
         survey: What they are the bytes of.
         host: Values besides.
-        copies: By device and part: places in the arena, and the storages that they are copies of.
+        routes: Between the arena and the storages that it holds the bytes of, by device and part.
+        first: The first reading of the bytes; `again`: a later one; `restored`: of storages restored from here.
         digest: From the first reading; None until its answer was asked for.
-        nonfinite: Names of tensors that it found not to be finite.
-        examination: The first reading, while it is under way.
-        rows: Where its answers arrive, by device.
-        rows_again: The same for later readings.
+        at_rest: In the host tier, of the bytes of accelerators' storages here: xxh3-128 by device.
+        nonfinite: Names of tensors that were found not to be finite.
+        reading: Held by whoever asks for a reading.
     """
 
+    tier: Tier
+    first: Examination
+    again: Examination
+    restored: Examination
     arena: Arena | None = None
     survey: SurveyResult | None = None
     host: HostValues | None = None
-    copies: dict[tuple[str, Part], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = field(default_factory=dict)
+    routes: dict[tuple[str, Part], Route] = field(default_factory=dict)
     digest: Digest | None = None
+    at_rest: dict[str, int] = field(default_factory=dict)
     nonfinite: tuple[str, ...] = ()
-    examination: Examination | None = None
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    rows_again: dict[str, torch.Tensor] = field(default_factory=dict)
+    reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def empty(self) -> None:
+        """Its contents are given up; memory and routes stay for the next ones."""
+        self.survey = self.host = self.digest = None
+        self.at_rest.clear()
+        self.nonfinite = ()
+        self.first.under_way = self.restored.under_way = False
 
 
 @dataclass(slots=True, eq=False)
@@ -156,32 +94,46 @@ class Vault:
 
     Args:
         state: The train state.
-        num_slots: Slots in the ring.
+        tiers: Per slot of the ring, where its bytes are.
         devices: Ports by name; new ones are opened as state appears on further devices.
+        room: What the user allows: a request in which the bytes are still to be filled in.
         with_rng: Whether snapshots hold global random state.
         read_journal: Called at a capture: the governor's own counters and detector states (immutable values).
         write_journal: Called at a restore with what `read_journal` returned.
 
-    Threads: every method except `inspect` is called by the holder of the exclusive gate. Each leaves the caller's
-    inference mode: what is allocated under it could not be written later.
+    Attributes:
+        plan: Which tier snapshots are taken into, for the present layout.
+
+    Threads: every method except `inspect` and `transfer` is called by the holder of the exclusive gate; so is
+    `reserve`, except for draining. Each leaves the caller's inference mode: what is allocated under it could not be
+    written later.
     """
 
     state: TrainState
-    num_slots: int
+    tiers: Sequence[Tier]
     devices: DeviceSet
+    room: budget.Request
     with_rng: Callable[[], bool]
     read_journal: Callable[[], Journal]
     write_journal: Callable[[Journal], None]
     slots: list[SlotMemory] = field(init=False)
+    plan: Plan = field(init=False)
+    _planned: arena.Signature | None = field(default=None, init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
-    _reading: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
-        self.slots = [SlotMemory() for _ in range(self.num_slots)]
+        self.slots = [self._empty_slot(tier) for tier in self.tiers]
+        self.plan = Plan(Tier.HOST if self.devices.barrier is Barrier.HOST else Tier.DEVICE, 0)
+
+    def _empty_slot(self, tier: Tier) -> SlotMemory:
+        first, again, restored = (Examination(self.devices) for _ in range(3))
+        return SlotMemory(tier, first, again, restored)
+
+    # ------------------------------------------------------------ layout
 
     @torch.inference_mode(False)
     def survey(self, _: Survey) -> Places:
-        """Perform `Survey`; a device that is new to us gets its port."""
+        """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         surveyed = self.state.survey()
         keys = {storage.key[0] for storage in surveyed.leaves.storages}
         if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
@@ -191,8 +143,49 @@ class Vault:
                 "Build the governor after moving the model.",
             )
         self.devices.open(keys)
+        self.lay_plan(surveyed)
         self._surveyed = surveyed
         return self._places(surveyed)
+
+    def lay_plan(self, surveyed: SurveyResult) -> None:
+        """Choose the tier for a layout. Says so when it is not the device tier.
+
+        Raises:
+            BudgetExceeded: It fits nowhere.
+        """
+        signature = arena.signature_of(surveyed.leaves.storages)
+        if signature == self._planned:
+            return
+        sizes = arena.num_bytes(signature)
+        accelerators = {str(d): n for d, n in sizes.items() if self.devices[str(d)].barrier is not Barrier.HOST}
+        request = replace(self.room, device_bytes=accelerators, host_bytes=sum(sizes.values()))
+        rooms = {name: room for name in accelerators if (room := self._room(name)) is not None}
+        available = memory.available_host_bytes()
+        if available is not None:
+            available += self._held_bytes("host")
+        plan = budget.plan(request, rooms, available)
+        if accelerators and plan.tier is Tier.HOST and self.plan.tier is not Tier.HOST:
+            logger.info("snapshots are held in main memory: %s", plan.reason)
+        self.plan, self._planned = plan, signature
+
+    def _room(self, name: str) -> budget.Room | None:
+        found = memory.device_memory(torch.device(name))
+        if found is None:
+            return None
+        total, used = found
+        return budget.Room(total, max(0, used - self._held_bytes(name)))
+
+    def _held_bytes(self, where: str) -> int:
+        """Bytes of our slots on a device, or with ``"host"`` in main memory."""
+        flats = [
+            (flat, slot.tier is Tier.HOST or self.devices[str(device)].barrier is Barrier.HOST)
+            for slot in self.slots
+            if slot.arena is not None
+            for device, flat in slot.arena.flat.items()
+        ]
+        return sum(
+            flat.numel() for flat, on_host in flats if (on_host if where == "host" else str(flat.device) == where)
+        )
 
     def _places(self, survey: SurveyResult) -> Places:
         storages = survey.leaves.storages
@@ -204,32 +197,61 @@ class Vault:
         there = list(self.devices) if pinned else names
         queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
         host = tuple(name for name in names if name not in queued)
-        return Places(queued, host, pinned=pinned, unguarded=bool(survey.gradients) or self.state.is_written_outside())
+        unguarded = bool(survey.gradients) or self.state.is_written_outside()
+        return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
     @torch.inference_mode(False)
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
-        surveyed = self._take_survey()
-        signature = _signature(surveyed.leaves.storages)
-        slot.survey = slot.host = slot.digest = slot.examination = None
-        slot.copies = {}
+        surveyed = self._take_survey() if op.like is None else self._filled(op.like)[1]
+        signature = arena.signature_of(surveyed.leaves.storages)
+        slot.empty()
+        names = sorted({str(device) for device, *_ in signature})
         if slot.arena is None or slot.arena.signature != signature:
-            slot.arena = None  # freed before its successor is allocated: the slot was claimed, nobody reads it
-            with self._on_streams():
-                slot.arena = _allocate(signature, f"reserving slot {op.slot}")
+            # freed before its successor is allocated: the slot was claimed, nobody reads it
+            slot.arena = None
+            slot.routes.clear()
+            try:
+                with self._on_streams():
+                    slot.arena = arena.allocate(signature, slot.tier, f"reserving slot {op.slot}")
+            except BudgetExceeded as error:
+                self._give_up_devices(slot.tier, op, error)
+                raise
             # here and not when they are needed: taking page-locked memory invalidates captures of other threads
-            names = [n for n in map(str, slot.arena.flat) if self.devices[n].barrier is Barrier.CONTEXT]
-            slot.rows, slot.rows_again = (
-                {name: torch.zeros(2, dtype=torch.int64).pin_memory() for name in names} for _ in range(2)
-            )
+            for examination in (slot.first, slot.again, slot.restored):
+                examination.reserve(names)
+        self._lay_routes(slot, slot.arena, surveyed)
         slot.survey = surveyed
-        copies: dict[tuple[torch.device, Part], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for view, storage in zip(slot.arena.views, surveyed.leaves.storages, strict=True):
-            held, live = copies.setdefault((storage.key[0], _part(storage)), ([], []))
-            held.append(view)
-            live.append(storage.bytes)
-        slot.copies = {(str(device), part): pair for (device, part), pair in copies.items()}
+        if op.like is None:
+            slot.first.begin()
+
+    def _give_up_devices(self, tier: Tier, op: Reserve, error: BudgetExceeded) -> None:
+        """The device tier is full although there was room by the arithmetic: the next snapshot goes to main memory."""
+        if tier is Tier.DEVICE and self.room.tier is None and op.like is None:
+            self.plan = Plan(Tier.HOST, 0, f"out of memory: {error}")
+            logger.info("snapshots are held in main memory from now on: %s", error)
+
+    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult) -> None:
+        storages = surveyed.leaves.storages
+        chunks: dict[str, int] = {}
+        for device in held.flat:
+            for part in Part:
+                key, indices = (str(device), part), held.of(device, part)
+                live, single = [storages[i].bytes for i in indices], doubtful(surveyed.leaves, indices)
+                first = chunks.get(str(device), 0)
+                known = slot.routes.get(key)
+                if indices and (known is None or not known.leads_to(live, first, single)):
+                    slot.routes[key] = known = lay(
+                        self.devices[str(device)],
+                        live,
+                        [held.views[i] for i in indices],
+                        [held.finite(i) for i in indices],
+                        first,
+                        single,
+                        on_host=slot.tier is Tier.HOST,
+                    )
+                chunks[str(device)] = first + (known.num_chunks if indices and known else 0)
 
     def _on_streams(self) -> contextlib.ExitStack:
         """Inside, what is launched on any governed device is ordered with our copies."""
@@ -244,13 +266,39 @@ class Vault:
         surveyed, self._surveyed = self._surveyed, None
         return surveyed
 
+    # ------------------------------------------------------------ copies
+
     @torch.inference_mode(False)
     def copy(self, op: Copy) -> None:
-        """Perform `Copy`: one call on the device port."""
+        """Perform `Copy`."""
         self._filled(op.slot)
-        held, live = self.slots[op.slot].copies.get((op.device, op.part), ((), ()))
-        pair = (held, live) if op.direction is Direction.CAPTURE else (live, held)
-        self.devices[op.device].copy(*pair)
+        slot = self.slots[op.slot]
+        route = slot.routes.get((op.device, op.part))
+        if route is None:
+            return
+        if op.direction is Direction.RESTORE:
+            route.restore()
+        else:
+            host = self.devices[op.device].barrier is Barrier.HOST
+            route.capture(None if host else slot.first.total(op.device))
+
+    @torch.inference_mode(False)
+    def transfer(self, op: Transfer) -> Events:
+        """Perform `Transfer`. The target takes over what is known of the source."""
+        origin, survey, host = self._filled(op.source)
+        goal, _, _ = self._filled(op.target)
+        source, target = self.slots[op.source], self.slots[op.target]
+        target.survey, target.host = survey, host
+        target.digest, target.nonfinite = source.digest, source.nonfinite
+        events: list[tuple[str, Any]] = []
+        for device, flat in origin.flat.items():
+            port = self.devices[str(device)]
+            if port.barrier is Barrier.HOST:
+                cast("HostDevice", port).copy([goal.flat[device]], [flat])
+            else:
+                event = port.transfer(_transferring(goal.flat[device], flat))
+                events += [] if event is None else [(str(device), event)]
+        return tuple(events)
 
     @torch.inference_mode(False)
     def capture_host(self, op: CaptureHost) -> int:
@@ -268,64 +316,6 @@ class Vault:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
         self.state.check(survey, "rolling back")
         return self._places(survey)
-
-    @torch.inference_mode(False)
-    def examine(self, op: Examine) -> None:
-        """Perform `Examine`."""
-        slot = self.slots[op.slot]
-        slot.examination = self._examine(slot.rows, *self._filled(op.slot)[:2])
-
-    def is_examined(self, index: int) -> bool:
-        """Whether `inspect` would find its answer there."""
-        examination = self.slots[index].examination
-        if examination is None:
-            return True
-        return all(_queued(self.devices[name]).has_passed(event) for name, event in examination.events.items())
-
-    @torch.inference_mode(False)
-    def inspect(self, op: Inspect) -> Inspection:
-        """Perform `Inspect`. Reads the slot only, so it runs beside training."""
-        with self._reading:
-            return self._inspect(self.slots[op.slot], *self._filled(op.slot)[:2], op.again)
-
-    def _inspect(self, slot: SlotMemory, arena: Arena, survey: SurveyResult, again: bool) -> Inspection:
-        if slot.digest is None:
-            examination, slot.examination = slot.examination or self._examine(slot.rows, arena, survey), None
-            slot.digest = self._digest_of(examination)
-            slot.nonfinite = () if examination.is_finite() else self._nonfinite(arena, survey)
-        if not again:
-            return Inspection(nonfinite=slot.nonfinite)
-        return Inspection(intact=self._digest_of(self._examine(slot.rows_again, arena, survey)) == slot.digest)
-
-    def _digest_of(self, examination: Examination) -> Digest:
-        for name, event in examination.events.items():
-            _queued(self.devices[name]).host_wait(event)
-        return examination.digest()
-
-    def _examine(self, rows: dict[str, torch.Tensor], arena: Arena, survey: SurveyResult) -> Examination:
-        """Start a reading. On a queued device this enqueues and returns; elsewhere the answer is there at the end."""
-        found = Examination(rows=rows)
-        doubtful = _outside_of_stretches(arena, survey)
-        for device, flat in arena.flat.items():
-            name, port = str(device), self.devices[str(device)]
-            stretches = [stretch for stretch in arena.ranges if stretch.device == device]
-            leaves = [tensor for tensor in doubtful if tensor.device == device]
-            if port.barrier is Barrier.HOST:
-                found.digests[name] = host_digest(flat)
-                found.finite = found.finite and bool(_all_finite(stretches, leaves, device))
-            elif port.barrier is Barrier.BLOCKING:
-                found.digests[name] = int(kernels.digest(flat))
-                found.finite = found.finite and bool(_all_finite(stretches, leaves, device))
-            else:
-                # an answer that never came must not pass for one: no two readings start from the same number
-                rows[name][0], rows[name][1] = -next(_numbers), 0
-                port.enqueue(functools.partial(_read, rows[name], flat, stretches, leaves))
-                found.events[name] = _queued(port).stream_record()
-        return found
-
-    def _nonfinite(self, arena: Arena, survey: SurveyResult) -> tuple[str, ...]:
-        with self._on_streams():  # the slot's bytes are there for that stream only
-            return _nonfinite(arena, survey)
 
     @torch.inference_mode(False)
     def restore_host(self, op: RestoreHost) -> bool:
@@ -350,17 +340,136 @@ class Vault:
                 optimizer.state.clear()
         return any(parameter.grad is not None for parameter in self.state.parameters())
 
+    # ------------------------------------------------------------ readings
+
+    @torch.inference_mode(False)
+    def examine(self, op: Examine) -> None:
+        """Perform `Examine`."""
+        self._examine(self.slots[op.slot])
+
+    def _examine(self, slot: SlotMemory) -> None:
+        """Complete the first reading. What the copies have not read in passing is read now."""
+        for (name, _), route in slot.routes.items():
+            if self.devices[name].barrier is not Barrier.HOST and not route.reads_while_copying:
+                route.read(Side.HELD, slot.first.total(name))
+        slot.first.send()
+
+    def is_examined(self, index: int) -> bool:
+        """Whether `inspect` would find its answer there."""
+        slot = self.slots[index]
+        return not slot.first.under_way or slot.first.has_arrived()
+
+    def is_read_back(self, index: int) -> bool:
+        """Whether `inspect` with `live` would find its answer there."""
+        return self.slots[index].restored.has_arrived()
+
+    @torch.inference_mode(False)
+    def read_live(self, op: ReadLive) -> None:
+        """Perform `ReadLive`. Main memory is read whole with the last part."""
+        held, survey, _ = self._filled(op.slot)
+        slot, parts = self.slots[op.slot], list(Part)
+        if op.part is parts[0]:
+            slot.restored.begin()
+        for (name, part), route in slot.routes.items():
+            if part is op.part and self.devices[name].barrier is not Barrier.HOST:
+                route.read(Side.LIVE, slot.restored.total(name))
+        if op.part is parts[-1]:
+            for device in held.flat:
+                if self.devices[str(device)].barrier is Barrier.HOST:
+                    blocks = [survey.leaves.storages[i].bytes for i in held.of(device)]
+                    slot.restored.digests[str(device)] = host_digest_of(blocks, held.flat[device].numel())
+            slot.restored.send()
+
+    @torch.inference_mode(False)
+    def inspect(self, op: Inspect) -> Inspection:
+        """Perform `Inspect`. Reads the slot only, so it runs beside training."""
+        held, survey, _ = self._filled(op.slot)
+        slot = self.slots[op.slot]
+        with slot.reading:
+            self._conclude(slot, held, survey)
+            if op.live:
+                slot.restored.wait()
+                return Inspection(intact=slot.restored.digest() == slot.digest)
+            if op.at_rest:
+                slot.at_rest |= {name: host_digest(flat) for name, flat in self._resting(slot, held)}
+            if op.again:
+                return Inspection(intact=self._is_intact(slot, held))
+            return Inspection(nonfinite=slot.nonfinite)
+
+    def _conclude(self, slot: SlotMemory, held: Arena, survey: SurveyResult) -> None:
+        """Take over the first reading, if that has not been done; make it, where it was not enqueued."""
+        if slot.digest is not None:
+            return
+        if self.devices.barrier is not Barrier.CONTEXT:
+            self._examine(slot)
+        first = slot.first
+        for device in held.flat:
+            if self.devices[str(device)].barrier is Barrier.HOST:
+                first.digests[str(device)] = host_digest(held.flat[device])
+                first.finite = first.finite and host_is_finite(held, survey.leaves, device)
+        first.wait()
+        slot.digest = first.digest()
+        if not first.is_finite():
+            with self._on_streams():  # the slot's bytes are there for that stream only
+                slot.nonfinite = nonfinite_names(held, survey.leaves)
+
+    def _resting(self, slot: SlotMemory, held: Arena) -> list[tuple[str, torch.Tensor]]:
+        """Main memory that holds bytes of accelerators."""
+        if slot.tier is Tier.DEVICE:
+            return []
+        return [(str(d), flat) for d, flat in held.flat.items() if self.devices[str(d)].barrier is not Barrier.HOST]
+
+    def _is_intact(self, slot: SlotMemory, held: Arena) -> bool:
+        """Whether the slot has the bytes of its first reading."""
+        known = dict(slot.digest or ())
+        resting = dict(self._resting(slot, held))
+        for device, flat in held.flat.items():
+            name = str(device)
+            if self.devices[name].barrier is Barrier.HOST:
+                known[name] -= host_digest(flat)
+            elif name in resting and name in slot.at_rest:
+                known[name] = host_digest(flat) - slot.at_rest[name]
+            elif name in resting:
+                known[name] -= int(kernels.portable_digest([held.views[i] for i in held.of(device)]))
+        if not resting:
+            slot.again.begin()
+            for (name, _), route in slot.routes.items():
+                if self.devices[name].barrier is not Barrier.HOST:
+                    route.read(Side.HELD, slot.again.total(name))
+            slot.again.send()
+            slot.again.wait()
+            for name, number in slot.again.digest():
+                known[name] -= number
+        return not any(known.values())
+
+    # ------------------------------------------------------------ facts
+
+    def duration_s(self, began: Events, ended: Events) -> float:
+        """Seconds between events that have passed, of the slowest device."""
+        spans = zip(began, ended, strict=True)
+        return max((_queued(self.devices[n]).elapsed_ms(a, b) / 1e3 for (n, a), (_, b) in spans), default=0.0)
+
     def num_bytes(self, index: int) -> int:
         """Bytes of tensors that a slot holds."""
-        arena = self.slots[index].arena
-        return 0 if arena is None else sum(size for _, size, *_ in arena.signature)
+        held = self.slots[index].arena
+        return 0 if held is None else sum(size for _, size, *_ in held.signature)
+
+    @property
+    def copy_path(self) -> str:
+        """How bytes move between live storages and slots."""
+        compiled = {
+            route.is_compiled for slot in self.slots for route in slot.routes.values() if route.is_compiled is not None
+        }
+        if not compiled:
+            return "memmove of whole storages"
+        return "one compiled kernel for all storages" if all(compiled) else "foreach copy of whole storages"
 
     def close(self) -> None:
         """Wait for copies under way, free all slot memory and forget every governed tensor. Idempotent."""
         for port in self.devices.values():
             with contextlib.suppress(DeviceLost):  # nothing is under way there any more
                 port.close()
-        self.slots = [SlotMemory() for _ in self.slots]
+        self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = None
         self.state.forget_survey()
 
@@ -379,65 +488,12 @@ class Vault:
         return slot.arena, slot.survey, slot.host
 
 
-def _is_summable(dtype: torch.dtype) -> bool:
-    """Whether one sum over a stretch tells if all of it is finite."""
-    return dtype.is_complex or (dtype.is_floating_point and dtype.itemsize > 1)
-
-
 def _queued(port: Device) -> QueuedDevice:
     return cast("QueuedDevice", port)
 
 
-def _read(
-    row: torch.Tensor, flat: torch.Tensor, stretches: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor]
-) -> None:
-    """Digest and finiteness of one device's arena, on their way to `row` when this returns."""
-    finite = _all_finite(stretches, leaves, flat.device).long()
-    row.copy_(torch.stack((kernels.digest(flat), finite)), non_blocking=True)
+def _transferring(destination: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    def copy() -> None:
+        transfer([destination], [source])
 
-
-def _all_finite(
-    stretches: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor], device: torch.device
-) -> torch.Tensor:
-    """Shape [], bool, on the device. One sum per stretch: a NaN or an infinity makes it one; it may also overflow."""
-    sums = [stretch.sum(dtype=_WIDER.get(stretch.dtype)) for stretch in stretches]
-    flags = [torch.isfinite(total) for total in sums] + [finiteness(leaf) for leaf in leaves]
-    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
-
-
-def _leaf_in(arena: Arena, leaf: Leaf) -> torch.Tensor:
-    """The snapshot's copy of one leaf."""
-    dtype, offset, shape, strides = leaf.geometry
-    held = arena.views[leaf.storage]
-    start = held.storage_offset() // dtype.itemsize + offset
-    return torch.empty(0, dtype=dtype, device=held.device).set_(held.untyped_storage(), start, shape, strides)
-
-
-def _outside_of_stretches(arena: Arena, survey: SurveyResult) -> list[torch.Tensor]:
-    """Copies of the leaves that ought to be finite and that no sum over a stretch looks at."""
-    storages = survey.leaves.storages
-    return [
-        _leaf_in(arena, leaf)
-        for leaf in survey.leaves.leaves
-        if leaf.trained and not _is_in_a_stretch(leaf, storages[leaf.storage])
-    ]
-
-
-def _nonfinite(arena: Arena, survey: SurveyResult) -> tuple[str, ...]:
-    """Names of leaves that ought to be finite and are not, each looked at by itself. Waits for the device.
-
-    A sum of finite values may have overflowed, and a storage may hold bytes that belong to no leaf.
-    """
-    suspects = [leaf for leaf in survey.leaves.leaves if leaf.trained and _may_be_nonfinite(leaf.geometry[0])]
-    return tuple(leaf.name for leaf in suspects if not is_finite(_leaf_in(arena, leaf)))
-
-
-def _may_be_nonfinite(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-def _is_in_a_stretch(leaf: Leaf, storage: Storage) -> bool:
-    dtype = leaf.geometry[0]
-    if not _may_be_nonfinite(dtype):
-        return True  # nothing to look for
-    return storage.trained and storage.dtype is dtype and _is_summable(dtype)
+    return copy

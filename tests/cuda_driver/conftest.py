@@ -71,6 +71,8 @@ def govern(late: Machine) -> Iterator[Callable[..., TolariaGovernor]]:
     def make(*args: Any, **settings: Any) -> TolariaGovernor:
         parts = {name: settings.pop(name) for name in ("scheduler", "scaler") if name in settings}
         detector = settings.pop("detector", None) or non_finite()
+        # draining waits for the device on a thread of its own: `test_tiers` is about that
+        settings = {"host_slots": 0, "scrub_every": 0, **settings}
         governor = TolariaGovernor(*args, config=GovernorConfig(**settings), detector=detector, **parts)
         made.append(governor)
         return governor

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from tolaria import GovernorConfig, TolariaGovernor
-from tolaria.operations import Await, CaptureHost, Change, Check, Copy, Inspect, Op, Reserve, RestoreHost, Survey
+from tolaria.operations import (
+    Await,
+    CaptureHost,
+    Change,
+    Check,
+    Copy,
+    Inspect,
+    Op,
+    ReadLive,
+    Reserve,
+    RestoreHost,
+    Survey,
+)
 from tolaria.ring import SlotPhase, newest_good
 
 Govern = Callable[..., TolariaGovernor]
@@ -103,9 +115,9 @@ def operations_of(kit: Any, govern: Govern, what: str) -> list[Op]:
 EXPECTED = {
     "snapshot": {Change, Await, Survey, Reserve, Copy, CaptureHost, Inspect},
     "rollback": {Change, Await, Check, Copy, RestoreHost},
-    "verified rollback": {Change, Await, Check, Copy, RestoreHost, Inspect},
+    "verified rollback": {Change, Await, Check, Copy, RestoreHost, ReadLive, Inspect},
     "step with a snapshot": {Change, Await, Survey, Reserve, Copy, CaptureHost, Inspect},
-    "step with a rollback": {Change, Await, Check, Copy, RestoreHost, Inspect},
+    "step with a rollback": {Change, Await, Check, Copy, RestoreHost, ReadLive, Inspect},
 }
 
 

@@ -32,6 +32,7 @@ FIELDS = {
     "rollback_ms",
     "barrier",
     "env_id",
+    "tier",
     "note",
 }
 

@@ -233,9 +233,9 @@ def test_slots_are_allocated_once(govern: Govern, kit: Any, monkeypatch: pytest.
     allocated: list[int] = []
     original = tolaria.memory.allocate
 
-    def allocate(num_bytes: int, *args: Any) -> torch.Tensor:
+    def allocate(num_bytes: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         allocated.append(num_bytes)
-        return original(num_bytes, *args)
+        return original(num_bytes, *args, **kwargs)
 
     monkeypatch.setattr(tolaria.memory, "allocate", allocate)
     life = Life(kit, govern, {20: "panic"}, cadence=2, probation=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ def host_digest(flat: torch.Tensor) -> int:
     """xxh3-128 of a flat uint8 tensor in main memory."""
     hasher = xxhash.xxh3_128()
     _update_host(hasher, flat)
+    return hasher.intdigest()
+
+
+def host_digest_of(blocks: Sequence[torch.Tensor], num_bytes: int) -> int:
+    """`host_digest` of a flat tensor of `num_bytes` that holds these blocks, each aligned to 64 bytes, and zeros."""
+    hasher = xxhash.xxh3_128()
+    done = 0
+    for block in blocks:
+        _update_host(hasher, block)
+        padding = -block.numel() % 64
+        hasher.update(bytes(padding))
+        done += block.numel() + padding
+    hasher.update(bytes(num_bytes - done))
     return hasher.intdigest()
 
 

@@ -1,0 +1,98 @@
+"""Parts of the protocol: the barriers on both sides of the copies, by kind, and the copies themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tolaria.admission import wait_everywhere
+from tolaria.operations import (
+    Barrier,
+    ContextRecord,
+    Copy,
+    Direction,
+    Events,
+    HostWait,
+    Part,
+    Places,
+    Protocol,
+    StreamRecord,
+    StreamWait,
+    Synchronize,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the protocol knows of the machine.
+
+    Attributes:
+        barrier: How to order work on its devices.
+        gate_timeout_s: How long to wait for sections.
+        reach: How many steps back the tier that snapshots are taken into shall reach, where it has slots to spare; 0:
+            what is given up is the oldest.
+        drained: How many slots of the host tier drained snapshots may fill.
+        drained_reach: How many steps back those shall reach.
+    """
+
+    barrier: Barrier
+    gate_timeout_s: float | None = None
+    reach: int = 0
+    drained: int = 0
+    drained_reach: int = 0
+
+
+def pre_barrier(ground: Ground, places: Places) -> Protocol:
+    """Order everything launched so far, on any stream of any device, before the governor's copies."""
+    if ground.barrier is Barrier.BLOCKING:
+        for device in places.queued:
+            yield Synchronize(device)
+    elif ground.barrier is Barrier.CONTEXT:
+        events = []
+        for device in places.queued:
+            events.append((device, (yield ContextRecord(device))))
+        # a tensor of one device may be written by work of another: every copy stream waits for all of them
+        for device in places.queued:
+            for _, event in events:
+                yield StreamWait(device, event)
+        if places.pinned:
+            for device, event in events:
+                yield HostWait(device, event)
+
+
+def post_barrier(ground: Ground, places: Places) -> Protocol:
+    """Order the governor's work before everything launched from now on, on any stream of any device.
+
+    Answers the events at which that work ends.
+    """
+    if ground.barrier is Barrier.BLOCKING:
+        for device in places.queued:
+            yield Synchronize(device)
+    if ground.barrier is not Barrier.CONTEXT:
+        return ()
+    events: Events = yield from record(places)
+    yield from wait_everywhere(events)
+    return events
+
+
+def copies_done(ground: Ground, places: Places) -> Protocol:
+    """Mark the end of a capture. With a device queue: events for writers to wait for; else wait here, or nothing."""
+    if ground.barrier is Barrier.BLOCKING:
+        for device in places.queued:
+            yield Synchronize(device)
+    if ground.barrier is not Barrier.CONTEXT:
+        return ()
+    return (yield from record(places))
+
+
+def record(places: Places) -> Protocol:
+    """An event on the governor's own stream of every device. Answers (device, event) pairs."""
+    events = []
+    for device in places.queued:
+        events.append((device, (yield StreamRecord(device))))
+    return tuple(events)
+
+
+def copies(slot: int, places: Places, part: Part, direction: Direction) -> Protocol:
+    """One part of a slot, everywhere. The host's copies last: they run while the queued ones are under way."""
+    for device in (*places.queued, *places.host):
+        yield Copy(slot, device, part, direction)

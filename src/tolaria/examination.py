@@ -1,0 +1,147 @@
+"""EXAMINATION: one reading of a slot, or of the storages restored from it, perhaps still under way on a device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from tolaria.arena import WIDER, Arena, needs_a_look
+from tolaria.device import Device, DeviceSet, QueuedDevice
+from tolaria.operations import Barrier
+from tolaria.state.leaves import Leaves, finiteness, is_finite
+
+_numbers = itertools.count(1)
+
+Digest = tuple[tuple[str, int], ...]
+"""Per device, in order of names: xxh3-128 of main memory, that of `kernels` elsewhere."""
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """Of one device with a queue: where it adds up, where it arrives, and when."""
+
+    total: torch.Tensor  # shape [2], int64, on the device: digest, and 1 if something is not finite
+    row: torch.Tensor  # the same in page-locked memory
+    event: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class Examination:
+    """One reading, made anew any number of times.
+
+    Attributes:
+        digests: Of main memory, by device name.
+        finite: Main memory holds no non-finite value that ought not to be there.
+        under_way: It was begun, and its answer has not been asked for.
+    """
+
+    devices: DeviceSet
+    digests: dict[str, int] = field(default_factory=dict)
+    finite: bool = True
+    under_way: bool = False
+    _answers: dict[str, _Answer] = field(default_factory=dict)
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Take the memory that the answers of these devices need. Page-locks some: no capture may be in progress."""
+        for name in names:
+            port = self.devices[name]
+            if port.barrier is not Barrier.HOST and name not in self._answers:
+                with port.on_stream():
+                    total = torch.zeros(2, dtype=torch.int64, device=name)
+                self._answers[name] = _Answer(total, torch.zeros(2, dtype=torch.int64).pin_memory())
+
+    def begin(self) -> None:
+        """Start from nothing, behind what the devices' own streams were given so far."""
+        self.digests.clear()
+        self.finite = self.under_way = True
+        for name, answer in self._answers.items():
+            answer.event = None
+            self.devices[name].enqueue(functools.partial(_clear, answer.total))
+
+    def total(self, name: str) -> torch.Tensor:
+        """What readings of that device are added to."""
+        return self._answers[name].total
+
+    def send(self) -> None:
+        """Everything of a device has been asked for: let the answers travel."""
+        for name, answer in self._answers.items():
+            port = self.devices[name]
+            # an answer that never came must not pass for one: no two readings start from the same number
+            answer.row[0], answer.row[1] = -next(_numbers), 1
+            port.enqueue(functools.partial(_send, answer.row, answer.total))
+            answer.event = _queued(port).stream_record() if port.barrier is Barrier.CONTEXT else None
+
+    def has_arrived(self) -> bool:
+        """Whether asking for the answer would not wait."""
+        events = ((name, answer.event) for name, answer in self._answers.items() if answer.event is not None)
+        return all(_queued(self.devices[name]).has_passed(event) for name, event in events)
+
+    def wait(self) -> None:
+        """Until the answer is there."""
+        for name, answer in self._answers.items():
+            port = self.devices[name]
+            if answer.event is not None:
+                _queued(port).host_wait(answer.event)
+            elif port.barrier is Barrier.BLOCKING:
+                port.synchronize()
+        self.under_way = False
+
+    def digest(self) -> Digest:
+        """The digest; the answer must be there."""
+        found = {**self.digests, **{name: int(answer.row[0]) for name, answer in self._answers.items()}}
+        return tuple(sorted(found.items()))
+
+    def is_finite(self) -> bool:
+        """Whether all is well; False means: look again, tensor by tensor."""
+        return self.finite and not any(int(answer.row[1]) for answer in self._answers.values())
+
+
+def _queued(port: Device) -> QueuedDevice:
+    return cast("QueuedDevice", port)
+
+
+def _clear(total: torch.Tensor) -> None:
+    total.zero_()
+
+
+def _send(row: torch.Tensor, total: torch.Tensor) -> None:
+    row.copy_(total, non_blocking=True)
+
+
+def host_is_finite(arena: Arena, leaves: Leaves, device: torch.device) -> bool:
+    """Whether what one device's storages hold in main memory is finite, as far as it ought to be.
+
+    One sum per stretch: a NaN or an infinity makes it one. It may also overflow, so False means: look again.
+    """
+    stretches = [stretch for stretch in arena.ranges if stretch.device == device]
+    single = [
+        arena.leaf(leaf)
+        for leaf in leaves.leaves
+        if leaves.storages[leaf.storage].key[0] == device and needs_a_look(leaf, leaves.storages[leaf.storage])
+    ]
+    flags = [torch.isfinite(stretch.sum(dtype=WIDER.get(stretch.dtype))) for stretch in stretches]
+    flags += [finiteness(tensor) for tensor in single]
+    return bool(torch.stack(flags).all()) if flags else True
+
+
+def nonfinite_names(arena: Arena, leaves: Leaves) -> tuple[str, ...]:
+    """Names of leaves that ought to be finite and are not, each looked at by itself. Waits for the devices.
+
+    A sum of finite values may have overflowed, and a storage may hold bytes that belong to no leaf.
+    """
+    return tuple(leaf.name for leaf in leaves.leaves if leaf.trained and not is_finite(arena.leaf(leaf)))
+
+
+def doubtful(leaves: Leaves, storages: Sequence[int]) -> list[torch.Tensor]:
+    """Live tensors in these storages that ought to be finite and that have to be looked at one by one."""
+    wanted = set(storages)
+    return [
+        leaf.tensor
+        for leaf in leaves.leaves
+        if leaf.storage in wanted and needs_a_look(leaf, leaves.storages[leaf.storage])
+    ]

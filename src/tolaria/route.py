@@ -1,0 +1,203 @@
+"""ROUTE: the way between live storages and their places in a slot, for one device and one part of the train state.
+
+Chosen by where the two ends are: inside main memory, inside one accelerator, or between an accelerator and page-locked
+main memory.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+
+from tolaria.device import Device, HostDevice
+from tolaria.kernels import Finite, Side, Sweep
+from tolaria.operations import Barrier
+from tolaria.state.leaves import finiteness
+
+
+class Route(Protocol):
+    """Copies and readings of one device and one part. What is asked for is enqueued where the device has a queue.
+
+    An answer has shape [2], int64: the digest is added to the first number, the second becomes 1 if something is not
+    finite that ought to be. Main memory takes no answers: it is read by `Vault` as a whole.
+    """
+
+    reads_while_copying: bool
+    """Whether a capture takes the digest in passing; else the slot has to be read afterwards."""
+
+    num_chunks: int
+    """By which the numbers of the digest's chunks go on."""
+
+    is_compiled: bool | None
+    """Whether a kernel of ours does the work; None where none is needed."""
+
+    def capture(self, answer: torch.Tensor | None) -> None:
+        """Live storages -> slot."""
+
+    def restore(self) -> None:
+        """Slot -> live storages."""
+
+    def read(self, side: Side, answer: torch.Tensor) -> None:
+        """Read one side."""
+
+    def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
+        """Whether it would be laid the same way again."""
+        ...
+
+
+class HostRoute:
+    """Inside main memory, by the calling thread and a few more."""
+
+    reads_while_copying = False
+    num_chunks = 0
+    is_compiled: bool | None = None
+
+    def __init__(self, port: HostDevice, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
+        self._port, self._live, self._held = port, live, held
+
+    def capture(self, answer: torch.Tensor | None) -> None:
+        self._port.copy(self._held, self._live)
+
+    def restore(self) -> None:
+        self._port.copy(self._live, self._held)
+
+    def read(self, side: Side, answer: torch.Tensor) -> None:
+        raise NotImplementedError  # never asked: see the class of the answers
+
+    def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
+        return False  # costs nothing to lay anew
+
+
+class DeviceRoute:
+    """Inside the memory of one accelerator: one pass over all blocks.
+
+    Args:
+        port: The device.
+        live: Storages, shape [bytes] each, uint8.
+        held: Their places.
+        finite: Per storage, what ought to be finite in it.
+        first: Number of the first chunk of the digest.
+        doubtful: Tensors in these storages that ought to be finite and that no sweep can check.
+    """
+
+    def __init__(
+        self,
+        port: Device,
+        live: Sequence[torch.Tensor],
+        held: Sequence[torch.Tensor],
+        finite: Sequence[Finite],
+        first: int,
+        doubtful: Sequence[torch.Tensor],
+    ) -> None:
+        self._port, self._live, self._held, self._doubtful = port, list(live), list(held), list(doubtful)
+        with port.on_stream():
+            self._sweep = Sweep(self._live, self._swept(), finite, first)
+        self._first = first
+        self.num_chunks = self._sweep.num_chunks
+        self.is_compiled: bool | None = self._sweep.is_compiled
+        self.reads_while_copying = self._sweep.is_compiled
+
+    def _swept(self) -> Sequence[torch.Tensor] | None:
+        return self._held
+
+    def capture(self, answer: torch.Tensor | None) -> None:
+        sweep, doubtful, taken = self._sweep, self._doubtful, answer if self.reads_while_copying else None
+
+        def copy() -> None:
+            sweep.run(Side.LIVE, copy=True, answer=taken)
+            if answer is not None:
+                _doubt(doubtful, answer)
+
+        self._port.enqueue(copy)
+
+    def restore(self) -> None:
+        sweep = self._sweep
+
+        def copy() -> None:
+            sweep.run(Side.HELD, copy=True)
+
+        self._port.enqueue(copy)
+
+    def read(self, side: Side, answer: torch.Tensor) -> None:
+        sweep = self._sweep
+
+        def read() -> None:
+            sweep.run(side, copy=False, answer=answer)
+
+        self._port.enqueue(read)
+
+    def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
+        same = len(doubtful) == len(self._doubtful) and all(map(operator.is_, doubtful, self._doubtful))
+        return same and first == self._first and self._sweep.fits(live)
+
+
+class TransferRoute(DeviceRoute):
+    """Between the memory of an accelerator and page-locked main memory, block by block on the copy engines.
+
+    The digest is taken of the live storages, on the device.
+    """
+
+    def __init__(
+        self,
+        port: Device,
+        live: Sequence[torch.Tensor],
+        held: Sequence[torch.Tensor],
+        finite: Sequence[Finite],
+        first: int,
+        doubtful: Sequence[torch.Tensor],
+    ) -> None:
+        super().__init__(port, live, held, finite, first, doubtful)
+        self.reads_while_copying = True
+
+    def _swept(self) -> Sequence[torch.Tensor] | None:
+        return None
+
+    def capture(self, answer: torch.Tensor | None) -> None:
+        sweep, doubtful, live, held = self._sweep, self._doubtful, self._live, self._held
+
+        def copy() -> None:
+            if answer is not None:
+                sweep.run(Side.LIVE, copy=False, answer=answer)
+                _doubt(doubtful, answer)
+            transfer(held, live)
+
+        self._port.enqueue(copy)
+
+    def restore(self) -> None:
+        live, held = self._live, self._held
+
+        def copy() -> None:
+            transfer(live, held)
+
+        self._port.enqueue(copy)
+
+
+def lay(
+    port: Device,
+    live: Sequence[torch.Tensor],
+    held: Sequence[torch.Tensor],
+    finite: Sequence[Finite],
+    first: int,
+    doubtful: Sequence[torch.Tensor],
+    *,
+    on_host: bool,
+) -> HostRoute | DeviceRoute:
+    """The route for that device."""
+    if port.barrier is Barrier.HOST:
+        return HostRoute(cast("HostDevice", port), live, held)
+    kind = TransferRoute if on_host else DeviceRoute
+    return kind(port, live, held, finite, first, doubtful)
+
+
+def transfer(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy flat uint8 tensors pairwise between an accelerator and page-locked memory, on the current stream."""
+    for destination, source in zip(destinations, sources, strict=True):
+        destination.copy_(source, non_blocking=True)
+
+
+def _doubt(doubtful: Sequence[torch.Tensor], answer: torch.Tensor) -> None:
+    if doubtful:
+        answer[1] |= ~torch.stack([finiteness(tensor) for tensor in doubtful]).all()
