@@ -34,7 +34,8 @@ _FIRST_CHUNK = 4096  # of the numbers that chunks are weighted by; smaller ones 
 _LANES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 _STEP = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_THREADS, _BLOCKS_PER_PROCESSOR = 256, 4
+_THREADS = 256
+_CHUNKS_PER_READER = 4  # a thread that reads computes eight weights first; one that only copies is best left alone
 _PORTABLE_CHUNKS = 512  # at a time: bounds the memory that plain operators take
 _COPY, _READ, _FROM_HELD = 1, 2, 4
 
@@ -66,20 +67,17 @@ __device__ __forceinline__ bool is_bad(unsigned x, unsigned high, unsigned low) 
 template <bool COPY, bool READ>
 __device__ void sweep(const long long* table, int blocks, int chunks, int first, int from_held, u64* answer) {
   const int t = threadIdx.x;
+  const int* block_of = (const int*)(table + 5 * blocks);
   u64 weight[8], total = 0;
   bool bad = false;
   if (READ)
     for (int j = 0; j < 8; ++j) weight[j] = mix(1 + t + 256 * j);
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    int low_block = 0, high_block = blocks - 1;  // the last block whose first chunk is not behind this one
-    while (low_block < high_block) {
-      const int middle = (low_block + high_block + 1) >> 1;
-      if (table[middle] <= chunk) low_block = middle; else high_block = middle - 1;
-    }
-    const long long offset = (chunk - table[low_block]) << 15, left = table[3 * blocks + low_block] - offset;
-    const int size = left < 32768 ? (int)left : 32768, kind = (int)table[4 * blocks + low_block];
-    const char* live = (const char*)table[blocks + low_block] + offset;
-    const char* held = (const char*)table[2 * blocks + low_block] + offset;
+    const int block = block_of[chunk];
+    const long long offset = (chunk - table[block]) << 15, left = table[3 * blocks + block] - offset;
+    const int size = left < 32768 ? (int)left : 32768, kind = (int)table[4 * blocks + block];
+    const char* live = (const char*)table[blocks + block] + offset;
+    const char* held = (const char*)table[2 * blocks + block] + offset;
     const char* from = from_held ? held : live;
     char* to = COPY ? (char*)(from_held ? live : held) : (char*)from;
     const unsigned high = high_mask(kind), low = low_mask(kind), even = kind == 4 ? 0u : high;
@@ -93,10 +91,10 @@ __device__ void sweep(const long long* table, int blocks, int chunks, int first,
       if (quads == 2048) {
         uint4 x[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) x[j] = __ldcs(source + t + 256 * j);
+        for (int j = 0; j < 8; ++j) x[j] = source[t + 256 * j];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          if (COPY) __stcs(target + t + 256 * j, x[j]);
+          if (COPY) target[t + 256 * j] = x[j];
           if (READ) {
             sum += of_quad(x[j]) * weight[j];
             bad |= is_bad(x[j].x, even, low) | is_bad(x[j].y, high, low)
@@ -105,8 +103,8 @@ __device__ void sweep(const long long* table, int blocks, int chunks, int first,
         }
       } else {
         for (int q = t; q < quads; q += 256) {
-          const uint4 x = __ldcs(source + q);
-          if (COPY) __stcs(target + q, x);
+          const uint4 x = source[q];
+          if (COPY) target[q] = x;
           if (READ) {
             sum += of_quad(x) * mix(1 + q);
             bad |= is_bad(x.x, even, low) | is_bad(x.y, high, low)
@@ -218,18 +216,28 @@ class Sweep:
         counts = [-(-block.numel() // CHUNK_BYTES) for block in self._live]
         self.num_chunks = sum(counts)
         self._table: torch.Tensor | None = None
+        self._num_blocks = 0
         if self._live and self.num_chunks and self._live[0].device.type == "cuda" and self._kernel() is not None:
-            rows = (
-                list(itertools.accumulate(counts, initial=0))[:-1],
-                [block.data_ptr() for block in self._live],
-                [block.data_ptr() for block in self._held],
-                [block.numel() for block in self._live],
-                [kind.value for kind in self._finite],
-            )
-            # empty blocks have no chunk of their own: the search finds the last block that begins at a chunk
-            kept = [i for i, count in enumerate(counts) if count]
-            table = torch.tensor([[row[i] for i in kept] for row in rows], dtype=torch.int64).pin_memory()
-            self._table = table.to(self._live[0].device, non_blocking=True)
+            self._table = self._laid(counts)
+
+    def _laid(self, counts: Sequence[int]) -> torch.Tensor:
+        """The table: per block its first chunk, both addresses, bytes and kind; then per chunk its block."""
+        kept = [i for i, count in enumerate(counts) if count]
+        firsts = list(itertools.accumulate((counts[i] for i in kept), initial=0))[:-1]
+        rows = (
+            firsts,
+            [self._live[i].data_ptr() for i in kept],
+            [self._held[i].data_ptr() for i in kept],
+            [self._live[i].numel() for i in kept],
+            [self._finite[i].value for i in kept],
+        )
+        owners = torch.arange(len(kept), dtype=torch.int32)
+        owners = owners.repeat_interleave(torch.tensor([counts[i] for i in kept]), output_size=self.num_chunks)
+        table = torch.zeros(5 * len(kept) + -(-self.num_chunks // 2), dtype=torch.int64).pin_memory()
+        table[: 5 * len(kept)] = torch.tensor(rows, dtype=torch.int64).view(-1)
+        table[5 * len(kept) :].view(torch.int32)[: self.num_chunks] = owners
+        self._num_blocks = len(kept)
+        return table.to(self._live[0].device, non_blocking=True)
 
     def _kernel(self) -> Callable[..., Any] | None:
         with torch.cuda.device(self._live[0].device):
@@ -263,10 +271,10 @@ class Sweep:
         with torch.cuda.device(device):
             kernel = compiled(torch.cuda.current_device())
             if kernel is not None and what & (_COPY | _READ):
-                blocks = min(self.num_chunks, _num_processors(torch.cuda.current_device()) * _BLOCKS_PER_PROCESSOR)
+                grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
                 counted = self._table if answer is None else answer  # never written without _READ
-                arguments = [self._table, self._table.shape[1], self.num_chunks, self._first, what, counted]
-                kernel(grid=(blocks, 1, 1), block=(_THREADS, 1, 1), args=arguments)
+                arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
+                kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
@@ -379,11 +387,6 @@ def _shifted(k: torch.Tensor, by: int) -> torch.Tensor:
 
 def _signed(k: int) -> int:
     return k - (1 << 64) if k >= 1 << 63 else k
-
-
-@functools.cache
-def _num_processors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 @functools.cache

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import BudgetExceeded, GovernorConfig, TolariaGovernor, cuda, judge, kernels
+from tolaria import BudgetExceeded, GovernorConfig, TolariaGovernor, judge, kernels
+from tolaria.kernels import Finite, Side, Sweep, copy_words
 
 pytestmark = pytest.mark.cuda
 
@@ -25,7 +26,7 @@ def test_a_machine_without_context_events_blocks_and_says_so(monkeypatch):
 
 def test_out_of_memory_while_staging_keeps_the_last_good_snapshot():
     model = nn.ParameterList([nn.Parameter(torch.ones(1 << 26, device="cuda"))])  # 256 MiB
-    with TolariaGovernor(model, config=GovernorConfig(slots=4), detector=judge.non_finite()) as governor:
+    with TolariaGovernor(model, config=GovernorConfig(slots=4, tier="device"), detector=judge.non_finite()) as governor:
         governor.snapshot().wait("sealed")
         with torch.no_grad(), governor.using():
             model[0].add_(1)
@@ -92,12 +93,54 @@ def test_page_locked_parameters_wait_for_transfers_under_way():
 
 
 def test_both_implementations_of_the_digest_agree():
-    for size in (16, 4096, (kernels.CHUNK_WORDS + 4) * 4, 3 * kernels.CHUNK_WORDS * 4):
-        flat = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
-        assert kernels._compiled(0) is not None
-        assert (
-            int(kernels.digest(flat)) == int(kernels.portable_digest(flat)) == int(kernels.portable_digest(flat.cpu()))
-        )
+    """And copy the same bytes, from any address, of any size, between fences."""
+    generator = torch.Generator().manual_seed(0)
+    chunk = kernels.CHUNK_BYTES
+    for _ in range(20):
+        shapes = [
+            (
+                int(torch.randint(0, size, (), generator=generator)),
+                *torch.randint(0, 20, (2,), generator=generator).tolist(),
+            )
+            for size in (9, 9, 70, 3000, chunk + 3, 3 * chunk + 20, 2, 1)
+        ] + [(chunk, 0, 0), (2 * chunk, 16, 4)]
+        host = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size, _, _ in shapes]
+        live, held = [], []
+        for data, (size, at, other) in zip(host, shapes, strict=True):
+            live.append(torch.full((size + 64,), 0x5A, dtype=torch.uint8, device="cuda")[at : at + size])
+            live[-1].copy_(data)
+            held.append(torch.full((size + 64,), 0xA5, dtype=torch.uint8, device="cuda")[other : other + size])
+        sweep = Sweep(live, held, [Finite.ANYTHING] * len(live), first=11)
+        assert sweep.is_compiled
+        answer = torch.zeros(2, dtype=torch.int64, device="cuda")
+        sweep.run(Side.LIVE, copy=True, answer=answer)
+        expected = int(kernels.portable_digest(host, 11))
+        assert int(answer[0]) == int(kernels.portable_digest(live, 11)) == expected
+        for data, block, (size, _, other) in zip(host, held, shapes, strict=True):
+            assert torch.equal(block.cpu(), data)
+            around = torch.empty(0, dtype=torch.uint8, device="cuda").set_(block.untyped_storage())
+            assert int((around != 0xA5)[:other].sum()) == int((around != 0xA5)[other + size :].sum()) == 0
+        for block in live:
+            block.zero_()
+        sweep.run(Side.HELD, copy=True)
+        assert all(torch.equal(block.cpu(), data) for block, data in zip(live, host, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64])
+def test_the_kernel_finds_what_is_not_finite(dtype):
+    size = 40_001
+    for at in (0, 1, 2, 3, 8191, 8192, 20_000, size - 1):
+        for bad in (float("nan"), float("inf"), float("-inf"), None):
+            values = torch.full((size,), torch.finfo(dtype).max, dtype=dtype, device="cuda")
+            if bad is not None:
+                values[at] = bad
+            for flat in (values.view(torch.uint8), values.view(torch.uint8)[dtype.itemsize :]):
+                sweep, answer = (
+                    Sweep([flat], None, [Finite.of(dtype)]),
+                    torch.zeros(2, dtype=torch.int64, device="cuda"),
+                )
+                sweep.run(Side.LIVE, copy=False, answer=answer)
+                assert bool(answer[1]) == (bad is not None and (at > 0 or flat.numel() == size * dtype.itemsize))
 
 
 def test_calls_from_a_thread_that_has_never_used_cuda():
@@ -124,5 +167,5 @@ def test_odd_sizes_are_copied_whole():
     sizes = [1, 3, 4, 5, 127, 4096, 4097]
     sources = [torch.randint(0, 256, (n,), dtype=torch.uint8, device="cuda") for n in sizes]
     targets = [torch.full_like(source, 77) for source in sources]
-    cuda.copy_words(targets, sources)
+    copy_words(targets, sources)
     assert all(torch.equal(a, b) for a, b in zip(sources, targets, strict=True))

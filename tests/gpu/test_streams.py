@@ -11,6 +11,7 @@ from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge
 from tolaria.cuda import ContextDevice
+from tolaria.route import DeviceRoute
 
 pytestmark = pytest.mark.cuda
 
@@ -139,13 +140,15 @@ class Held:
     """Holds the governor's own stream back just before its copies."""
 
     def __init__(self, monkeypatch, gate):
-        original = ContextDevice.copy
+        for name in ("capture", "restore"):
+            monkeypatch.setattr(DeviceRoute, name, self._held(getattr(DeviceRoute, name), gate))
 
-        def copy(device, destinations, sources):
-            gate.close(torch.cuda.ExternalStream(int(device._stream)))
-            original(device, destinations, sources)
+    def _held(self, original, gate):
+        def copy(route, *answer):
+            gate.close(torch.cuda.ExternalStream(int(route._port._stream)))
+            original(route, *answer)
 
-        monkeypatch.setattr(ContextDevice, "copy", copy)
+        return copy
 
 
 def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture, monkeypatch):
