@@ -391,7 +391,8 @@ class Vault:
                 slot.restored.wait()
                 return Inspection(intact=slot.restored.digest() == slot.digest)
             if op.at_rest:
-                slot.at_rest |= {name: host_digest(flat) for name, flat in self._resting(slot, held)}
+                resting = self._resting(slot, held)
+                slot.at_rest |= {name: host_digest(flat) for name, flat in resting if name not in slot.at_rest}
             if op.again:
                 return Inspection(intact=self._is_intact(slot, held))
             return Inspection(nonfinite=slot.nonfinite)
