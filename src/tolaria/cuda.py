@@ -66,15 +66,36 @@ class TorchStreams:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[int, int, int]] = {}
+
     @contextmanager
     def use(self, index: int, stream: int) -> Generator[None]:
-        before = torch.cuda.current_device()
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=index)), torch.cuda.device(before):
+        # what `torch.cuda.stream` does, without its checks and its objects: this is done a dozen times per rollback
+        named = self._known.get((index, stream))
+        if named is None:
+            torch.cuda.init()
+            external = torch.cuda.ExternalStream(stream, device=index)
+            named = self._known[index, stream] = external.stream_id, external.device_index, external.device_type
+        device, before = torch._C._cuda_getDevice(), torch._C._cuda_getCurrentStream(index)
+        _set_stream(named)
+        try:
+            if device != index:
+                torch._C._cuda_setDevice(device)
             yield
+        finally:
+            _set_stream(before)
+            if device != index:
+                torch._C._cuda_setDevice(device)
 
     def enqueue(self, index: int, stream: int, work: Callable[[], None]) -> None:
         with self.use(index, stream):
             work()
+
+
+def _set_stream(named: tuple[int, int, int]) -> None:
+    """Make a stream current on its device, and that device current."""
+    torch._C._cuda_setStream(stream_id=named[0], device_index=named[1], device_type=named[2])
 
 
 class Event:

@@ -48,7 +48,10 @@ class Examination:
 
     def reserve(self, names: Iterable[str]) -> None:
         """Take the memory that the answers of these devices need. Page-locks some: no capture may be in progress."""
-        for name in names:
+        wanted = set(names)
+        for name in set(self._answers) - wanted:
+            del self._answers[name]
+        for name in sorted(wanted):
             port = self.devices[name]
             if port.barrier is not Barrier.HOST and name not in self._answers:
                 with port.on_stream():

@@ -267,13 +267,14 @@ class Sweep:
             self._run_portably(source, copy, answer)
             return
         what = (_COPY if copy else 0) | (0 if answer is None else _READ) | (_FROM_HELD if source is Side.HELD else 0)
-        device = self._live[0].device
-        with torch.cuda.device(device):
-            kernel = compiled(torch.cuda.current_device())
-            if kernel is not None and what & (_COPY | _READ):
-                grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
-                counted = self._table if answer is None else answer  # never written without _READ
-                arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
+        if not what & (_COPY | _READ):
+            return
+        grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
+        counted = self._table if answer is None else answer  # never written without _READ
+        arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
+        with torch.cuda.device(self._live[0].device):
+            kernel = self._kernel()
+            if kernel is not None:
                 kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
