@@ -44,6 +44,14 @@ def govern() -> Iterator[Callable[..., TolariaGovernor]]:
 
 
 @pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one, in this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def freeze() -> Callable[..., Any]:
     """A function from any objects to a nested tuple; two of them are equal only if every bit of the state is."""
     return lambda *values: tuple(_freeze(value) for value in values)
