@@ -80,6 +80,11 @@ def _storage_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _freeze(value: Any) -> Any:
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        return type(value).__name__, str(value.dtype), value.requires_grad
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        keys, context = value.__tensor_flatten__()
+        return type(value).__name__, tuple((key, _freeze(getattr(value, key))) for key in keys), repr(context)
     if isinstance(value, torch.Tensor):
         dense = value.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
         return "tensor", str(value.dtype), tuple(value.shape), value.requires_grad, _storage_bytes(dense)

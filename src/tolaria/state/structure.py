@@ -164,9 +164,10 @@ class ModuleRecord:
         live = type(module)
         if live is not self.kind and self.laziness is None and not (_is_injected(live) or _is_injected(self.kind)):
             yield f"{self.name} became a {live.__qualname__}, was a {self.kind.__qualname__}"
-        own = {number for table, number, _ in self.laziness.hooks if table in _HOOKS} if self.laziness else set()
+        waiting = () if self.laziness is None else self.laziness.hooks
         for table, numbers in self.hooks.items():
-            if set(vars(module).get(table, ())) | own != numbers:
+            gone = {number for own_table, number, _ in waiting if own_table == table}
+            if set(vars(module).get(table, ())) | gone != numbers:
                 yield f"{self.name} has other {table.strip('_').replace('_', ' ')}"
         callables = _callables(module)
         for key in dict.fromkeys((*self.callables, *callables)):
