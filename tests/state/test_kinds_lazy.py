@@ -70,7 +70,9 @@ def test_another_shape_after_the_rollback(govern: Govern) -> None:
     governor = govern(model, optimizer)
     governor.snapshot()
     model(torch.randn(4, 2)).sum().backward()
+    model[0].requires_grad_(False)
     governor.execute_rollback()
+    assert model[0].weight.requires_grad
     assert model[0].weight.grad is None
     model(torch.randn(4, 5)).sum().backward()
     optimizer.step()
@@ -206,3 +208,24 @@ def test_a_module_waiting_for_its_first_batch_among_others_that_do_not(govern: G
     assert torch.equal(torch.get_rng_state(), random_state)
     train("first", "later")
     assert freeze(model, optimizer) == reference
+
+
+def test_a_governed_run_in_which_a_lazy_part_is_used_late(govern: Govern, freeze: Freeze) -> None:
+    """Its parameters are no weights to be judged until they have a shape; a bad step after that is undone."""
+    ends = []
+    for bad in (False, True):
+        torch.manual_seed(11)
+        model = nn.ModuleDict({"first": nn.Linear(3, 3), "later": nn.LazyLinear(2)})
+        optimizer = torch.optim.Adam(model.parameters())
+        governor, rollbacks = govern(model, optimizer, cadence=1, probation=1), 0
+        for number in governor.watch(range(6)):
+            value = model["first"](torch.full((2, 3), number + 1.0))
+            loss = (model["later"](value) if number > 2 else value).square().sum()
+            loss.backward()
+            if bad and number == 3 and not rollbacks:
+                model["later"].weight.grad.fill_(float("nan"))
+            rollbacks += governor.step(loss=loss).rolled_back
+        assert rollbacks == int(bad)
+        ends.append(freeze(model, optimizer))
+        governor.close()
+    assert ends[0] == ends[1]

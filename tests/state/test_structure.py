@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -466,6 +467,16 @@ def test_without_the_search_for_obstacles_the_model_is_another(
     OBSTACLES[name][0](model, optimizer)
     governor.execute_rollback()
     assert _wiring(model) != before
+
+
+def test_a_scripted_module_is_refused(govern: Govern) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    attributes = set(vars(model))
+    with pytest.raises(tolaria.UnsupportedState, match=r"model\.1 is a RecursiveScriptModule.*torch\.compile"):
+        govern(model)
+    assert set(vars(model)) == attributes
 
 
 def test_hooks_alone_are_no_change_of_structure(govern: Govern, freeze: Freeze) -> None:

@@ -1,18 +1,15 @@
-"""One of two ranks that train a sharded model; run by test_kinds_wrappers.py as `two_ranks.py RANK FOLDER`."""
+"""One of two ranks that train a sharded model: called by test_kinds_wrappers.py, or `two_ranks.py RANK FOLDER`."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-from tolaria import GovernorConfig, TolariaGovernor
+from tolaria import GovernorConfig, TolariaGovernor, observe
 
 
 def main(rank: int, folder: Path) -> None:
@@ -53,9 +50,19 @@ def main(rank: int, folder: Path) -> None:
             assert model.weight._local_tensor.data_ptr() == local.data_ptr()
             train()
             assert same(look(), reference)
+    assert abs(_norm_of(model, mesh) - 10.0) < 1e-6, "of the whole, on every rank"
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     (folder / f"done-{rank}").touch()
+
+
+def _norm_of(model: nn.Module, mesh: object) -> float:
+    model.weight.grad = distribute_tensor(torch.full((4, 3), 5.0 / 3.0**0.5), mesh, [Shard(0)])
+    model.bias.grad = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
+    norm, bad = observe.gradient_norm(observe.gradients(model.parameters()))
+    assert norm is not None
+    assert not bad
+    return norm
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class Leaves:
         if known is not None:
             self.storages[self.leaves[known].storage].has_buffers |= buffer
             return Ref(known)
-        if is_wrapper(tensor):
+        if type(tensor) not in _PLAIN_TYPES and is_wrapper(tensor):
             return self._add_wrapper(name, tensor, buffer=buffer, trained=trained)
         met = self._met(tensor)
         if met is None:

@@ -31,7 +31,7 @@ from tolaria.state.leaves import (
     plain_tensors,
     put_back,
 )
-from tolaria.state.structure import Blank, ModuleRecord, held, member, record, refill
+from tolaria.state.structure import ModuleRecord, found_again, member, record, refill
 
 logger = logging.getLogger("tolaria")
 
@@ -248,10 +248,7 @@ class OptimizerPart(StatePart):
         for group, members, options in groups:
             values = {key: self._decode(leaves, tree) for key, tree in options.items()}
             refill(group.value, {**values, "params": group.value["params"]})
-            for noted in members:
-                if isinstance(noted, Blank):
-                    noted.put_back()
-            group.value["params"][:] = [held(leaves, noted) for noted in members]
+            group.value["params"][:] = [found_again(leaves, noted) for noted in members]
         # whoever shares this list (the optimizer inside an optimizer) goes on sharing it
         self.optimizer.param_groups[:] = [group.value for group, *_ in groups]
         live = self.optimizer.state

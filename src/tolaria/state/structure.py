@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from tolaria.errors import UnsupportedState
 from tolaria.state.leaves import Leaves, Ref, clone_tree, put_back
 
 _OWN = frozenset(vars(nn.Module())) | {"_initialize_hook", "_load_hook"}
@@ -63,6 +64,11 @@ def held(leaves: Leaves, noted: Member) -> torch.Tensor | None:
     if isinstance(noted, Ref):
         return leaves.tensor(noted)
     return None if noted is None else noted.tensor
+
+
+def found_again(leaves: Leaves, noted: Member) -> torch.Tensor | None:
+    """The object that was noted; without a shape if it had none."""
+    return noted.put_back() if isinstance(noted, Blank) else held(leaves, noted)
 
 
 def put_member_back(leaves: Leaves, noted: Member) -> torch.Tensor | None:
@@ -181,8 +187,9 @@ class ModuleRecord:
         """Put every entry back in its place, in its order."""
         module = self.module
         refill(module._modules, self.children)
-        for table, live in ((self.parameters, module._parameters), (self.buffers, module._buffers)):
-            refill(live, {key: put_member_back(leaves, noted) for key, noted in table.items()})
+        # parameters lie where they lay, or the rollback was refused; buffers may have been given other memory
+        refill(module._parameters, {key: found_again(leaves, noted) for key, noted in self.parameters.items()})
+        refill(module._buffers, {key: put_member_back(leaves, noted) for key, noted in self.buffers.items()})
         refill_set(module._non_persistent_buffers_set, self.transient)
 
     def restore_rest(self, leaves: Leaves) -> None:
@@ -204,7 +211,7 @@ class ModuleRecord:
         for key, flag in self.flags.items():
             parameter = held(leaves, self.parameters[key])
             if parameter is not None and parameter.requires_grad is not flag:
-                parameter.requires_grad_(flag)
+                parameter.requires_grad = flag  # not `requires_grad_`, which one without a shape refuses
 
 
 def record(name: str, module: nn.Module, add: Callable[[str, torch.Tensor, bool], Ref]) -> ModuleRecord:
@@ -218,6 +225,12 @@ def record(name: str, module: nn.Module, add: Callable[[str, torch.Tensor, bool]
     Raises:
         UnsupportedState: One of them cannot be restored exactly.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedState(
+            "surveying the train state",
+            f"{name} is a {type(module).__qualname__}, whose tensors live outside of Python, expected an nn.Module",
+            "Govern the module that it was scripted from, or use torch.compile.",
+        )
     buffers = {key: member(b, lambda t, k=key: add(k, t, True)) for key, b in module._buffers.items()}
     parameters = {key: member(p, lambda t, k=key: add(k, t, False)) for key, p in module._parameters.items()}
     kind = type(module)
@@ -264,8 +277,13 @@ def _properties(kind: type) -> dict[str, property]:
     return {key: value for key, value in vars(kind).items() if isinstance(value, property)}
 
 
+def _added(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes besides those of every module."""
+    return [pair for pair in vars(module).items() if pair[0] not in _OWN]
+
+
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _OWN and _is_plain(value)}
+    return {key: value for key, value in _added(module) if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -277,7 +295,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _callables(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _OWN and callable(value)}
+    return {key: value for key, value in _added(module) if callable(value)}
 
 
 def _laziness(module: nn.Module) -> _Laziness | None:

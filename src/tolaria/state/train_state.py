@@ -10,15 +10,17 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from tolaria.errors import StateMismatch, UsageError
+from tolaria.errors import StateMismatch, UnsupportedState, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
 from tolaria.state.leaves import Identity, Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
 from tolaria.state.structure import Blank, ModuleRecord
+from tolaria.state.wrappers import inner_tensors
 
 
 @dataclass(slots=True, eq=False)
@@ -172,10 +174,21 @@ class TrainState:
         if not self._in_graphs:
             return []
         held = {storage.key for storage in leaves.storages}
+        missing = {key: name for key, (name, _) in self._in_graphs.items() if key not in held}
+        if not missing:
+            return []
+        live = Leaves()
+        try:
+            for part in self.parts:
+                part.survey(live)
+        except UnsupportedState:  # what is there now cannot be told
+            present = set(missing)
+        else:
+            present = {storage.key for storage in live.storages}  # the rest was let go of before, by somebody else
         return [
             f"{name} did not exist, and a graph captured since then uses its memory"
-            for key, (name, _) in self._in_graphs.items()
-            if key not in held
+            for key, name in missing.items()
+            if key in present
         ]
 
     def restore(
@@ -256,13 +269,16 @@ class TrainState:
     def has_live_gradients(self) -> bool:
         """Whether some governed gradient exists and is not zero."""
         found = [p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None]
-        return any(bool(torch.count_nonzero(grad)) for grad in found)
+        return any(bool(torch.count_nonzero(inner)) for grad in found for inner in inner_tensors(grad))
 
     def roster(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf."""
+        """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf.
+
+        Parameters of lazy modules that wait for their first batch are only among the former.
+        """
         constants = {id(parameter) for part in self.parts for parameter in part.constants()}
         everything = list(self.parameters())
-        return everything, [parameter for parameter in everything if id(parameter) not in constants]
+        return everything, [p for p in everything if id(p) not in constants and not is_lazy(p)]
 
     def digest(self) -> str:
         """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""

@@ -83,6 +83,15 @@ def unwrap(name: str, tensor: torch.Tensor) -> Wrapper:
     return Wrapper(name, tensor, inner, outside, context, tensor.requires_grad)
 
 
+def inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold the bytes of `tensor`: itself, or what it wraps, however deep. Checks nothing."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not is_wrapper(tensor):
+        yield tensor
+        return
+    for _, inner in unwrap("", tensor).tensors():
+        yield from inner_tensors(inner)
+
+
 def _has_memory(tensor: torch.Tensor) -> bool:
     try:
         return torch.Tensor.untyped_storage(tensor).data_ptr() != 0
