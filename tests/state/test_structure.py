@@ -278,6 +278,29 @@ def test_flags_and_numbers_of_modules_stay_where_the_structure_stays(govern: Gov
     assert len(model) == 3
 
 
+def test_gradients_of_a_layer_that_was_out_are_dropped_when_it_comes_back(govern: Govern) -> None:
+    model, _ = _world()
+    governor = govern(model)  # an optimizer would still know the layer
+    governor.snapshot()
+    model(torch.randn(4, 3)).sum().backward()
+    last = model.pop(2)
+    assert last.weight.grad is not None
+    governor.execute_rollback()
+    assert model[2] is last
+    assert last.weight.grad is None
+
+
+def test_whoever_holds_the_list_of_members_sees_it_go_back(govern: Govern) -> None:
+    model, optimizer = _world()
+    governor = govern(model, optimizer)
+    governor.snapshot()
+    held, members = optimizer.param_groups[0]["params"], list(model[0].parameters())
+    held.extend(model[1].parameters())
+    governor.execute_rollback()
+    assert optimizer.param_groups[0]["params"] is held
+    assert list(map(id, held)) == list(map(id, members))
+
+
 def test_the_log_says_what_was_taken_back(govern: Govern, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever grew the model is not called again, so it is said aloud."""
     model, optimizer = _world()

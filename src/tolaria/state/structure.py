@@ -143,7 +143,6 @@ class ModuleRecord:
             type(self.module) is not self.kind
             or not _are_the_same(self.children, self.module._modules)
             or not _are_the_same(parameters, self.module._parameters)
-            or self._live_properties() != self.properties
             or any(isinstance(noted, Blank) and noted.is_filled() for noted in blanks)
         )
 
@@ -158,9 +157,6 @@ class ModuleRecord:
                     yield f"{self.name}.{key} {what}"
         if type(self.module) is not self.kind:
             yield f"{self.name} a {self.kind.__qualname__} again"
-
-    def _live_properties(self) -> dict[str, property] | None:
-        return None if self.properties is None else _properties(self.kind)
 
     def obstacles(self) -> Iterator[str]:
         """Why this module could not be what it was, although the objects in it are put back."""
