@@ -206,7 +206,11 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     # torch takes no list of plain tensors and shards; where there are only plain ones, its norm is the one of clipping
     wrapped = any(map(is_wrapper, dense))
-    norm = float(total_norm(norms(dense)) if wrapped else torch.nn.utils.get_total_norm(dense))
+    if wrapped:
+        parts = norms(dense)
+        norm = float(total_norm(parts)) if parts else 0.0
+    else:
+        norm = float(torch.nn.utils.get_total_norm(dense))
     if math.isfinite(norm):
         return norm, 0
     bad = num_nonfinite(dense)

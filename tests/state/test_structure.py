@@ -301,6 +301,30 @@ def test_whoever_holds_the_list_of_members_sees_it_go_back(govern: Govern) -> No
     assert list(map(id, held)) == list(map(id, members))
 
 
+def test_lists_that_were_shared_by_mistake_are_two_again(govern: Govern) -> None:
+    model, optimizer = _world()
+    other = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    governor = govern(model, [optimizer, other])
+    governor.snapshot()
+    before = _look(model, optimizer), _look(model, other)
+    optimizer.param_groups[1]["params"] = optimizer.param_groups[0]["params"]
+    other.param_groups = optimizer.param_groups
+    governor.execute_rollback()
+    assert (_look(model, optimizer), _look(model, other)) == before
+
+
+def test_an_attribute_that_was_no_plain_value_is_left_alone(govern: Govern) -> None:
+    model, _ = _world()
+    model[0].cache = torch.zeros(2)
+    governor = govern(model)
+    governor.snapshot()
+    model[0].cache = None
+    model.append(nn.Identity())
+    governor.execute_rollback()
+    assert len(model) == 3
+    assert model[0].cache is None
+
+
 def test_the_log_says_what_was_taken_back(govern: Govern, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever grew the model is not called again, so it is said aloud."""
     model, optimizer = _world()

@@ -217,7 +217,7 @@ class OptimizerPart(StatePart):
             ]
             # "params" only keeps its place among them
             options = {k: leaves.encode(f"{label}.{k}", None if k == "params" else v) for k, v in group.items()}
-            groups.append((Identity(group), members, options))
+            groups.append((Identity(group), Identity(group["params"]), members, options))
         state = [
             (key, leaves.encode(f"{self.name}.state[{i}]", values))
             for i, (key, values) in enumerate(self.optimizer.state.items())
@@ -228,7 +228,7 @@ class OptimizerPart(StatePart):
         # without methods: whether `step` is replaced on the instance is no part of the state
         known = {key for key, value in vars(self.optimizer).items() if not callable(value)}
         wrapped = [(k, Identity(o), self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
-        return groups, state, attributes, known, wrapped
+        return (Identity(self.optimizer.param_groups), groups), state, attributes, known, wrapped
 
     def _plain_attributes(self) -> list[str]:
         return [
@@ -238,19 +238,24 @@ class OptimizerPart(StatePart):
         ]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
-        groups, *_, wrapped = saved
+        (_, groups), *_, wrapped = saved
         for key, inner, inside in wrapped:
             yield from self._inner(key, inner.value).differences(inside, leaves)
-        yield from _moved(leaves, [ref for _, members, _ in groups for ref in members if isinstance(ref, Ref)])
+        yield from _moved(leaves, [ref for *_, members, _ in groups for ref in members if isinstance(ref, Ref)])
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        groups, state, attributes, known, wrapped = saved
-        for group, members, options in groups:
+        (listed, groups), state, attributes, known, wrapped = saved
+        for group, params, members, options in groups:
             values = {key: self._decode(leaves, tree) for key, tree in options.items()}
-            refill(group.value, {**values, "params": group.value["params"]})
-            group.value["params"][:] = [found_again(leaves, noted) for noted in members]
-        # whoever shares this list (the optimizer inside an optimizer) goes on sharing it
-        self.optimizer.param_groups[:] = [group.value for group, *_ in groups]
+            found = [found_again(leaves, noted) for noted in members]
+            if isinstance(params.value, list):
+                params.value[:] = found
+                found = params.value
+            refill(group.value, {**values, "params": found})
+        # the lists themselves: others may share them (the optimizer inside an optimizer does)
+        listed.value[:] = [group.value for group, *_ in groups]
+        if self.optimizer.param_groups is not listed.value:
+            self.optimizer.param_groups = listed.value
         live = self.optimizer.state
         restored: dict[Any, Any] = {}
         for key, tree in state:

@@ -107,6 +107,7 @@ class ModuleRecord:
         kind: Its class; parametrizations and lazy modules exchange it.
         properties: Those of a class that a parametrization made for this one module; else None.
         plain: Attributes that are numbers, strings, or containers of such.
+        names: All its attributes; what is plain now and was something else is left alone.
         callables: Attributes of the instance that can be called (a replaced method, an activation).
         hooks: Numbers of its hooks.
         laziness: While it waits for its first batch.
@@ -122,6 +123,7 @@ class ModuleRecord:
     kind: type[nn.Module]
     properties: dict[str, property] | None
     plain: dict[str, Any]
+    names: set[str]
     callables: dict[str, Any]
     hooks: dict[str, set[int]]
     laziness: _Laziness | None
@@ -201,7 +203,7 @@ class ModuleRecord:
             if self.laziness is not None:
                 self.laziness.put_back(module)
         for key in _plain(module):
-            if key not in self.plain:
+            if key not in self.names:
                 del vars(module)[key]
         vars(module).update(clone_tree(self.plain))
         for key, flag in self.flags.items():
@@ -241,6 +243,7 @@ def record(name: str, module: nn.Module, add: Callable[[str, torch.Tensor, bool]
         kind=kind,
         properties=_properties(kind) if _is_injected(kind) else None,
         plain=clone_tree(_plain(module)),
+        names=set(vars(module)),
         callables=_callables(module),
         hooks={table: set(vars(module).get(table, ())) for table in _HOOKS},
         laziness=_laziness(module),
