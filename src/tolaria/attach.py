@@ -219,7 +219,9 @@ class Sections:
     def _replace(self, owner: Any, name: str, run: Callable[..., Any]) -> None:
         previous = vars(owner).get(name)
         bound = previous if previous is not None else getattr(owner, name)
-        method = _governed(weakref.ref(owner), weakref.ref(self), bound, run.__name__)
+        # a method of the class is looked up when it is called: a lazy module changes its class with its first batch
+        of_class = name if previous is None and isinstance(bound, types.MethodType) else None
+        method = _governed(weakref.ref(owner), weakref.ref(self), bound, run.__name__, of_class)
         method.__name__ = name  # what pickle stores
         vars(owner)[name] = types.MethodType(method, owner)
         owner_ref = weakref.ref(owner)
@@ -237,7 +239,7 @@ class Sections:
 
 
 def _governed(
-    owner: weakref.ref[Any], sections: weakref.ref[Sections], bound: Callable[..., Any], run: str
+    owner: weakref.ref[Any], sections: weakref.ref[Sections], bound: Callable[..., Any], run: str, of_class: str | None
 ) -> Callable[..., Any]:
     """A function that runs `bound` inside a section when called on `owner`, and plainly when called on a copy."""
     # not the bound method itself: it would keep the owner alive, and a copy must call its own
@@ -246,6 +248,8 @@ def _governed(
     @functools.wraps(plain if plain is not None else bound)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if of_class is not None:
+                return getattr(type(self), of_class)(self, *args, **kwargs)
             return plain(self, *args, **kwargs) if plain is not None else bound(*args, **kwargs)
 
         if torch.compiler.is_compiling():

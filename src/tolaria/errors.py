@@ -89,7 +89,7 @@ class SlotsBusy(SafetyError):
 
 
 class StateMismatch(SafetyError):
-    """Parameters were added, removed, replaced or moved since the snapshot. Raised before the first write."""
+    """Parameters were moved since the snapshot, or its structure cannot come back. Raised before the first write."""
 
 
 class StaleGradients(SafetyError):

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from tolaria.state.wrappers import inner_tensors, is_wrapper
+
 Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | None
 Scalar = torch.Tensor | float | None
 """A number on the host, or a tensor of one element that holds it on some device."""
@@ -202,23 +204,32 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
     if not grads:
         return None, 0
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-    norm = float(torch.nn.utils.get_total_norm(dense))
+    # torch takes no list of plain tensors and shards; where there are only plain ones, its norm is the one of clipping
+    wrapped = any(map(is_wrapper, dense))
+    if wrapped:
+        parts = norms(dense)
+        norm = float(total_norm(parts)) if parts else 0.0
+    else:
+        norm = float(torch.nn.utils.get_total_norm(dense))
     if math.isfinite(norm):
         return norm, 0
     bad = num_nonfinite(dense)
     if bad:
         return norm, bad
+    if wrapped:
+        return norm, 0  # of shards, no rank has the largest element
     largest = max(float(grad.abs().max()) for grad in dense if grad.numel())
     squares = sum(float((grad.double() / largest).square().sum()) for grad in dense)
     return largest * math.sqrt(squares), 0
 
 
 def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
-    """How many of the tensors hold a NaN or an infinity.
+    """How many of the tensors hold a NaN or an infinity. A wrapper counts as the tensors in it (local shards).
 
     One norm over all of them; only when that is not finite (which may be an overflow) each is looked at by itself.
     """
-    looked_at = [t.detach() for t in tensors if t.numel() and (t.is_floating_point() or t.is_complex())]
+    plain = (inner for tensor in tensors for inner in inner_tensors(tensor))
+    looked_at = [t.detach() for t in plain if t.numel() and (t.is_floating_point() or t.is_complex())]
     looked_at = [t if t.element_size() > 1 else t.float() for t in looked_at]
     if not looked_at or math.isfinite(float(torch.nn.utils.get_total_norm(looked_at))):
         return 0
@@ -231,20 +242,29 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     Norms are taken in float32 (float64 of such tensors), so one that overflows, with elements beyond 1e19, counts as
     not finite too. A handful of launches whatever the number of tensors: they cost the host more than the device.
 
+    The norm of a DTensor is that of the whole: every rank has to ask for it. Another wrapper counts as what is in it.
+
     Returns:
-        Per device and element type one tensor of shape [number of tensors].
+        Per device, element type and kind of tensor one tensor of shape [number of tensors].
     """
-    looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in tensors]
+    single = (part for t in tensors for part in ((t,) if hasattr(t, "full_tensor") else inner_tensors(t)))
+    looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in single]
     looked_at = [torch.view_as_real(t) if t.is_complex() else t for t in looked_at if t.numel()]
-    grouped: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    grouped: dict[tuple[torch.device, torch.dtype, type], list[torch.Tensor]] = {}
     for tensor in looked_at:
         if tensor.is_floating_point():
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-            grouped.setdefault((wide.device, wide.dtype), []).append(wide)
+            grouped.setdefault((wide.device, wide.dtype, type(wide)), []).append(wide)
     return [
-        torch.stack(list(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))))
-        for (_, dtype), group in grouped.items()
+        torch.stack([_whole(n) for n in torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))])
+        for (_, dtype, _), group in grouped.items()
     ]
+
+
+def _whole(norm: torch.Tensor) -> torch.Tensor:
+    """A norm as a plain tensor; of a DTensor it is put together from all ranks."""
+    full = getattr(norm, "full_tensor", None)
+    return norm if full is None else full()
 
 
 def total_norm(parts: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -72,6 +72,20 @@ def test_state_that_a_captured_optimizer_uses_is_not_let_go(in_graph, govern, mo
         assert not optimizer.state
 
 
+def test_state_that_was_let_go_of_before_is_no_obstacle(govern, model):
+    """A layer that a captured graph uses leaves the model: snapshots from after that can be restored."""
+    governor = govern(model)
+    early = governor.snapshot()
+    late = torch.nn.Parameter(torch.zeros(2))
+    model.register_parameter("late", late)
+    captured(governor, lambda: backward(model))
+    with pytest.raises(StateMismatch, match=r"model\.late did not exist, and a graph captured since"):
+        governor.execute_rollback(to=early)
+    del model.late
+    assert governor.execute_rollback(to=governor.snapshot(grads="drop")).success
+    assert governor.execute_rollback(to=early).success
+
+
 def test_during_a_capture_requests_are_refused_or_queued(govern, model):
     governor = govern(model)
     governor.snapshot()

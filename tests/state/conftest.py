@@ -44,6 +44,14 @@ def govern() -> Iterator[Callable[..., TolariaGovernor]]:
 
 
 @pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one, in this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def freeze() -> Callable[..., Any]:
     """A function from any objects to a nested tuple; two of them are equal only if every bit of the state is."""
     return lambda *values: tuple(_freeze(value) for value in values)
@@ -72,6 +80,11 @@ def _storage_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _freeze(value: Any) -> Any:
+    if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        return type(value).__name__, str(value.dtype), value.requires_grad
+    if isinstance(value, torch.Tensor) and hasattr(value, "__tensor_flatten__"):
+        keys, context = value.__tensor_flatten__()
+        return type(value).__name__, tuple((key, _freeze(getattr(value, key))) for key in keys), repr(context)
     if isinstance(value, torch.Tensor):
         dense = value.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
         return "tensor", str(value.dtype), tuple(value.shape), value.requires_grad, _storage_bytes(dense)

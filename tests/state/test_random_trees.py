@@ -1,4 +1,7 @@
-"""Random trees of tensors with random views, ties and types: bytes, objects, addresses and sharing all come back."""
+"""Random trees of modules and tensors with random views, ties and types, under random changes of both.
+
+Bytes, objects, places, addresses and sharing all come back.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ class Tree(nn.Module):
         self.child.child = nn.Module()
         self.weight = nn.Parameter(torch.zeros(2))
         self.optimizer = [torch.optim.SGD([self.weight], lr=0.1)]  # in a list: not a part of the module
+        self.first_weight = [self.weight]  # stays a key of the optimizer's state when it leaves the module
 
 
 @dataclass
@@ -38,9 +42,10 @@ class Forest:
     def put(self, place: int, name: str, tensor: torch.Tensor | None) -> None:
         optimizer = self.tree.optimizer[0]
         if place < 3:
-            [self.tree, self.tree.child, self.tree.child.child][place].register_buffer(name, tensor)  # type: ignore[operator, union-attr]
+            modules = list(self.tree.modules())
+            modules[place % len(modules)].register_buffer(name, tensor)
         elif place == 3:
-            optimizer.state[self.tree.weight][name] = tensor
+            optimizer.state[self.tree.first_weight[0]][name] = tensor
         elif place == 4:
             optimizer.state["shared"].setdefault("nested", [0, {"deep": []}])[1]["deep"].append((name, tensor))
         else:
@@ -49,11 +54,16 @@ class Forest:
     def places(self) -> list[tuple[str, Any]]:
         """Every place with the object in it, in order, found without any help of tolaria."""
         optimizer = self.tree.optimizer[0]
-        found: list[tuple[str, Any]] = list(self.tree.named_buffers(remove_duplicate=False))
-        found += [(f"none {path}.{key}", None) for path, m in self.tree.named_modules() for key in m._buffers]
+        modules = list(self.tree.named_modules(remove_duplicate=False))
+        found: list[tuple[str, Any]] = list(modules)
+        for table in ("_buffers", "_parameters", "_modules"):
+            found += [(f"{path}.{key}", item) for path, m in modules for key, item in vars(m)[table].items()]
+        for group in optimizer.param_groups:
+            found += [("group", id(group))] + [("member", parameter) for parameter in group["params"]]
         for number, values in enumerate(optimizer.state.values()):
             found += _flatten(f"state {number}", values)
-        return found + _flatten("group", {k: v for k, v in optimizer.param_groups[0].items() if k != "params"})
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return found + _flatten("groups", groups)
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
@@ -73,7 +83,7 @@ def _look(forest: Forest) -> tuple[Any, ...]:
     seen = forest.places()
     tensors = [value for _, value in seen if isinstance(value, torch.Tensor)]
     return (
-        [(name, id(value) if isinstance(value, torch.Tensor) else repr(value)) for name, value in seen],
+        [(name, id(value) if isinstance(value, (torch.Tensor, nn.Module)) else repr(value)) for name, value in seen],
         [(t.dtype, tuple(t.shape), t.stride(), t.storage_offset(), t.data_ptr()) for t in tensors],
         [_bytes(t) for t in tensors],
         [[a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a in tensors] for b in tensors],
@@ -116,9 +126,9 @@ def forests(draw: st.DrawFn) -> Forest:
 def _change(draw: st.DrawFn, forest: Forest, number: int) -> None:
     """One of the things that training, or a fault, may do to the tree."""
     optimizer = forest.tree.optimizer[0]
-    holder = draw(st.sampled_from([forest.tree, forest.tree.child, forest.tree.child.child]))  # type: ignore[list-item]
+    holder = draw(st.sampled_from(list(forest.tree.modules())))
     keys = sorted(holder._buffers)
-    kind = draw(st.sampled_from(["bytes", "assign", "data", "delete", "add", "state", "group", "forget"]))
+    kind = draw(st.sampled_from(["bytes", "assign", "data", "delete", "add", "state", "group", "forget", *STRUCTURE]))
     if kind == "bytes":
         draw(st.sampled_from(forest.pools)).bitwise_not_()
     elif kind == "assign" and keys:
@@ -137,9 +147,60 @@ def _change(draw: st.DrawFn, forest: Forest, number: int) -> None:
         optimizer.param_groups[0]["lr"] = draw(st.floats(0, 1))
     elif kind == "forget":
         optimizer.state.clear()
+    elif kind in STRUCTURE[:4]:
+        _change_modules(draw, kind, holder, forest.tree)
+    else:
+        _change_parameters(draw, kind, holder, optimizer)
 
 
-@settings(max_examples=120)
+STRUCTURE = ["grow", "cut", "hang", "reorder", "parameter", "tie", "drop", "join", "leave", "split"]
+
+
+def _change_modules(draw: st.DrawFn, kind: str, holder: nn.Module, tree: nn.Module) -> None:
+    children = sorted(holder._modules)
+    if kind == "grow":
+        free = [f"n{i}" for i in range(4) if not hasattr(holder, f"n{i}") or f"n{i}" in holder._modules]
+        if free:
+            holder.add_module(draw(st.sampled_from(free)), nn.Linear(1, 1, bias=draw(st.booleans())))
+    elif kind == "cut" and children:
+        del holder._modules[draw(st.sampled_from(children))]
+    elif kind == "hang" and children:  # the same module in a second place, or moved there
+        child = draw(st.sampled_from(children))
+        module = holder._modules[child]
+        if draw(st.booleans()):
+            del holder._modules[child]
+        tree._modules["hung"] = module
+    elif kind == "reorder":
+        for child in reversed(children):
+            holder._modules[child] = holder._modules.pop(child)
+
+
+def _change_parameters(draw: st.DrawFn, kind: str, holder: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    group = draw(st.sampled_from(optimizer.param_groups))
+    parameters = sorted(holder._parameters)
+    if kind == "parameter":
+        names = [*parameters, *(f"p{i}" for i in range(3))]
+        holder._parameters[draw(st.sampled_from(names))] = nn.Parameter(torch.ones(draw(st.integers(0, 3))))
+    elif kind == "tie" and parameters:
+        holder._parameters["tied"] = holder._parameters[draw(st.sampled_from(parameters))]
+    elif kind == "drop" and parameters:
+        name = draw(st.sampled_from(parameters))
+        if draw(st.booleans()):
+            del holder._parameters[name]
+        else:
+            holder._parameters[name] = None
+    elif kind == "join":
+        group["params"].append(nn.Parameter(torch.ones(2)))
+    elif kind == "leave" and group["params"]:
+        group["params"].pop(draw(st.integers(0, len(group["params"]) - 1)))
+    elif kind == "split":
+        if draw(st.booleans()):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        elif len(optimizer.param_groups) > 1:
+            optimizer.param_groups.pop(draw(st.integers(0, len(optimizer.param_groups) - 1)))
+
+
+@settings(max_examples=150)
 @given(data=st.data(), forest=forests())
 def test_any_tree_comes_back_exactly(data: st.DataObject, forest: Forest) -> None:
     config = GovernorConfig(slots=3, rng="restore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -32,36 +33,9 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-# ---------------------------------------------------------------- structure changed since the snapshot
+# ---------------------------------------------------------------- parameters moved since the snapshot
 
 Undo = Callable[[], object]
-
-
-def _add(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
-    model[0].register_parameter("extra", nn.Parameter(torch.zeros(2)))
-    return lambda: model[0]._parameters.pop("extra")
-
-
-def _grow(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
-    model.append(nn.Linear(2, 2))
-    return lambda: model.pop(3)
-
-
-def _remove(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
-    bias = model[0].bias
-    model[0].bias = None
-    return lambda: model[0].register_parameter("bias", bias)
-
-
-def _shrink(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
-    last = model.pop(2)
-    return lambda: model.append(last)
-
-
-def _replace(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
-    weight = model[0].weight
-    model[0].weight = nn.Parameter(weight.detach().clone())
-    return lambda: model[0].register_parameter("weight", weight)
 
 
 def _move(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
@@ -116,46 +90,17 @@ def _swap(model: nn.Sequential, _: torch.optim.Optimizer) -> Undo:
     return undo
 
 
-def _add_group(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Undo:
-    optimizer.add_param_group({"params": model[1].parameters()})
-    return lambda: optimizer.param_groups.pop()
-
-
-def _remove_group(_: nn.Sequential, optimizer: torch.optim.Optimizer) -> Undo:
-    group = optimizer.param_groups.pop()
-    return lambda: optimizer.param_groups.append(group)
-
-
-def _add_to_group(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> Undo:
-    optimizer.param_groups[0]["params"].append(model[1].weight)
-    return lambda: optimizer.param_groups[0]["params"].pop()
-
-
-def _reorder_group(_: nn.Sequential, optimizer: torch.optim.Optimizer) -> Undo:
-    optimizer.param_groups[0]["params"].reverse()
-    return lambda: optimizer.param_groups[0]["params"].reverse()
-
-
 CHANGES: dict[str, tuple[Callable[[nn.Sequential, torch.optim.Optimizer], Undo], str]] = {
-    "parameter added": (_add, r"model\.0\.extra was added"),
-    "model grown": (_grow, r"model\.3\.weight was added; model\.3\.bias was added"),
-    "parameter removed": (_remove, r"model\.0\.bias was removed"),
-    "model shrunk": (_shrink, r"model\.2\.weight was removed; model\.2\.bias was removed"),
-    "parameter replaced": (_replace, r"model\.0\.weight was replaced by another Parameter"),
     "parameter moved": (_move, r"model\.0\.weight was given other storage, shape or dtype"),
     "parameter resized": (_resize, r"model\.0\.weight was given other storage, shape or dtype"),
     "parameter reshaped": (_transpose, r"model\.0\.weight was given other storage, shape or dtype"),
     "model converted": (_convert, r"model\.2\.bias was given other storage, shape or dtype"),
     "data swapped": (_swap, r"model\.0\.bias was given other storage, shape or dtype"),
-    "group added": (_add_group, r"optimizer has 3 parameter groups, had 2"),
-    "group removed": (_remove_group, r"optimizer has 1 parameter groups, had 2"),
-    "parameter added to a group": (_add_to_group, r"optimizer\.param_groups\[0\] holds other parameters"),
-    "group reordered": (_reorder_group, r"optimizer\.param_groups\[0\] holds other parameters"),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_rollback_across_a_change_of_structure_is_refused(name: str, govern: Govern, freeze: Freeze) -> None:
+def test_a_rollback_of_parameters_that_were_moved_is_refused(name: str, govern: Govern, freeze: Freeze) -> None:
     change, message = CHANGES[name]
     model, optimizer = _world()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -184,23 +129,18 @@ def test_a_rollback_across_a_change_of_structure_is_refused(name: str, govern: G
     assert governor.digest() == digest
 
 
-@pytest.mark.parametrize("name", ["model grown", "parameter replaced", "model converted", "group added"])
-def test_a_new_snapshot_governs_the_new_structure(name: str, govern: Govern, freeze: Freeze) -> None:
-    """Growing and shrinking models: what follows the change is restored exactly, the old snapshots stay refused."""
+def test_a_new_snapshot_governs_the_new_place(govern: Govern, freeze: Freeze) -> None:
+    """What follows a conversion is restored exactly, the old snapshots stay refused."""
     model, optimizer = _world()
     governor = govern(model, optimizer)
     old = governor.snapshot()
-    CHANGES[name][0](model, optimizer)
+    _convert(model, optimizer)
     inputs = torch.randn(4, 3).to(model[0].weight.dtype)
-
-    def step() -> None:
-        model(inputs).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     new = governor.snapshot()
     before = freeze(model, optimizer)
-    step()
+    model(inputs).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
     with pytest.raises(tolaria.StateMismatch):
         governor.execute_rollback(to=old)
     assert governor.execute_rollback(to=new).success
@@ -211,12 +151,11 @@ def test_every_difference_is_named(govern: Govern) -> None:
     model, optimizer = _world()
     governor = govern(model, optimizer)
     governor.snapshot()
-    _grow(model, optimizer)
-    _remove(model, optimizer)
-    _add_group(model, optimizer)
+    _move(model, optimizer)
+    model[2].bias.data = torch.zeros(2)
     with pytest.raises(tolaria.StateMismatch) as caught:
         governor.execute_rollback()
-    for part in ("model.3.weight was added", "model.0.bias was removed", "optimizer has 3 parameter groups"):
+    for part in ("model.0.weight was given other", "model.2.bias was given other"):
         assert part in str(caught.value)
 
 
@@ -258,7 +197,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", UNSUPPORTED)
+@pytest.mark.parametrize("kind", [kind for kind in UNSUPPORTED if kind != "uninitialised"])
 def test_an_unsupported_buffer_is_refused_at_construction(kind: str, govern: Govern, freeze: Freeze) -> None:
     make, message = UNSUPPORTED[kind]
     model, optimizer = _world()
@@ -275,8 +214,11 @@ def test_an_unsupported_buffer_is_refused_at_construction(kind: str, govern: Gov
     assert governor.capabilities().rng == "restore"
 
 
-@pytest.mark.parametrize("place", ["buffer", "optimizer state", "param group", "optimizer attribute", "registered"])
-@pytest.mark.parametrize("kind", UNSUPPORTED)
+PLACES = ["buffer", "optimizer state", "param group", "optimizer attribute", "registered"]
+IN_MODULES = {("uninitialised", "buffer"), ("uninitialised", "registered")}  # restored: test_kinds_lazy.py
+
+
+@pytest.mark.parametrize(("kind", "place"), sorted({*itertools.product(UNSUPPORTED, PLACES)} - IN_MODULES))
 def test_an_unsupported_tensor_is_refused_at_a_snapshot(kind: str, place: str, govern: Govern, freeze: Freeze) -> None:
     make, message = UNSUPPORTED[kind]
     model, optimizer = _world()
@@ -330,21 +272,6 @@ def test_a_parameter_of_a_subclass_is_refused(govern: Govern) -> None:
     model.weight = Marked(torch.zeros(2, 2))
     with pytest.raises(tolaria.UnsupportedState, match=r"model\.weight is a .*Marked"):
         govern(model)
-
-
-def test_a_lazy_module_is_refused_until_it_has_run(govern: Govern, freeze: Freeze) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
-    with pytest.raises(tolaria.UnsupportedState, match=r"model\.0\.weight is not initialised yet.*Run one batch"):
-        govern(model)
-    model(torch.randn(4, 2))
-    governor = govern(model)
-    governor.snapshot()
-    before = freeze(model)
-    model(torch.randn(4, 2))
-    governor.execute_rollback()
-    assert freeze(model) == before
 
 
 class Pretender:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tolaria.errors import UnsupportedState
+from tolaria.state.wrappers import Wrapper, is_wrapper, unwrap
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
 _IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
@@ -24,9 +25,22 @@ _IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, to
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """Stands for the leaf with this index inside a tree of host values."""
+    """Stands for a tensor inside a tree of host values.
+
+    Attributes:
+        index: Of its leaf; with `wrapped`: of its wrapper.
+        wrapped: It is a subclass that holds its bytes in other tensors, which are leaves.
+    """
 
     index: int
+    wrapped: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Identity:
+    """Stands for an object of the user's that is put back as it is; no digest looks at it."""
+
+    value: Any
 
 
 @dataclass(slots=True, eq=False)
@@ -94,15 +108,18 @@ class Leaves:
     Attributes:
         leaves: The tensors.
         storages: The memory under them.
+        wrappers: Tensors that consist of leaves.
         previous: An earlier survey. Its tensors are held by it, so one that is met again is the same object, and needs
             to be looked at only as far as it may have changed.
     """
 
     leaves: list[Leaf] = field(default_factory=list)
     storages: list[Storage] = field(default_factory=list)
+    wrappers: list[Wrapper] = field(default_factory=list)
     previous: Leaves | None = None
     _index: dict[StorageKey, int] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)
+    _known_wrappers: dict[int, int] = field(default_factory=dict)
 
     def add(self, name: str, tensor: torch.Tensor, *, buffer: bool = False, trained: bool = True) -> Ref:
         """Note one governed tensor; one that is in several places (tied weights) is noted at the first.
@@ -114,6 +131,8 @@ class Leaves:
         if known is not None:
             self.storages[self.leaves[known].storage].has_buffers |= buffer
             return Ref(known)
+        if type(tensor) not in _PLAIN_TYPES and is_wrapper(tensor):
+            return self._add_wrapper(name, tensor, buffer=buffer, trained=trained)
         met = self._met(tensor)
         if met is None:
             refuse_unsupported(name, tensor)
@@ -135,6 +154,38 @@ class Leaves:
         self.leaves.append(Leaf(name, tensor, index, geometry, trained))
         self._known[id(tensor)] = len(self.leaves) - 1
         return Ref(len(self.leaves) - 1)
+
+    def _add_wrapper(self, name: str, tensor: torch.Tensor, *, buffer: bool, trained: bool) -> Ref:
+        number = self._known_wrappers.get(id(tensor))
+        wrapper = self.wrappers[number] if number is not None else unwrap(name, tensor)
+        for key, inner in wrapper.tensors():
+            self.add(key, inner, buffer=buffer, trained=trained)
+        if number is None:
+            number = self._known_wrappers[id(tensor)] = len(self.wrappers)
+            self.wrappers.append(wrapper)
+        return Ref(number, wrapped=True)
+
+    def tensor(self, ref: Ref) -> torch.Tensor:
+        """The live object that a `Ref` stands for."""
+        return self.wrappers[ref.index].tensor if ref.wrapped else self.leaves[ref.index].tensor
+
+    def moved(self, ref: Ref) -> str | None:
+        """The name of a plain tensor that no longer lies where it lay at the survey."""
+        if ref.wrapped:
+            return None  # see `changed_wrappers`
+        leaf = self.leaves[ref.index]
+        return leaf.name if leaf.moved(self.storages[leaf.storage]) else None
+
+    def changed_wrappers(self) -> Iterator[str]:
+        """Wrappers that changed in more than the bytes of their inner tensors, which is all that can be put back."""
+        for wrapper in self.wrappers:
+            difference = wrapper.difference()
+            if difference is not None:
+                yield difference
+            for name, inner in wrapper.tensors():
+                known = self._known.get(id(inner))  # a wrapper in a wrapper stands in this list by itself
+                if known is not None and self.moved(Ref(known)) is not None:
+                    yield f"{name} was given other storage, shape or dtype"
 
     def _met(self, tensor: torch.Tensor) -> Storage | None:
         """The storage of a tensor that the previous survey has met, if it still lies there and looks the same."""
@@ -164,7 +215,7 @@ class Leaves:
     def decode(self, tree: Any) -> Any:
         """The inverse of `encode`: fresh containers, the leaves' own tensor objects."""
         if isinstance(tree, Ref):
-            return self.leaves[tree.index].tensor
+            return self.tensor(tree)
         if isinstance(tree, _IMMUTABLE):
             return tree
         if type(tree) is dict:
@@ -176,6 +227,8 @@ class Leaves:
 
 def put_back(leaves: Leaves, ref: Ref) -> torch.Tensor:
     """The tensor that a `Ref` stands for, a view of its storage as of the survey again."""
+    if ref.wrapped:
+        return leaves.tensor(ref)  # unchanged but for bytes: anything else was refused
     leaf = leaves.leaves[ref.index]
     leaf.put_back(leaves.storages[leaf.storage])
     return leaf.tensor
@@ -239,6 +292,18 @@ def has_nan(tensor: torch.Tensor) -> bool:
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()  # float8 knows no comparison
+
+
+def plain_tensors(name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that hold the bytes of `tensor`: itself, or what it wraps, however deep.
+
+    Raises:
+        UnsupportedState: One of them cannot be restored exactly.
+    """
+    if is_wrapper(tensor):
+        return [plain for key, inner in unwrap(name, tensor).tensors() for plain in plain_tensors(key, inner)]
+    refuse_unsupported(name, tensor)
+    return [tensor]
 
 
 def refuse_unsupported(name: str, tensor: torch.Tensor) -> None:

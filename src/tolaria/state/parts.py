@@ -10,7 +10,9 @@ All are called under the exclusive gate. `survey`, `capture` and `differences` c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,7 +21,19 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsupportedState, UsageError
-from tolaria.state.leaves import Leaves, Ref, clone_tree, has_nan, is_finite, put_back, refuse_unsupported
+from tolaria.state.leaves import (
+    Identity,
+    Leaves,
+    Ref,
+    clone_tree,
+    has_nan,
+    is_finite,
+    plain_tensors,
+    put_back,
+)
+from tolaria.state.structure import ModuleRecord, found_again, member, record, refill
+
+logger = logging.getLogger("tolaria")
 
 _SCALARS = (int, float, bool, str, type(None))
 
@@ -72,7 +86,7 @@ class StatePart:
 
 
 class ModulePart(StatePart):
-    """Parameters, buffers (persistent or not, re-assigned or not), extra state.
+    """Parameters, buffers (persistent or not, re-assigned or not), extra state, and which of them stand where.
 
     Constants that are not finite, such as attention masks of -inf, are no damage: frozen parameters and buffers that
     held non-finite values when they were first seen here are exempt from the search for them. What appears later is
@@ -80,7 +94,7 @@ class ModulePart(StatePart):
 
     Args:
         name: Prefix of the leaves' names.
-        module: The module. Its structure may change between snapshots; a rollback across such a change is refused.
+        module: The module. Its structure may change between snapshots: see `tolaria.state.structure`.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -90,8 +104,8 @@ class ModulePart(StatePart):
         parameters, buffers = module.named_parameters, module.named_buffers
         for key, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
             with contextlib.suppress(UnsupportedState):  # the survey will name it
-                refuse_unsupported(key, tensor)
-                self._trained[key] = tensor.requires_grad or is_finite(tensor)
+                plain = plain_tensors(key, tensor)
+                self._trained[key] = tensor.requires_grad or all(map(is_finite, plain))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         # without the names that `Module.parameters` spends most of its time on
@@ -103,20 +117,13 @@ class ModulePart(StatePart):
             yield from (p for key, p in self.module.named_parameters() if not self._trained.get(key, True))
 
     def survey(self, leaves: Leaves) -> Any:
-        parameters: list[tuple[str, nn.Parameter, Ref]] = []
-        buffers: list[tuple[nn.Module, dict[str, Ref | None], set[str]]] = []
+        records: dict[int, ModuleRecord] = {}
         for prefix, module in self.module.named_modules(remove_duplicate=False):
-            path = f"{prefix}." if prefix else ""
-            refs = {
-                key: None if buffer is None else self._add(leaves, path + key, buffer, buffer=True)
-                for key, buffer in module._buffers.items()
-            }
-            buffers.append((module, refs, set(module._non_persistent_buffers_set)))
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    ref = self._add(leaves, path + key, parameter)
-                    parameters.append((f"{self.name}.{path}{key}", parameter, ref))
-        return parameters, buffers, self._with_extra_state()
+            if id(module) not in records:
+                path = f"{prefix}." if prefix else ""
+                add = functools.partial(self._add, leaves, path)
+                records[id(module)] = record(f"{self.name}.{prefix}" if prefix else self.name, module, add)
+        return list(records.values()), [Identity(module) for module in self._with_extra_state()]
 
     def calls_the_user(self) -> bool:
         return bool(self._with_extra_state())
@@ -124,57 +131,46 @@ class ModulePart(StatePart):
     def _with_extra_state(self) -> list[nn.Module]:
         return [module for module in self.module.modules() if _has_extra_state(module)]
 
-    def _add(self, leaves: Leaves, key: str, tensor: torch.Tensor, *, buffer: bool = False) -> Ref:
+    def _add(self, leaves: Leaves, path: str, key: str, tensor: torch.Tensor, buffer: bool) -> Ref:
+        key = path + key
         if key not in self._trained:
-            refuse_unsupported(f"{self.name}.{key}", tensor)
-            self._trained[key] = tensor.requires_grad or is_finite(tensor) or has_nan(tensor)
+            plain = plain_tensors(f"{self.name}.{key}", tensor)
+            self._trained[key] = tensor.requires_grad or all(is_finite(t) or has_nan(t) for t in plain)
         return leaves.add(f"{self.name}.{key}", tensor, buffer=buffer, trained=self._trained[key])
 
     def capture(self) -> Any:
         return [clone_tree(module.get_extra_state()) for module in self._with_extra_state()]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
-        was = {name: (parameter, ref) for name, parameter, ref in saved[0]}
-        now = {
-            f"{self.name}.{name}": parameter for name, parameter in self.module.named_parameters(remove_duplicate=False)
-        }
-        yield from (f"{name} was added" for name in now if name not in was)
-        yield from (f"{name} was removed" for name in was if name not in now)
-        for name, (parameter, ref) in was.items():
-            if name not in now:
-                continue
-            if now[name] is not parameter:
-                yield f"{name} was replaced by another Parameter"
-            elif leaves.leaves[ref.index].moved(leaves.storages[leaves.leaves[ref.index].storage]):
-                yield f"{name} was given other storage, shape or dtype"
-        holders = {id(module) for module, *_ in saved[1]}
-        live = {id(module) for module in self.module.modules()}
-        for prefix, module in self.module.named_modules():
-            if id(module) not in holders and (module._buffers or _has_extra_state(module)):
-                yield f"{self.name}.{prefix} was added"
-        for module, refs, _ in saved[1]:
-            if id(module) not in live:
-                yield from (f"{self.name}: the module that holds buffer {key!r} was removed" for key in refs)
+        records: list[ModuleRecord] = saved[0]
+        for each in records:
+            refs = [ref for ref in each.parameters.values() if isinstance(ref, Ref)]
+            yield from _moved(leaves, refs)
+        if any(each.changed(leaves) for each in records):
+            for each in records:
+                yield from each.obstacles()
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        _, buffers, extra = saved
-        for module, refs, transient in buffers:
-            _refill(module._buffers, {key: ref and put_back(leaves, ref) for key, ref in refs.items()})
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(transient)
+        records, extra = saved
+        structural = any(each.changed(leaves) for each in records)
+        changes = [change for each in records for change in each.taken_back(leaves)] if structural else []
+        for each in records:
+            each.restore(leaves)
+        if structural:
+            for each in records:
+                each.restore_rest(leaves)
+            logger.warning("a rollback took back a change of structure: %s", "; ".join(changes))
         for module, state in zip(extra, captured, strict=True):
-            module.set_extra_state(state)
+            module.value.set_extra_state(state)
+
+
+def _moved(leaves: Leaves, refs: Iterable[Ref]) -> Iterator[str]:
+    names = (leaves.moved(ref) for ref in refs)
+    yield from (f"{name} was given other storage, shape or dtype" for name in names if name is not None)
 
 
 def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
-
-
-def _refill(live: dict[Any, Any], items: dict[Any, Any]) -> None:
-    """Give a dict these items in this order. It is rebuilt only when keys came, went or changed places."""
-    if list(live) != list(items):
-        live.clear()
-    live.update(items)
 
 
 class OptimizerPart(StatePart):
@@ -216,12 +212,12 @@ class OptimizerPart(StatePart):
         for i, group in enumerate(self.optimizer.param_groups):
             label = f"{self.name}.param_groups[{i}]"
             members = [
-                (parameter, leaves.add(f"{label}.params[{j}]", parameter))
+                member(parameter, functools.partial(leaves.add, f"{label}.params[{j}]"))
                 for j, parameter in enumerate(group["params"])
             ]
             # "params" only keeps its place among them
             options = {k: leaves.encode(f"{label}.{k}", None if k == "params" else v) for k, v in group.items()}
-            groups.append((members, options))
+            groups.append((Identity(group), Identity(group["params"]), members, options))
         state = [
             (key, leaves.encode(f"{self.name}.state[{i}]", values))
             for i, (key, values) in enumerate(self.optimizer.state.items())
@@ -231,8 +227,8 @@ class OptimizerPart(StatePart):
         }
         # without methods: whether `step` is replaced on the instance is no part of the state
         known = {key for key, value in vars(self.optimizer).items() if not callable(value)}
-        wrapped = [(k, o, self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
-        return groups, state, attributes, known, wrapped
+        wrapped = [(k, Identity(o), self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
+        return (Identity(self.optimizer.param_groups), groups), state, attributes, known, wrapped
 
     def _plain_attributes(self) -> list[str]:
         return [
@@ -242,43 +238,40 @@ class OptimizerPart(StatePart):
         ]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
-        groups, *_, wrapped = saved
-        for key, optimizer, inner in wrapped:
-            yield from self._inner(key, optimizer).differences(inner, leaves)
-        live = self.optimizer.param_groups
-        if len(groups) != len(live):
-            yield f"{self.name} has {len(live)} parameter groups, had {len(groups)}"
-            return
-        for i, ((members, _), group) in enumerate(zip(groups, live, strict=True)):
-            if [id(p) for p, _ in members] != [id(p) for p in group["params"]]:
-                yield f"{self.name}.param_groups[{i}] holds other parameters than it did"
-                continue
-            for _, ref in members:
-                leaf = leaves.leaves[ref.index]
-                if leaf.moved(leaves.storages[leaf.storage]):
-                    yield f"{leaf.name} was given other storage, shape or dtype"
+        (_, groups), *_, wrapped = saved
+        for key, inner, inside in wrapped:
+            yield from self._inner(key, inner.value).differences(inside, leaves)
+        yield from _moved(leaves, [ref for *_, members, _ in groups for ref in members if isinstance(ref, Ref)])
 
     def restore(self, saved: Any, captured: Any, leaves: Leaves) -> None:
-        groups, state, attributes, known, wrapped = saved
-        for (_, options), group in zip(groups, self.optimizer.param_groups, strict=True):
+        (listed, groups), state, attributes, known, wrapped = saved
+        for group, params, members, options in groups:
             values = {key: self._decode(leaves, tree) for key, tree in options.items()}
-            _refill(group, {**values, "params": group["params"]})
+            found = [found_again(leaves, noted) for noted in members]
+            if isinstance(params.value, list):
+                params.value[:] = found
+                found = params.value
+            refill(group.value, {**values, "params": found})
+        # the lists themselves: others may share them (the optimizer inside an optimizer does)
+        listed.value[:] = [group.value for group, *_ in groups]
+        if self.optimizer.param_groups is not listed.value:
+            self.optimizer.param_groups = listed.value
         live = self.optimizer.state
         restored: dict[Any, Any] = {}
         for key, tree in state:
             restored[key] = values = self._decode(leaves, tree)
             if isinstance(values, dict) and isinstance(live.get(key), dict):
-                _refill(live[key], values)
+                refill(live[key], values)
                 restored[key] = live[key]
-        _refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
+        refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
         for key in self._plain_attributes():
             if key not in known:
                 delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))
-        for key, optimizer, inner in wrapped:
-            setattr(self.optimizer, key, optimizer)
-            self._inner(key, optimizer).restore(inner, None, leaves)
+        for key, inner, inside in wrapped:
+            setattr(self.optimizer, key, inner.value)
+            self._inner(key, inner.value).restore(inside, None, leaves)
 
     @staticmethod
     def _decode(leaves: Leaves, tree: Any) -> Any:

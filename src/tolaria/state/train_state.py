@@ -10,14 +10,17 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
-from tolaria.errors import StateMismatch, UsageError
+from tolaria.errors import StateMismatch, UnsupportedState, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
-from tolaria.state.leaves import Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
+from tolaria.state.leaves import Identity, Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
+from tolaria.state.structure import Blank, ModuleRecord
+from tolaria.state.wrappers import inner_tensors
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +112,7 @@ class TrainState:
         for part in self.parts:
             if isinstance(part, ScalerPart):
                 part.refuse_unscaled()
-        names = {id(leaf.tensor): leaf.name for leaf in leaves.leaves}
+        names = {id(known.tensor): known.name for known in (*leaves.leaves, *leaves.wrappers)}
         return tuple(
             (parameter, leaves.add(f"{names[id(parameter)]}.grad", parameter.grad))
             for parameter in list(self.parameters())
@@ -137,9 +140,11 @@ class TrainState:
         extras = [part for part in self.parts if part not in own and not isinstance(part, ScalerPart)]
         return bool(extras) or self.model.calls_the_user()
 
-    def _calls_the_user(self) -> bool:
-        """Whether some part is captured and restored by methods of the user's own, which may draw random numbers."""
-        return any(part.calls_the_user() for part in self.parts)
+    def _calls_the_user(self, host: HostValues | None = None) -> bool:
+        """Whether some part is captured, or restored to `host`, by the user's own methods, which may draw numbers."""
+        if any(part.calls_the_user() for part in self.parts):
+            return True
+        return host is not None and any(isinstance(captured, list) and captured for captured in host.captured)
 
     def check(self, survey: SurveyResult, doing: str) -> None:
         """Raise `StateMismatch`, naming every difference, if `survey` can no longer be restored exactly."""
@@ -152,6 +157,7 @@ class TrainState:
                 for difference in part.differences(saved, survey.leaves)
             ]
             freed = {index for index, storage in enumerate(survey.leaves.storages) if storage.shrunk()}
+            found += survey.leaves.changed_wrappers()
             found += self._lost_to_a_graph(survey.leaves)
             found += [f"the memory of {leaf.name} was freed" for leaf in survey.leaves.leaves if leaf.storage in freed]
         found = list(dict.fromkeys(found))
@@ -168,10 +174,21 @@ class TrainState:
         if not self._in_graphs:
             return []
         held = {storage.key for storage in leaves.storages}
+        missing = {key: name for key, (name, _) in self._in_graphs.items() if key not in held}
+        if not missing:
+            return []
+        live = Leaves()
+        try:
+            for part in self.parts:
+                part.survey(live)
+        except UnsupportedState:  # what is there now cannot be told
+            present = set(missing)
+        else:
+            present = {storage.key for storage in live.storages}  # the rest was let go of before, by somebody else
         return [
             f"{name} did not exist, and a graph captured since then uses its memory"
-            for key, (name, _) in self._in_graphs.items()
-            if key not in held
+            for key, name in missing.items()
+            if key in present
         ]
 
     def restore(
@@ -187,11 +204,10 @@ class TrainState:
         when the snapshot holds none but a `load_state_dict` of the user's may draw.
         """
         random_state = host.rng
-        if random_state is None and self._calls_the_user():
+        if random_state is None and self._calls_the_user(host):
             random_state = rng.read(devices)
-        self.drop_gradients(keep={storage.key for storage in survey.leaves.storages})
-        for parameter, ref in survey.gradients:
-            parameter.grad = put_back(survey.leaves, ref)
+        keep = {storage.key for storage in survey.leaves.storages}
+        self.drop_gradients(keep)
         errors = []
         for part, saved, captured in zip(self.parts, survey.saved, host.captured, strict=True):
             try:
@@ -202,7 +218,10 @@ class TrainState:
                 part.restore(saved, own, survey.leaves)
             except Exception as error:  # the other parts come back all the same; the caller learns of the first failure
                 errors.append((part.name, error))
-        bumped = [leaf.tensor for leaf in survey.leaves.leaves]
+        self.drop_gradients(keep)  # of parameters that are back in their places
+        for parameter, ref in survey.gradients:
+            parameter.grad = put_back(survey.leaves, ref)
+        bumped = [known.tensor for known in (*survey.leaves.leaves, *survey.leaves.wrappers)]
         if bumped:
             # a backward over a graph that saved one of these now raises instead of using restored bytes silently
             torch.autograd.graph.increment_version(bumped)
@@ -250,13 +269,16 @@ class TrainState:
     def has_live_gradients(self) -> bool:
         """Whether some governed gradient exists and is not zero."""
         found = [p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None]
-        return any(bool(torch.count_nonzero(grad)) for grad in found)
+        return any(bool(torch.count_nonzero(inner)) for grad in found for inner in inner_tensors(grad))
 
     def roster(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf."""
+        """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf.
+
+        Parameters of lazy modules that wait for their first batch are only among the former.
+        """
         constants = {id(parameter) for part in self.parts for parameter in part.constants()}
         everything = list(self.parameters())
-        return everything, [parameter for parameter in everything if id(parameter) not in constants]
+        return everything, [p for p in everything if id(p) not in constants and not is_lazy(p)]
 
     def digest(self) -> str:
         """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""
@@ -276,9 +298,11 @@ def _without_identities(tree: Any) -> Any:
         return {key: _without_identities(item) for key, item in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [_without_identities(item) for item in tree]
+    if isinstance(tree, ModuleRecord):
+        return _without_identities(tree.facts())
     if isinstance(tree, Ref):
         return tree.index
-    return None if isinstance(tree, (nn.Module, torch.Tensor, Optimizer)) else tree
+    return None if isinstance(tree, (nn.Module, torch.Tensor, Optimizer, Identity, Blank)) else tree
 
 
 def _numbered(kind: str, index: int, of: Sequence[Any]) -> str:
