@@ -336,7 +336,7 @@ def a_transfer_reads_what_was_captured(machine, govern):
 
 
 def a_drained_snapshot_is_the_one_that_was_taken(machine, govern):
-    governor, model = drained(machine, govern)
+    governor, _ = drained(machine, govern)
     keeper = governor._keeper
     keeper.backlog.tend(1, 1)
     keeper.backlog.finish()

@@ -95,7 +95,7 @@ def test_the_host_tier_that_does_not_fit(available, budget):
 
 
 def test_the_device_tier_asked_for_is_not_replaced_by_another():
-    with pytest.raises(BudgetExceeded, match="on cuda:0, where 0.0 MiB are left") as caught:
+    with pytest.raises(BudgetExceeded, match=r"on cuda:0, where 0\.0 MiB are left") as caught:
         plan(asked(tier="device"), {"cuda:0": Room(MIB, MIB)}, 10**12)
     assert "main memory" not in str(caught.value)
 
@@ -115,7 +115,7 @@ def test_a_train_state_in_main_memory_has_one_tier(available, budget):
 
 @pytest.mark.parametrize(("available", "budget"), [(30 * MIB - 1, None), (10**12, 30 * MIB - 1)])
 def test_a_train_state_in_main_memory_that_does_not_fit(available, budget):
-    with pytest.raises(BudgetExceeded, match="30.0 MiB in main memory"):
+    with pytest.raises(BudgetExceeded, match=r"30\.0 MiB in main memory"):
         plan(dataclasses.replace(HOST, host_budget=budget), {}, available)
 
 
