@@ -85,7 +85,9 @@ class Examination:
         return all(_queued(self.devices[name]).has_passed(event) for name, event in events)
 
     def wait(self) -> None:
-        """Until the answer is there."""
+        """Until the answer is there. Who asks again does not wait again."""
+        if not self.under_way:
+            return
         for name, answer in self._answers.items():
             port = self.devices[name]
             if answer.event is not None:

@@ -179,23 +179,22 @@ def thinnest(candidates: list[Slot], ring: Ring, reach: int) -> Slot | None:
     """The snapshot that will be missed least.
 
     Ages grow like a geometric series: what goes is the one whose neighbours in time are closest to each other, measured
-    by its age. Of those older than `reach` steps one is enough, so the oldest goes while there are two. With
-    `reach` 0: the oldest.
+    by its age. The oldest stays until the next one is older than `reach` steps as well. With `reach` 0: the oldest.
     """
     if not candidates or reach <= 0:
         return min(candidates, key=_age, default=None)
     held = sorted({slot.completed for slot in ring if slot.is_good})
     now = held[-1]
-    beyond = [slot for slot in candidates if now - slot.completed > reach]
-    if sum(now - step > reach for step in held) > 1 and beyond:
-        return min(beyond, key=_age)
+    if sum(now - step >= reach for step in held) > 1:
+        return min(candidates, key=_age)
+    inner = [slot for slot in candidates if slot.completed > held[0]]
 
     def loss(slot: Slot) -> tuple[float, int]:
-        older = max((step for step in held if step < slot.completed), default=slot.completed - reach)
+        older = max(step for step in held if step < slot.completed)
         newer = min((step for step in held if step > slot.completed), default=slot.completed)
         return (newer - older) / max(1, now - slot.completed), slot.snapshot
 
-    return min(candidates, key=loss)
+    return min(inner, key=loss) if inner else min(candidates, key=_age)
 
 
 def publish(ring: Ring, index: int, step: int | None = None, completed: int = -1) -> Ring:

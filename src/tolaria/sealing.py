@@ -151,7 +151,8 @@ def _pin(slot: int, serial: int) -> Protocol:
     """Hold a slot against being claimed, if it still holds that snapshot. Answers whether it does."""
 
     def function(state: HostState) -> tuple[HostState, bool]:
-        if ring.by_serial(state.ring, serial) is None:
+        # this very slot: the other tier may hold the same snapshot still, while this one holds another
+        if state.ring[slot].snapshot != serial or state.ring[slot].phase not in ring.READABLE:
             return state, False
         return replace(state, ring=ring.pin(state.ring, slot, 1)), True
 

@@ -389,13 +389,15 @@ class Vault:
             self._conclude(slot, held, survey)
             if op.live:
                 slot.restored.wait()
-                return Inspection(intact=slot.restored.digest() == slot.digest)
-            if op.at_rest:
-                resting = self._resting(slot, held)
-                slot.at_rest |= {name: host_digest(flat) for name, flat in resting if name not in slot.at_rest}
-            if op.again:
-                return Inspection(intact=self._is_intact(slot, held))
-            return Inspection(nonfinite=slot.nonfinite)
+                intact = slot.restored.digest() == slot.digest
+                if not intact:
+                    slot.at_rest.clear()  # perhaps taken of bytes that had changed on their way here
+                return Inspection(intact=intact)
+            intact = not op.again or self._is_intact(slot, held)
+            if op.at_rest and intact:
+                missing = [(name, flat) for name, flat in self._resting(slot, held) if name not in slot.at_rest]
+                slot.at_rest |= {name: host_digest(flat) for name, flat in missing}
+            return Inspection(intact=intact) if op.again else Inspection(nonfinite=slot.nonfinite)
 
     def _conclude(self, slot: SlotMemory, held: Arena, survey: SurveyResult) -> None:
         """Take over the first reading, if that has not been done; make it, where it was not enqueued."""

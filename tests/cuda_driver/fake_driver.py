@@ -30,6 +30,8 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tolaria.kernels import Sweep
+
 MAIN = 0
 GLOBAL, RELAXED = 0, 2
 
@@ -120,6 +122,8 @@ def _reachable(value: Any) -> Iterator[torch.Tensor]:
             yield from _reachable(item)
     elif isinstance(value, functools.partial):
         yield from _reachable((value.func, *value.args, *value.keywords.values()))
+    elif isinstance(value, Sweep):
+        yield from (*value._live, *value._held)
     else:
         for cell in getattr(value, "__closure__", None) or ():
             yield from _reachable(cell.cell_contents)

@@ -17,28 +17,41 @@ from torch import nn
 
 from tolaria import TolariaGovernor, TolariaInternalError
 from tolaria.cuda import ContextDevice
+from tolaria.kernels import Sweep
 from tolaria.operations import SectionKind
 
 SNAPSHOT = [
     # everything launched so far, then the copies
     "cuCtxRecordEvent ctx0 a",
     "cuStreamWaitEvent own0 a",
-    "launch own0 copy",  # buffers
-    "cuEventRecord own0 b",
-    "launch own0 copy",  # the rest
+    "launch own0 _clear",  # the answer of the slot's reading: it is added to
+    "cuEventRecord own0 b",  # when it began, for the pace
+    "launch own0 capture",  # buffers
     "cuEventRecord own0 c",
-    "launch own0 _read",  # digest and search for non-finite values
+    "launch own0 capture",  # the rest
     "cuEventRecord own0 d",
+    "launch own0 read",  # digest and search for non-finite values: buffers,
+    "launch own0 read",  # and the rest
+    "launch own0 _send",
+    "cuEventRecord own0 e",
 ]
 ROLLBACK = [
     "cuCtxRecordEvent ctx0 a",
     "cuStreamWaitEvent own0 a",
     "cuEventRecord own0 b",  # when it began, for the report
-    "launch own0 copy",
-    "launch own0 copy",
+    "launch own0 restore",
+    "launch own0 restore",
     "cuEventRecord own0 c",  # when it had copied
     "cuEventRecord own0 d",
     "cuCtxWaitEvent ctx0 d",
+    # what was restored is read once more, behind the barrier: readers go on
+    "launch own0 _clear",
+    "launch own0 read",  # buffers
+    "cuEventRecord own0 e",  # until then nobody may write buffers,
+    "launch own0 read",  # the rest
+    "launch own0 _send",
+    "cuEventRecord own0 f",  # until then the answer is not there,
+    "cuEventRecord own0 g",  # and nobody may write anything
 ]
 
 
@@ -75,10 +88,23 @@ def test_one_rollback(late, govern):
     assert calls == ROLLBACK
 
 
+def test_where_a_copy_reads_in_passing_the_slot_is_not_read_again(late, govern, monkeypatch):
+    """As the compiled kernel does; here the plain operators stand in for it."""
+    monkeypatch.setattr(Sweep, "is_compiled", True)
+    governor = govern(small())
+    with late.tape() as calls:
+        info = governor.snapshot()
+    assert calls == [call for call in SNAPSHOT if call != "launch own0 read"]
+    with late.tape() as calls:
+        governor.execute_rollback()
+    assert calls == ROLLBACK
+    assert info.wait("sealed").state == "sealed"
+
+
 def test_nothing_has_run_when_a_snapshot_and_a_rollback_return(late, govern):
     governor = govern(small())
     governor.snapshot()
-    assert late.pending(late.own()) == 3  # two copies and the reading
+    assert late.pending(late.own()) == 6  # clear, two copies, two readings, send
     with late.tape() as calls:
         late.finish()
     assert late.pending(late.own()) == 0
@@ -86,7 +112,7 @@ def test_nothing_has_run_when_a_snapshot_and_a_rollback_return(late, govern):
 
 
 @pytest.mark.parametrize(
-    ("kind", "event"), [(SectionKind.FORWARD, 1), (SectionKind.WRITE, 2), (SectionKind.READ, None)]
+    ("kind", "event"), [(SectionKind.FORWARD, 2), (SectionKind.WRITE, 3), (SectionKind.READ, None)]
 )
 def test_a_section_waits_for_what_it_may_write(kind, event, late, govern):
     governor = govern(small())
@@ -100,6 +126,22 @@ def test_a_section_waits_for_what_it_may_write(kind, event, late, govern):
     assert late.calls == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "event"), [(SectionKind.FORWARD, 4), (SectionKind.WRITE, 6), (SectionKind.READ, None)]
+)
+def test_a_section_after_a_rollback_waits_until_what_it_may_write_was_read_back(kind, event, late, govern):
+    governor = govern(small())
+    governor.snapshot()
+    start = len(late.calls)
+    governor.execute_rollback()
+    recorded = [call.split()[-1] for call in late.calls[start:] if call.startswith("cuEventRecord own0")]
+    assert len(recorded) == 6
+    late.clear()
+    with governor._keeper.sections.section(kind):
+        pass
+    assert late.calls == ([] if event is None else [f"cuStreamWaitEvent main0 {recorded[event - 1]}"])
+
+
 def test_a_section_for_foreign_writers_makes_every_stream_wait_once(late, govern):
     governor = govern(small())
     with late.tape() as calls, governor.using():
@@ -111,7 +153,7 @@ def test_a_section_for_foreign_writers_makes_every_stream_wait_once(late, govern
     late.clear()
     with governor.using():
         pass
-    assert late.calls == [f"cuCtxWaitEvent ctx0 {recorded[1]}"]
+    assert late.calls == [f"cuCtxWaitEvent ctx0 {recorded[2]}"]
     late.clear()
     for kind in SectionKind:  # everything waits by itself now
         with governor._keeper.sections.section(kind):
@@ -123,11 +165,11 @@ def test_a_forward_leaves_the_copies_of_weights_under_way(late, govern):
     governor = govern(small())
     governor.snapshot()
     with governor._keeper.sections.section(SectionKind.FORWARD):
-        assert late.pending(late.own()) == 2  # buffers are there, the rest and the reading are not
+        assert late.pending(late.own()) == 4  # buffers are there; the rest, the readings and the answer are not
     with governor.using():
-        assert late.pending(late.own()) == 1  # the reading
+        assert late.pending(late.own()) == 3  # the readings and the answer
     with governor.using(write=False):
-        assert late.pending(late.own()) == 1
+        assert late.pending(late.own()) == 3
 
 
 def test_a_forward_of_the_model_is_a_forward_section(late, govern):
@@ -137,7 +179,7 @@ def test_a_forward_of_the_model_is_a_forward_section(late, govern):
     with late.tape() as calls:
         model(torch.zeros(3, 2))
     assert calls == ["cuStreamWaitEvent main0 a"]
-    assert late.pending(late.own()) == 2
+    assert late.pending(late.own()) == 4
 
 
 def test_the_beginning_of_a_graph_capture_waits_for_all_copies(late, govern):
@@ -147,7 +189,7 @@ def test_the_beginning_of_a_graph_capture_waits_for_all_copies(late, govern):
     recorded = [call.split()[-1] for call in late.calls[start:] if call.startswith("cuEventRecord own0")]
     late.clear()
     governor._keeper.driver.begin_capture(1, threading.get_ident(), False, 5.0)
-    assert late.calls == [f"cuStreamWaitEvent main0 {recorded[1]}"]
+    assert late.calls == [f"cuStreamWaitEvent main0 {recorded[2]}"]
     late.capturing.add(threading.get_ident())
     late.clear()
     with governor._keeper.sections.section(SectionKind.WRITE):
@@ -160,7 +202,7 @@ def test_the_beginning_of_a_graph_capture_waits_for_all_copies(late, govern):
     assert calls == ["cuStreamWaitEvent main0 a"]
 
 
-def test_waiting_for_a_report_reads_the_slot_once(late, govern):
+def test_waiting_for_a_report_waits_for_what_was_read_back_and_launches_nothing(late, govern):
     governor = govern(small())
     governor.snapshot().wait("sealed")
     report = governor.execute_rollback()
@@ -169,9 +211,7 @@ def test_waiting_for_a_report_reads_the_slot_once(late, govern):
     assert calls == [
         "cuEventSynchronize a",
         "cuEventElapsedTime b c",
-        "launch own0 _read",
-        "cuEventRecord own0 d",
-        "cuEventSynchronize d",
+        "cuEventSynchronize d",  # read back
     ]
     assert report.verified
     assert report.device_ms == 1.0  # events are a millisecond apart on this machine
@@ -182,7 +222,11 @@ def test_the_digest_of_a_snapshot_that_nobody_has_read_yet_is_waited_for_and_not
     info = governor.snapshot()
     with late.tape() as calls:
         info.wait("sealed")
-    assert calls == ["cuEventSynchronize a", "cuEventSynchronize b"]  # copied, read
+    assert calls == [
+        "cuEventSynchronize a",  # copied
+        "cuEventSynchronize b",  # read
+        "cuEventElapsedTime c a",  # for the pace
+    ]
 
 
 def test_a_step_asks_and_does_not_wait(late, govern, run):
@@ -357,14 +401,16 @@ def test_two_devices_snapshot_and_rollback():
         "cuStreamWaitEvent own0 b",
         "cuStreamWaitEvent own1 a",
         "cuStreamWaitEvent own1 b",
-        "launch own0 copy",
-        "launch own1 copy",
         "cuEventRecord own0 c",
         "cuEventRecord own1 d",
-        "launch own0 copy",
-        "launch own1 copy",
+        "launch own0 capture",
+        "launch own1 capture",
         "cuEventRecord own0 e",
         "cuEventRecord own1 f",
+        "launch own0 capture",
+        "launch own1 capture",
+        "cuEventRecord own0 g",
+        "cuEventRecord own1 h",
     ]
     with machine.tape() as calls:
         done = pair.rollback()
@@ -377,10 +423,10 @@ def test_two_devices_snapshot_and_rollback():
         "cuStreamWaitEvent own1 b",
         "cuEventRecord own0 c",
         "cuEventRecord own1 d",
-        "launch own0 copy",
-        "launch own1 copy",
-        "launch own0 copy",
-        "launch own1 copy",
+        "launch own0 restore",
+        "launch own1 restore",
+        "launch own0 restore",
+        "launch own1 restore",
         "cuEventRecord own0 e",
         "cuEventRecord own1 f",
         "cuEventRecord own0 g",
@@ -404,7 +450,7 @@ def test_page_locked_host_memory_is_waited_for_on_the_host():
         pair.snapshot()
     waits = [call for call in calls if call.startswith("cuEventSynchronize")]
     assert waits == ["cuEventSynchronize a", "cuEventSynchronize b"]
-    assert calls.index(waits[1]) < calls.index("launch own0 copy")
+    assert calls.index(waits[1]) < calls.index("launch own0 capture")
     pair.close()
 
 

@@ -20,10 +20,12 @@ from cuda_driver.fake_driver import Machine, PageLockedRow
 from cuda_driver.two_devices import Pair
 from torch import nn
 
-from tolaria import TolariaGovernor
+from tolaria import SnapshotRejected, TolariaGovernor, examination, kernels, protocol, rollback
 from tolaria.cuda import ContextDevice, Event
 from tolaria.device import CpuDevice
-from tolaria.operations import SectionKind
+from tolaria.errors import RollbackDisturbed
+from tolaria.operations import Part, ReadLive, SectionKind, StreamRecord
+from tolaria.ring import SlotPhase, Tier
 
 
 def value(tensor: torch.Tensor) -> float:
@@ -191,11 +193,165 @@ def a_bad_number_is_seen(machine, govern):
     return governor.check_vital_signs(loss=torch.tensor(float("nan")))
 
 
+def flip(governor, slot):
+    """One bit of the first weight that a slot holds."""
+    memory = governor._keeper.vault.slots[slot]
+    memory.arena.views[memory.survey.leaves.leaves[0].storage][5] ^= 1
+
+
 def a_digest_is_the_one_of_the_bytes(machine, govern):
+    """Also when the slot has been read before: what is left of the last reading is not added to."""
+    model = filled(1)
+    governor = govern(model, slots=2, probation=0)
+    digests = []
+    for number in (1, 2, 3, 1):
+        with governor.using(), torch.no_grad():
+            model.weight.fill_(number)
+        info = governor.snapshot()
+        info.wait("sealed")
+        slot = next(slot for slot in governor._keeper.ring if slot.snapshot == info.serial)
+        digests.append(dict(governor._keeper.vault.slots[slot.index].digest)["cpu"])
+    block = governor._keeper.vault.slots[slot.index].survey.leaves.storages[0].bytes
+    expected = int(kernels.portable_digest([block]))
+    return digests[0] == digests[3] == expected and len(set(digests)) == 3 and intact(governor, slot)
+
+
+def intact(governor, slot):
+    keeper = governor._keeper
+    return keeper.driver.submit(protocol.reinspect(1, slot.index, slot.snapshot, keeper.ground)).intact
+
+
+def a_flipped_bit_is_seen_before_it_is_restored(machine, govern):
     governor = govern(filled(1))
     governor.snapshot().wait("sealed")
+    machine.finish()
+    flip(governor, 0)
+    try:
+        governor.execute_rollback(verify="before")
+    except SnapshotRejected:
+        return True
+    return False
+
+
+def outcome(report):
+    """What waiting for a rollback has shown."""
+    try:
+        return "verified" if report.wait().verified else "unknown"
+    except RollbackDisturbed:
+        return "disturbed"
+    except SnapshotRejected:
+        return "corrupted"
+
+
+def a_restored_state_is_verified(machine, govern):
+    model = filled(1)
+    governor = govern(model)
+    governor.snapshot()
+    for number in (2, 3):  # also the second time
+        with governor.using(), torch.no_grad():
+            model.weight.fill_(number)
+        if outcome(governor.execute_rollback()) != "verified":
+            return False
+    return value(model.weight) == 1
+
+
+def no_disturbance_is_seen(machine, governor, write):
+    """A rollback, then a writer who keeps the rules: what is read back is what was restored."""
+    governor.snapshot()
+    machine.finish()
+    report = governor.execute_rollback()
+    write()
+    return outcome(report) == "verified"
+
+
+def statistics_written_after_a_rollback_are_no_disturbance(machine, govern):
+    model = nn.BatchNorm1d(3)
+    seen = no_disturbance_is_seen(machine, govern(model), lambda: model(torch.ones(4, 3)))
+    machine.finish()
+    return seen and int(model.num_batches_tracked) == 1
+
+
+def weights_written_after_a_rollback_are_no_disturbance(machine, govern):
+    model = filled(1)
+    governor = govern(model)
+
+    def write():
+        with governor._keeper.sections.section(SectionKind.WRITE), torch.no_grad():
+            model.weight.fill_(2)
+
+    seen = no_disturbance_is_seen(machine, governor, write)
+    machine.finish()
+    return seen and value(model.weight) == 2
+
+
+def weights_written_on_any_stream_after_a_rollback_are_no_disturbance(machine, govern):
+    model = filled(1)
+    governor = govern(model)
+
+    def write():
+        side = machine.side_stream()
+        with governor.using():
+            machine.launch(side, fill(model.weight, 2))
+        machine._force(side, side.launched)
+
+    seen = no_disturbance_is_seen(machine, governor, write)
+    machine.finish()
+    return seen and value(model.weight) == 2
+
+
+def a_write_that_keeps_no_rule_is_a_disturbance(machine, govern):
+    model = filled(1)
+    governor = govern(model)
+    governor.snapshot()
+    machine.finish()
+    report = governor.execute_rollback()
+    with torch.no_grad():
+        model.weight.fill_(2)  # no section
+    return outcome(report) == "disturbed"
+
+
+def drained(machine, govern):
+    """A governor with a certified snapshot of ones that is being copied to main memory, and its model."""
+    model = filled(1)
+    governor = govern(model, host_slots=1, slots=3, probation=0, cadence=1)
+    governor._course.take_first()
+    return governor, model
+
+
+def a_transfer_reads_what_was_captured(machine, govern):
+    """The second stream begins behind the copies of the first."""
+    model = filled(1)
+    governor = govern(model, host_slots=1)
     keeper = governor._keeper
-    return keeper._verify(keeper.ring[0])
+    with governor.using(), torch.no_grad():
+        model.weight.fill_(1)
+    governor.snapshot()
+    # as if it had been certified without anybody waiting for it: nothing has run yet
+    certified = dataclasses.replace(keeper.ring[0], phase=SlotPhase.CERTIFIED)
+    keeper.driver.state = dataclasses.replace(keeper.driver.state, ring=(certified, *keeper.ring[1:]))
+    target = keeper.driver.submit(
+        protocol.drain(1, dataclasses.replace(keeper.ground, drained=1), 0, certified.snapshot)
+    )
+    return value(keeper.vault.slots[target].arena.ranges[0][:9]) == 1
+
+
+def a_drained_snapshot_is_the_one_that_was_taken(machine, govern):
+    governor, _ = drained(machine, govern)
+    keeper = governor._keeper
+    keeper.backlog.tend(1, 1)
+    keeper.backlog.finish()
+    held = [slot for slot in keeper.ring if slot.tier is Tier.HOST and slot.phase is SlotPhase.CERTIFIED]
+    return [value(keeper.vault.slots[slot.index].arena.ranges[0][:9]) for slot in held] == [1]
+
+
+def a_closed_governor_leaves_no_transfer_under_way(machine, govern):
+    governor, _ = drained(machine, govern)
+    port = governor._keeper.devices["cpu"]
+    port.transfer(lambda: None)
+    second = port._second
+    assert machine.pending(second) == 1
+    governor.close()
+    return machine.pending(second) == 0
 
 
 class Average:
@@ -245,7 +401,7 @@ def a_dropped_governor_leaves_nothing_under_way(machine, govern):
     model = filled(1)
     governor = TolariaGovernor(model)
     governor.snapshot()
-    assert machine.pending(machine.own()) == 2
+    assert machine.pending(machine.own()) == 4  # clear, copy, read, send
     del governor
     gc.collect()
     return machine.pending(machine.own()) == 0
@@ -276,6 +432,15 @@ SCENARIOS = [
     staged_means_copied,
     a_bad_number_is_seen,
     a_digest_is_the_one_of_the_bytes,
+    a_flipped_bit_is_seen_before_it_is_restored,
+    a_restored_state_is_verified,
+    statistics_written_after_a_rollback_are_no_disturbance,
+    weights_written_after_a_rollback_are_no_disturbance,
+    weights_written_on_any_stream_after_a_rollback_are_no_disturbance,
+    a_write_that_keeps_no_rule_is_a_disturbance,
+    a_transfer_reads_what_was_captured,
+    a_drained_snapshot_is_the_one_that_was_taken,
+    a_closed_governor_leaves_no_transfer_under_way,
     an_extra_is_captured_behind_work_launched_before,
     an_extra_is_restored_behind_work_launched_before,
     a_closed_governor_leaves_nothing_under_way,
@@ -310,6 +475,28 @@ def on_the_callers(self: ContextDevice, work: Any) -> None:
     work()
 
 
+def nothing_moved(self: ContextDevice, work: Any) -> Event:
+    return no_event(self)
+
+
+def without_a_wait(self: ContextDevice, work: Any) -> Event:
+    """The second stream begins at once."""
+    self._call = lambda name, *arguments: (
+        None if name == "cuStreamWaitEvent" else ContextDevice._call(self, name, *arguments)
+    )
+    try:
+        return REAL_TRANSFER(self, work)
+    finally:
+        del self._call
+
+
+def without_the_second_stream(self: ContextDevice) -> None:
+    self._second = None
+    REAL_CLOSE(self)
+
+
+REAL_TRANSFER, REAL_CLOSE = ContextDevice.transfer, ContextDevice.close
+
 MUTANTS = [
     ("context_record", no_event, a_snapshot_holds_work_launched_before_it),
     ("context_record", no_event, a_writer_launched_before_a_rollback_cannot_undo_it),
@@ -337,8 +524,21 @@ MUTANTS = [
     ("host_wait", nothing, one_that_fails_leaves_nothing_that_waits),
     ("mark", no_event, a_bad_number_is_seen),
     ("mark", no_event, one_that_fails_leaves_nothing_that_waits),
-    ("copy", nothing, a_snapshot_holds_nothing_written_after_it),
-    ("copy", nothing, staged_means_copied),
+    ("transfer", nothing_moved, a_drained_snapshot_is_the_one_that_was_taken),
+    ("transfer", without_a_wait, a_transfer_reads_what_was_captured),
+    ("host_wait", nothing, a_drained_snapshot_is_the_one_that_was_taken),
+    ("host_wait", nothing, a_transfer_reads_what_was_captured),
+    ("close", without_the_second_stream, a_closed_governor_leaves_no_transfer_under_way),
+    ("host_wait", nothing, a_restored_state_is_verified),
+    ("host_wait", nothing, a_write_that_keeps_no_rule_is_a_disturbance),
+    ("stream_record", no_event, a_restored_state_is_verified),
+    ("stream_record", no_event, statistics_written_after_a_rollback_are_no_disturbance),
+    ("stream_record", no_event, weights_written_after_a_rollback_are_no_disturbance),
+    ("caller_wait", nothing, statistics_written_after_a_rollback_are_no_disturbance),
+    ("caller_wait", nothing, weights_written_after_a_rollback_are_no_disturbance),
+    ("context_wait", nothing, weights_written_on_any_stream_after_a_rollback_are_no_disturbance),
+    ("enqueue", nothing, a_restored_state_is_verified),
+    ("enqueue", nothing, a_write_that_keeps_no_rule_is_a_disturbance),
     ("enqueue", nothing, a_digest_is_the_one_of_the_bytes),
     ("enqueue", nothing, a_snapshot_holds_nothing_written_after_it),
     ("enqueue", on_the_callers, a_snapshot_holds_work_launched_before_it),
@@ -358,7 +558,55 @@ MUTANTS = [
 def test_red(method, mutant, scenario, late, govern, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ContextDevice, method, mutant)
+        # how long something took is no byte, but asking raises where nobody has waited
+        patch.setattr(ContextDevice, "elapsed_ms", lambda *_: 1.0)
         assert not scenario(late, govern)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "scenario"),
+    [
+        ("_clear", a_digest_is_the_one_of_the_bytes),
+        ("_clear", a_restored_state_is_verified),
+        ("_send", a_digest_is_the_one_of_the_bytes),
+        ("_send", a_restored_state_is_verified),
+    ],
+)
+def test_red_without_a_part_of_an_examination(left_out, scenario, late, govern, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(examination, left_out, lambda *_: None)
+        assert not scenario(late, govern)
+
+
+@pytest.mark.parametrize(
+    ("part", "scenario"),
+    [
+        (Part.BUFFERS, statistics_written_after_a_rollback_are_no_disturbance),
+        (Part.REST, weights_written_after_a_rollback_are_no_disturbance),
+        (Part.REST, weights_written_on_any_stream_after_a_rollback_are_no_disturbance),
+    ],
+)
+def test_red_without_the_event_after_a_part_was_read_back(part, scenario, late, govern, monkeypatch):
+    """Only that one event is never recorded."""
+    original, after = rollback._read_back, []
+
+    def read_back(slot, places):
+        inner = original(slot, places)
+        answer = None
+        while True:
+            try:
+                op = inner.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = yield op
+            if isinstance(op, ReadLive):
+                after.append(op.part)
+            elif isinstance(op, StreamRecord) and after[-1] is part:
+                answer = Event(fake_driver.Event(0), deque().append)
+
+    monkeypatch.setattr(rollback, "_read_back", read_back)
+    assert not scenario(late, govern)
+    assert after == list(Part)
 
 
 DELETED = [
@@ -373,12 +621,20 @@ DELETED = [
     ("cuEventSynchronize", staged_means_copied),
     ("cuEventSynchronize", a_bad_number_is_seen),
     ("cuStreamSynchronize", a_closed_governor_leaves_nothing_under_way),
+    ("cuStreamSynchronize", a_closed_governor_leaves_no_transfer_under_way),
+    ("cuStreamWaitEvent", statistics_written_after_a_rollback_are_no_disturbance),
+    ("cuStreamWaitEvent", weights_written_after_a_rollback_are_no_disturbance),
+    ("cuStreamWaitEvent", a_transfer_reads_what_was_captured),
+    ("cuEventSynchronize", a_drained_snapshot_is_the_one_that_was_taken),
+    ("cuEventSynchronize", a_restored_state_is_verified),
+    ("cuEventRecord", a_drained_snapshot_is_the_one_that_was_taken),
 ]
 
 
 @pytest.mark.parametrize(("call", "scenario"), DELETED, ids=[f"{call}-{s.__name__}" for call, s in DELETED])
-def test_red_without_the_driver_call(call, scenario, late, govern):
+def test_red_without_the_driver_call(call, scenario, late, govern, monkeypatch):
     """The same from below: the driver says that all is well and does nothing."""
+    monkeypatch.setattr(ContextDevice, "elapsed_ms", lambda *_: 1.0)
     late.fails[call] = 0
     try:
         assert not scenario(late, govern)

@@ -143,15 +143,15 @@ def test_extra_state_that_a_forward_writes(late, govern):
 def test_a_snapshot_that_cannot_be_read_is_given_up_and_training_goes_on(late, govern, make_run, monkeypatch):
     late.lag = 1
     run = make_run()
-    read, calls = Vault._digest_of, []
+    read, calls = Vault._conclude, []
 
-    def fails_twice(self, examination):
-        calls.append(examination)
+    def fails_twice(self, slot, held, survey):
+        calls.append(slot)
         if len(calls) in (2, 3):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return read(self, examination)
+        return read(self, slot, held, survey)
 
-    monkeypatch.setattr(Vault, "_digest_of", fails_twice)
+    monkeypatch.setattr(Vault, "_conclude", fails_twice)
     with govern(run.model, run.optimizer, cadence=3, probation=3) as governor:
         for batch in run.batches:
             governor.step(loss=run.backward(batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from cuda_driver.fake_driver import Machine
 from tolaria import protocol, ring
 from tolaria.cuda import ContextDevice
 from tolaria.driver import Driver
-from tolaria.operations import Barrier, Direction, HostState, Inspection, Part, Places
+from tolaria.kernels import Finite, Side
+from tolaria.operations import Barrier, Direction, Events, HostState, Inspection, Part, Places
 from tolaria.protocol import Ground
+from tolaria.route import lay, transfer
 
 GROUND = Ground(Barrier.CONTEXT, 5.0)
 
@@ -22,6 +25,7 @@ class Store:
     def __init__(self, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> None:
         self.devices, self.host, self.pinned = devices, host, pinned
         self.live = {(name, part): torch.zeros(4, dtype=torch.uint8) for name in devices for part in Part}
+        self.answers = {name: torch.zeros(2, dtype=torch.int64) for name in devices}
         self.held = [{key: torch.full((4,), 99, dtype=torch.uint8) for key in self.live} for _ in range(3)]
 
     def places(self, _: Any) -> Places:
@@ -45,9 +49,33 @@ class Store:
         return Inspection()
 
     def copy(self, op: Any) -> None:
-        held, live = self.held[op.slot][op.device, op.part], self.live[op.device, op.part]
-        pair = ([held], [live]) if op.direction is Direction.CAPTURE else ([live], [held])
-        self.devices[op.device].copy(*pair)
+        route = self._route(op.slot, op.device, op.part)
+        if op.direction is Direction.RESTORE:
+            route.restore()
+        else:
+            route.capture(None)
+
+    def _route(self, slot: int, name: str, part: Part) -> Any:
+        """The real one: what is enqueued, and where, is its business."""
+        live, held = [self.live[name, part]], [self.held[slot][name, part]]
+        return lay(self.devices[name], live, held, [Finite.ANYTHING], 0, [], on_host=False)
+
+    def read_live(self, op: Any) -> None:
+        for name in self.devices:
+            if name not in self.host:
+                self._route(op.slot, name, op.part).read(Side.LIVE, self.answers[name])
+
+    def transfer(self, op: Any) -> Events:
+        moves = {
+            name: functools.partial(
+                transfer,
+                [self.held[op.target][name, part] for part in Part],
+                [self.held[op.source][name, part] for part in Part],
+            )
+            for name in self.devices
+            if name not in self.host
+        }
+        return tuple((name, self.devices[name].transfer(move)) for name, move in moves.items())
 
 
 class Pair:
@@ -83,11 +111,11 @@ class Pair:
     def snapshot(self) -> protocol.Taken:
         return self.driver.submit(protocol.snapshot(1, GROUND, None, manual=True))
 
-    def rollback(self) -> protocol.RolledBack:
+    def rollback(self, *, read_back: bool = False) -> protocol.RolledBack:
         def choose(slots: Any, before: Any) -> Any:
             return ring.newest_good(slots, before)
 
-        return self.driver.submit(protocol.rollback(1, GROUND, choose, "rolling back"))
+        return self.driver.submit(protocol.rollback(1, GROUND, choose, "rolling back", read_back=read_back))
 
     def close(self) -> None:
         for device in self.devices.values():
