@@ -190,7 +190,8 @@ class TolariaGovernor:
         if self.is_disabled:
             parameters = TrainState(self.model, self._update.optimizers).parameters()
             self._update.plain(list(parameters), clip, metric, loss, closure)
-            return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
+            self._course.completed = step = self._course.completed + 1
+            return StepResult(verdict=Verdict(Health.HEALTHY, step), rolled_back=False, skipped=False, step=step)
         self._require_boundary("stepping")
         self._keeper.run_requests(after_step=False)
         acting = self.config.mode == "act"
@@ -346,9 +347,7 @@ class TolariaGovernor:
         """
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = (
-                "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
-            )
+            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
         doing = "rolling back"
         self._require_open(doing)
@@ -411,6 +410,7 @@ class TolariaGovernor:
             cadence=self._course.cadence,
             cadence_stretched=self._course.cadence != self.config.cadence,
             rng=_rng_policy(self.config),
+            reexecution=self._course.again.in_force,
         )
 
     def statistics(self) -> Statistics:

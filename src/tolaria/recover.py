@@ -72,6 +72,7 @@ def decide(
     can_replay: bool,
     max_retries: int,
     retry_window: int,
+    transient: bool = False,
 ) -> tuple[RecoveryState, Plan]:
     """Decide what follows a panic.
 
@@ -84,11 +85,15 @@ def decide(
         can_replay: Batches come from `watch`.
         max_retries: Panics allowed within `retry_window` ticks.
         retry_window: In ticks.
+        transient: It is known that the data is not to blame, so everything is replayed and no trouble is remembered.
 
     Returns:
         The new memory and the plan.
     """
     recent = (*(t for t in state.ticks if tick - t < retry_window), tick)
+    if transient and can_replay and len(recent) <= max_retries:
+        cooled = len([t for t in state.data_incidents if tick - t < _COOL_WINDOW]) >= 2
+        return replace(state, ticks=recent), Plan(Action.REPLAY, None, 0, 1, cooled)
     same = state.attempt > 0 and onset_batch <= state.last_batch + reach
     attempt = state.attempt + 1 if same else 1
     first = min(onset_batch, state.first_batch) if same else onset_batch

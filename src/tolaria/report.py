@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tolaria.errors import PhaseError, SnapshotRejected
-from tolaria.records import SCHEMA_VERSION, Incident
+from tolaria.records import SCHEMA_VERSION, Incident, Verdict, VitalSigns
 
 logger = logging.getLogger("tolaria")
 
@@ -119,6 +119,50 @@ class RollbackReport:
                 'The train state was restored from them: roll back again with verify="before".',
             )
         return self
+
+
+def incident(
+    vital: VitalSigns,
+    verdict: Verdict,
+    action: str,
+    report: RollbackReport | None,
+    *,
+    barrier: str,
+    replayed: int = 0,
+    skipped: int = 0,
+    note: str = "",
+) -> Incident:
+    """The incident that a verdict and what was done about it come to.
+
+    Args:
+        vital: Signs of the step.
+        verdict: What is reported.
+        action: See `Incident`.
+        report: Of the rollback; None where there was none.
+        barrier: Kind in use.
+        replayed: Batches that will be delivered again.
+        skipped: Batches that will not.
+        note: Anything unusual; corrupted snapshots that were passed over are added.
+    """
+    if report is not None and report.corrupted_steps:
+        note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
+    return Incident(
+        step=vital.step,
+        onset=vital.step if verdict.onset is None else verdict.onset,
+        reason=verdict.reason,
+        signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
+        evidence=dict(verdict.evidence),
+        action=action,
+        restored_step=None if report is None else report.snapshot_step,
+        certified=report is not None and report.certified,
+        steps_lost=0 if report is None else report.steps_lost,
+        batches_replayed=replayed,
+        batches_skipped=skipped,
+        rollback_ms=0.0 if report is None else report.host_ms,
+        barrier=barrier,
+        env_id=0 if report is None else report.env_id,
+        note=note,
+    )
 
 
 def incident_line(incident: Incident) -> str:
