@@ -110,6 +110,7 @@ class Feed:
         self._dropped: set[int] = set()
         self._delivering = 0
         self.passes = 0
+        self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._exact_before = 0  # deliveries again below this index find the random state they found before
         self._devices, self._track_draws = devices, track_draws
@@ -144,7 +145,16 @@ class Feed:
         with self._lock:
             taken = tuple(self._open)
             self._open.clear()
+            self._taken = [*self._taken[:1], *self._taken[1:][-1:], len(taken)]
             return taken
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the loop holds no batch back: its steps, two at least in this pass, took as many batches each.
+
+        The first step of a loop that fetches ahead takes what it has fetched for later ones as well.
+        """
+        return len(self._taken) > 1 and len(set(self._taken)) == 1
 
     @property
     def is_delivering(self) -> bool:
@@ -171,6 +181,7 @@ class Feed:
         """
         with self._lock:
             self._delivering += 1
+            self._taken = []
         try:
             source: Iterator[Any] | None = None
             while True:

@@ -360,6 +360,7 @@ class Keeper:
         optimizer: Optimizer | None = None,
         verify_before: bool = False,
         patient: bool = False,
+        routine: bool = False,
     ) -> RolledBack:
         """Restore a snapshot and fill in `report`.
 
@@ -374,6 +375,7 @@ class Keeper:
             optimizer: Cleared in the same critical section if it is not governed.
             verify_before: Check digests before the first write.
             patient: Wait for graph captures of other threads to end.
+            routine: Nothing was wrong: candidates keep the probation that they had by then.
         """
         governed = [part.optimizer for part in self.state.optimizers]
         foreign = optimizer is not None and all(optimizer is not one for one in governed)
@@ -387,6 +389,7 @@ class Keeper:
                 verify_before,
                 (optimizer,) if foreign else (),
                 patient,
+                routine,
             ),
             shield,
         )

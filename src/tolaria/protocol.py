@@ -339,6 +339,7 @@ def rollback(
     verify_before: bool = False,
     reset: tuple[Any, ...] = (),
     patient: bool = False,
+    routine: bool = False,
 ) -> Protocol:
     """Restore one snapshot in place.
 
@@ -351,6 +352,7 @@ def rollback(
         verify_before: Read the slot's digest before the first write, and fall back to an older snapshot on a mismatch.
         reset: Optimizers that were not governed at the snapshot; their state is cleared (a cold start).
         patient: Wait for graph captures of other threads to end, instead of raising.
+        routine: Nothing was wrong, so probation does not begin again; steps undone count no longer.
 
     Returns:
         `RolledBack`.
@@ -386,7 +388,8 @@ def rollback(
 
     def commit(state: HostState, restored: int) -> tuple[HostState, int]:
         epoch = state.epoch + 1
-        slots = ring.suspend(ring.drop_newer(state.ring, restored))
+        older = ring.drop_newer(state.ring, restored)
+        slots = ring.rewind(older, restored) if routine else ring.suspend(older)
         # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
         # holds any, belong to the new epoch); running passes are not
         return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch

@@ -5,8 +5,8 @@ snapshot and with the same batches, come to the same bytes: where two executions
 difference is a panic (`SILENT`); its replay is a third execution, and shows by the company it keeps which of the two
 was.
 
-Before that is trusted, one healthy step is run twice. Where the two differ, the model is not deterministic, and
-re-execution switches itself off.
+Before that is trusted, two healthy steps are run twice. Where the executions differ, the model is not deterministic,
+and re-execution switches itself off.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ class Reexecution:
         if self._base is None or completed <= self._base.slot.completed or not self._can_run_again(self._base):
             return False
         first = self._base.slot.completed
-        return not self._is_trusted or (snapshot_is_due and completed // self._every > first // self._every)
+        due = not self._is_trusted or (snapshot_is_due and completed // self._every > first // self._every)
+        if due and snapshot_is_due and not self._feed.is_in_step:
+            self._say("steps are not run again: some took more batches than others, as in a loop that fetches ahead")
+        return due and self._feed.is_in_step
 
     def _can_run_again(self, base: Base) -> bool:
         """Whether nothing has happened since that running the loop again from there would miss, or destroy."""
@@ -159,10 +162,17 @@ class Reexecution:
         report = RollbackReport(success=False, status="failed", reason="re-execution")
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
             self._keeper.restore(
-                shield, report, completed=lambda: completed, to=base.slot.step, verify_before=True, patient=True
+                shield,
+                report,
+                completed=lambda: completed,
+                to=base.slot.step,
+                verify_before=True,
+                patient=True,
+                routine=True,
             )
             rewind = self._rewind()
             self._executions = None if rewind.note else noted
+            self._base = None if report.corrupted_steps else base  # the journal's return has made us forget
             self._count(reexecutions=1, reexecuted_steps=report.steps_lost, gate_wait_s=report.wait_ms / 1e3)
         return report, rewind
 

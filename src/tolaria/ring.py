@@ -189,6 +189,17 @@ def drop_newer(ring: Ring, snapshot: int) -> Ring:
     return tuple(map(one, ring))
 
 
+def rewind(ring: Ring, snapshot: int) -> Ring:
+    """The healthy steps after that snapshot are undone, and will be judged again: they do not count for probation."""
+    restored = next(slot for slot in ring if slot.snapshot == snapshot)
+
+    def one(slot: Slot) -> Slot:
+        left = max(0, restored.completed - slot.completed)
+        return replace(slot, healthy=min(slot.healthy, left)) if slot.in_probation else slot
+
+    return tuple(map(one, ring))
+
+
 def pin(ring: Ring, index: int, by: int) -> Ring:
     """Add (`by` = 1) or remove (`by` = -1) a reader."""
     return _put(ring, replace(ring[index], readers=ring[index].readers + by))

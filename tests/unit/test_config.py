@@ -16,6 +16,8 @@ from tolaria import GovernorConfig, InvalidConfig
         ("cadence", True),
         ("cadence", "auto"),
         ("probation", -1),
+        ("reexecute_every", -1),
+        ("reexecute_every", 2.5),
         ("slots", 2),
         ("slots", 0),
         ("keep_batches", 0),

@@ -171,8 +171,8 @@ KINDS: tuple[FaultKind, ...] = (
 )
 """In the order in which they strike. Shares of the run leave room between them for a certified snapshot, see `plan`."""
 
-ROOM = 25
-"""Batches between two faults, at least: cadence and probation (10 + 10) and what detection takes, for most."""
+ROOM = 28
+"""Batches between two faults, at least: cadence, probation, detection, and late verdicts (10 + 10 + 5 + 3)."""
 
 _ROOM_ON_AVERAGE = 40
 
