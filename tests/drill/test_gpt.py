@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tolaria.config import GovernorConfig
-from tolaria.drill import command
+from tolaria.drill import command, gpt
 from tolaria.drill.catalogue import WORKLOADS, Entry
 from tolaria.drill.faults import Fault, FaultKind, Injector, Moment, fewest_steps, plan, spoil
 from tolaria.drill.gpt import Gpt
@@ -181,6 +181,13 @@ def test_a_step_of_two_micro_batches_is_struck_once(workload: Gpt, training: Tra
 # -- short drills
 
 
+@pytest.fixture
+def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same workload with one layer and half the text per step: a quarter of the time."""
+    monkeypatch.setattr(gpt, "_LAYERS", 1)
+    monkeypatch.setattr(Gpt, "_BATCH", 4)
+
+
 def drill(kinds: list[FaultKind], steps: int, seed: int, deaf: Audience) -> command.Result:
     return command.run_drill(command.prepare("gpt", seed, steps, CPU, kinds), deaf)
 
@@ -190,6 +197,7 @@ def at(name: str, share: float) -> FaultKind:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smaller")
 def test_the_four_are_recovered(seed: int, deaf: Audience) -> None:
     names = {"silent_bit_flip": 0.3, "corrupted_slot": 0.45, "weight_decay": 0.7, "bad_micro_batch": 0.9}
     result = drill([at(name, share) for name, share in names.items()], 300, seed, deaf)
@@ -217,6 +225,7 @@ def test_the_four_are_recovered(seed: int, deaf: Audience) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smaller")
 def test_without_reexecution_nobody_finds_the_silent_flip(
     seed: int, deaf: Audience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +240,7 @@ def test_without_reexecution_nobody_finds_the_silent_flip(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smaller")
 def test_a_corrupted_slot_that_nobody_checks_is_restored(
     seed: int, deaf: Audience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +267,7 @@ RUINOUS = [kind for kind in KINDS if kind.name != "silent_bit_flip"]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
+@pytest.mark.usefixtures("one_thread", "smaller")
 @pytest.mark.parametrize("kind", RUINOUS, ids=lambda kind: kind.name)
 def test_alone_and_unguarded_it_ruins_the_run(
     kind: FaultKind, seed: int, deaf: Audience, clean_losses: dict[int, float]
