@@ -425,3 +425,27 @@ def test_candidates_stay_in_the_ring(govern: Govern, kit: Any) -> None:
     assert certified == sorted(certified)
     assert certified[-1] >= 10
     assert fit.run.state() == undisturbed(kit)
+
+
+def test_a_snapshot_by_hand_is_no_base_when_the_automatic_one_fails(
+    govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken in the middle of the loop body; what the body does after it would be left out."""
+    fit = Fit(kit, govern)
+    keeper = fit.governor._keeper
+    take = keeper.take
+
+    def failing(*args: Any, manual: bool, **kwargs: Any) -> Any:
+        if not manual and fit.steps[-1:] == [10] and fit.steps.count(10) == 2:
+            raise MemoryError
+        return take(*args, manual=manual, **kwargs)
+
+    monkeypatch.setattr(keeper, "take", failing)
+    for batch in fit.governor.watch(fit.run.batches):
+        fit.steps.append(fit.step(batch).step)
+        if fit.steps[-1] == 10 and fit.steps.count(10) == 2:
+            fit.governor.snapshot()
+        fit.run.model[0].weight.data.mul_(0.999)
+    assert fit.governor.statistics().snapshots_failed == 1
+    assert fit.incidents == []
+    assert fit.steps[-1] == 30
