@@ -449,3 +449,24 @@ def test_a_snapshot_by_hand_is_no_base_when_the_automatic_one_fails(
     assert fit.governor.statistics().snapshots_failed == 1
     assert fit.incidents == []
     assert fit.steps[-1] == 30
+
+
+def test_a_batch_that_is_skipped_meanwhile_leaves_nothing_to_compare(govern: Govern, kit: Any) -> None:
+    """It turns bad in the second execution, and stays so: what the first came to is no measure any more."""
+    fit = Fit(kit, govern)
+    for number, batch in fit.governor.watch(list(enumerate(fit.run.batches))):
+        fit.visits[number] = fit.visits.get(number, 0) + 1
+        fit.steps.append(fit.step(kit.nan_batch(batch) if number == 7 and fit.visits[7] > 1 else batch).step)
+    assert [(incident.reason, incident.action) for incident in fit.incidents] == [
+        ("non-finite loss", "replay"),
+        ("non-finite loss", "skip"),
+    ]
+    assert fit.steps[-1] == 29
+
+
+def test_only_healthy_steps_are_run_again(govern: Govern, kit: Any) -> None:
+    """The second step is suspicious: the trial waits for the third."""
+    run = kit.Run(batches=4)
+    config = GovernorConfig(cadence=CADENCE, reexecute_every=CADENCE)
+    governor = govern(run.model, run.optimizer, config=config, detector=kit.scripted({2: "suspect"}))
+    assert [result.step for result in run.train(governor)] == [1, 2, 3, 1, 2, 3, 4]
