@@ -47,6 +47,8 @@ class GovernorConfig:
         on_veto: What follows a non-finite gradient once its step was refused: ``"rollback"`` (exact) or ``"keep"`` (go
             on from the refused step; BatchNorm statistics and random state have moved).
         check_weights_every: Look for non-finite weights every that many steps (and before every snapshot).
+        reexecute_every: Run the steps since the last snapshot again when they include a multiple of this number, and
+            compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.
         strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
         max_retries: Rollbacks allowed within `retry_window` steps before `RetryBudgetExceeded` ends the run.
         retry_window: Length of that window, in optimizer steps.
@@ -73,6 +75,7 @@ class GovernorConfig:
     rng: RngPolicy | None = None
     on_veto: OnVeto = "rollback"
     check_weights_every: int = 1
+    reexecute_every: int = 0
     strict: bool = False
     max_retries: int = 20
     retry_window: int = 1000
@@ -93,7 +96,7 @@ class GovernorConfig:
             self._at_least(name, 1)
         if self.cadence != "auto":
             self._at_least("cadence", 1)
-        for name in ("probation", "reach", "scrub_every"):
+        for name in ("probation", "reach", "scrub_every", "reexecute_every"):
             self._at_least(name, 0)
         for name in ("slots", "keep_batches", "device_budget", "host_budget"):
             if getattr(self, name) is not None:

@@ -9,30 +9,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
 
-from tolaria import recover, ring
+from tolaria import recover, resume, ring
 from tolaria.config import MOST_OUTSTANDING, GovernorConfig
-from tolaria.coordinate import world_size
+from tolaria.coordinate import refuse_several_ranks, world_size
 from tolaria.errors import (
     CaptureInProgress,
     DeviceLost,
-    RetryBudgetExceeded,
     SafetyError,
     SlotsBusy,
     SnapshotRejected,
     UnsupportedState,
-    UsageError,
 )
 from tolaria.feed import NO_REWIND, Feed, Rewind
-from tolaria.judge import Detector, state_from_json
+from tolaria.judge import Detector
 from tolaria.keeper import Keeper, Target
 from tolaria.operations import Inspection
 from tolaria.pace import Pace
-from tolaria.records import SCHEMA_VERSION, Health, Journal, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.records import Health, Journal, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.reexecute import Reexecution
 from tolaria.report import Ledger, RollbackReport, SnapshotInfo, incident_of, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
@@ -81,11 +80,14 @@ class Course:
         self.verdict = Verdict(Health.HEALTHY, 0)
         self.keeper: Keeper
         self.feed: Feed
+        self.again: Reexecution
 
     def begin(self, keeper: Keeper, feed: Feed) -> None:
         """Take on snapshots and data of the run. Separate from construction: the keeper reads our journal."""
         self.keeper, self.feed = keeper, feed
         self._pace = Pace(self.config.effective_cadence(keeper.lag))
+        every = self.config.reexecute_every if self.config.mode == "act" else 0
+        self.again = Reexecution(every, keeper, feed, lambda: self._rewind(range(0)), self.count)
 
     # ------------------------------------------------------------ what a snapshot holds of us
 
@@ -98,6 +100,7 @@ class Course:
     def write_journal(self, journal: Journal) -> None:
         """The inverse, at a rollback. Numbers of undone steps that are still on their way are forgotten."""
         self.abandoned = self.completed
+        self.again.forget()
         self.completed, judgement, self._position = journal
         with self._judge_lock:
             self._forget_outstanding(self.completed)
@@ -196,13 +199,12 @@ class Course:
         return panic or self._read_back(wait)
 
     def _read_back(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
-        """What the last rollback has restored, once it has been read back. Anything else is a panic again."""
+        """Whether the last rollback reads back as its snapshot, once that is known. If not, it is a panic again."""
         seen = self.keeper.arrivals.read_back(wait=wait)
         if seen is None or seen.intact:
             return None
         self.count(panics=1, snapshots_corrupted=int(seen.corrupted), rollbacks_disturbed=int(not seen.corrupted))
         reason = "the restored snapshot was corrupted" if seen.corrupted else "a writer disturbed the rollback"
-        # nothing that was computed since is to be trusted, but what the snapshot holds is older
         self.verdict = Verdict(Health.PANIC, self.completed, reason, seen.slot.completed + 1)
         return VitalSigns(step=self.completed), self.verdict
 
@@ -228,7 +230,7 @@ class Course:
     def conclude(self, sent: Sent) -> StepResult:
         """Everything that follows an accounted step: report it, take a snapshot, or roll back."""
         if self.config.mode == "observe":
-            return StepResult(verdict=self.watch_only(), rolled_back=False, skipped=sent.skipped)
+            return StepResult(verdict=self.watch_only(), rolled_back=False, skipped=sent.skipped, step=sent.step)
         panic = self.catch_up(wait=self.keeper.driver.state.torn)
         due = self.completed - self._last_automatic >= self.cadence
         self.keeper.backlog.tend(self.tick, self.cadence)
@@ -243,23 +245,43 @@ class Course:
         verdict = self.verdict
         if panic is not None:
             self._panic(*panic)
-        return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped)
+        return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped, step=sent.step)
 
     def settle(self, at_the_end: bool) -> None:
-        """The loop body is over: take the snapshot that its step has left due. At the end of the data, judge all.
+        """The loop body is over: run steps again, take the snapshot that is due. At the end of the data, judge all.
 
         Not inside `step`: what the body does after it (an average of the weights, a scheduler) belongs to that step. A
         loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
         """
+        if not self.feed.has_open and self.again.is_due(self.completed, self._due is not None):
+            self._reexecute()
         panic = None
         if self._due is not None and not self.feed.has_open:
             panic = self._snapshot_or_panic(self._due)
+            self.again.note_snapshot(self.completed)
         if panic is None and at_the_end and self.config.mode == "observe":
             self.watch_only(wait=True)
         elif panic is None and at_the_end:
             panic = self.catch_up(wait=True)
         if panic is not None:
             self._panic(*panic)
+
+    def _reexecute(self) -> None:
+        """Run the steps since the last snapshot again, or compare what came of it, if all of them are healthy."""
+        panic = self.catch_up(wait=True)
+        if panic is not None:
+            self._panic(*panic)
+        elif self.verdict.health is Health.HEALTHY:
+            step = VitalSigns(step=self.completed)
+            verdict, report, rewind = self.again.examine(self.completed)
+            if verdict is not None:
+                self.count(panics=1)
+                executions = self.again.pending()
+                if not self._panic(step, verdict, transient=True).note:
+                    self.again.resume(executions)
+            elif report is not None and report.corrupted_steps:
+                found = Verdict(Health.SUSPECT, step.step, "corrupted snapshot")
+                self.report(step, found, recover.Action.REPLAY.value, report, rewind, rewind.note)
 
     def _snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
         self._due = None
@@ -282,6 +304,7 @@ class Course:
             self._last_automatic = self.completed
             if found is None or not found.nonfinite:
                 self.keeper.certify(info)
+        self.again.note_snapshot(self.completed)
         if found is not None and found.nonfinite:
             raise SnapshotRejected(
                 f"taking the first snapshot at step {self.completed}",
@@ -332,15 +355,11 @@ class Course:
 
     # ------------------------------------------------------------ rollback and recovery
 
-    def _panic(self, vital: VitalSigns, verdict: Verdict) -> None:
-        """Roll back, arrange the data, report; then end the run if the retry budget is spent."""
+    def _panic(self, vital: VitalSigns, verdict: Verdict, *, transient: bool = False) -> Rewind:
+        """Roll back, arrange the data, report; then end the run if the retry budget is spent. `transient`: replay."""
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
-            raise UnsupportedState(
-                f"rolling back at step {vital.step}",
-                "this process is one of several ranks, and a rollback on one of them alone would ruin the others",
-                'Use mode="observe", and restart all ranks from a checkpoint.',
-            )
+            refuse_several_ranks(vital.step)
         onset = vital.step if verdict.onset is None else verdict.onset
         before = self.recovery
         onset_batch, panic_batch = self._batches(onset, vital.step)
@@ -353,6 +372,7 @@ class Course:
             can_replay=self.feed.is_used,
             max_retries=self.config.max_retries,
             retry_window=self.config.retry_window,
+            transient=transient,
         )
         report = RollbackReport(success=False, status="failed", reason=verdict.reason)
         skip = {
@@ -375,17 +395,16 @@ class Course:
             except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
                 raise
-            rewind = self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
+            rewind = self._rewind(skip)
             self._after_rollback(report, rewind)
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
             self.report(vital, verdict, action, report, rewind, rewind.note)
         if plan.action is recover.Action.STOP:
-            raise RetryBudgetExceeded(
-                f"recovering at step {vital.step}",
-                f"{len(self.recovery.ticks)} panics within {self.config.retry_window} steps (the last: "
-                f"{verdict.reason}), expected at most {self.config.max_retries}",
-                f"It is the snapshot of step {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
-            )
+            raise recover.spent(self.recovery, self.config, vital.step, verdict.reason, report.snapshot_step)
+        return rewind
+
+    def _rewind(self, skip: range | None) -> Rewind:
+        return self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
 
     def _batches(self, onset: int, step: int) -> tuple[int, int]:
         """First and last batch of the steps from `onset` to `step`; without `watch`, counts of steps stand in."""
@@ -408,7 +427,7 @@ class Course:
             except BaseException:
                 report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report
                 raise
-            rewind = self.feed.rewind(self._position, None, self._rng_policy() == "restore")
+            rewind = self._rewind(None)
             self._after_rollback(report, rewind)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
@@ -439,8 +458,8 @@ class Course:
         note: str = "",
     ) -> None:
         """One line in the ledger."""
-        batches, barrier = (rewind.replayed, rewind.skipped), self.keeper.ground.barrier.value
-        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier))
+        batches = rewind.replayed, rewind.skipped
+        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, self.keeper.ground.barrier.value))
 
     # ------------------------------------------------------------ counters, resume
 
@@ -466,36 +485,16 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "completed": self.completed,
-            "tick": self.tick,
-            "judgement": self._judgement,
-            "recovery": asdict(self.recovery),
-            "statistics": asdict(self.statistics),
-        }
+        now = resume.Bookkeeping(
+            self.completed, self.tick, judgement=self._judgement, recovery=self.recovery, statistics=self.statistics
+        )
+        return resume.as_json(now)
 
     def load_state_dict(self, saved: Any) -> None:
         """The inverse, also after a round trip through JSON. Raises `UsageError` for another schema."""
-        try:
-            version = saved["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
-            completed, tick = int(saved["completed"]), int(saved["tick"])
-            judgement = state_from_json(saved["judgement"])
-            recovery = recover.RecoveryState(
-                **{name: state_from_json(value) for name, value in saved["recovery"].items()}
-            )
-            statistics = Statistics(**saved["statistics"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(
-                "resuming the governor",
-                f"this is not a state_dict of a governor of this version ({type(error).__name__}: {error})",
-                "Resume with the version of tolaria that wrote it, or start the governor afresh.",
-            ) from error
-        self.completed = self._last_automatic = completed
-        # batches are numbered afresh in a new process, so no panic here is the return of one there
-        self.recovery = replace(recovery, attempt=0, first_batch=-1, last_batch=-1)
-        self.tick, self._judgement, self.statistics = tick, judgement, statistics
+        books = resume.from_json(saved)
+        self.completed = self._last_automatic = books.completed
+        self.tick, self._judgement, self.recovery = books.tick, books.judgement, books.recovery
+        self.statistics = books.statistics
         self._forget_outstanding(-1)
         self._judged.clear()

@@ -93,6 +93,9 @@ class Feed:
         devices: Accelerators whose random state may be drawn from while fetching.
         track_draws: Whether global random state is restored by rollbacks, so that draws have to be followed.
 
+    Attributes:
+        passes: Deliveries of a loader that have ended; what follows one is not the body of its loop.
+
     Threads: one may rewind while others are delivered to; a loader itself is asked without any lock held.
     """
 
@@ -106,6 +109,8 @@ class Feed:
         self._next = 0
         self._dropped: set[int] = set()
         self._delivering = 0
+        self.passes = 0
+        self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._exact_before = 0  # deliveries again below this index find the random state they found before
         self._devices, self._track_draws = devices, track_draws
@@ -140,12 +145,26 @@ class Feed:
         with self._lock:
             taken = tuple(self._open)
             self._open.clear()
+            self._taken = [*self._taken[:1], *self._taken[1:][-1:], len(taken)]
             return taken
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether the loop holds no batch back: its steps, two at least in this pass, took as many batches each.
+
+        The first step of a loop that fetches ahead takes what it has fetched for later ones as well.
+        """
+        return len(self._taken) > 1 and len(set(self._taken)) == 1
 
     @property
     def is_delivering(self) -> bool:
         """Whether a loop is being fed now, so that the end of its body will be seen."""
         return self._delivering > 0
+
+    @property
+    def num_delivering(self) -> int:
+        """Loops that are being fed now."""
+        return self._delivering
 
     @property
     def has_open(self) -> bool:
@@ -162,6 +181,7 @@ class Feed:
         """
         with self._lock:
             self._delivering += 1
+            self._taken = []
         try:
             source: Iterator[Any] | None = None
             while True:
@@ -183,6 +203,7 @@ class Feed:
         finally:
             with self._lock:
                 self._delivering -= 1
+                self.passes += 1
 
     def _first(self, batch: Any, before: rng.RngState | None) -> Delivery:
         after = None if before is None else rng.read(self._devices)
@@ -229,6 +250,11 @@ class Feed:
         with self._lock:
             return self._rewind(position, skip, restores_random_state)
 
+    def obstacle(self, position: int) -> str:
+        """Why not everything from `position` on could be delivered again; empty if it could."""
+        with self._lock:
+            return self._obstacle(position, [delivery for delivery in self._kept if delivery.index >= position], [])
+
     def _rewind(self, position: int, skip: range | None, restores_random_state: bool) -> Rewind:
         due = [delivery for delivery in self._kept if delivery.index >= position]
         upcoming = self.upcoming
@@ -237,7 +263,7 @@ class Feed:
         dropped = delivered if skip is None else [d for d in due if d.index in skip]
         note = self._obstacle(position, due, dropped) if skip is not None else ""
         if note:
-            dropped = delivered
+            dropped, note = delivered, f"{note}: replay became a skip"
         gone = {d.index for d in dropped}
         self._queue = deque(d for d in due if d.index not in gone)
         self._kept = deque(d for d in self._kept if d.index not in gone)
@@ -251,9 +277,9 @@ class Feed:
         have = {d.index for d in due}
         missing = [i for i in range(position, self._next) if i not in have and i not in self._dropped]
         if missing:
-            return f"{len(missing)} batches are no longer kept (keep_batches={self.capacity}): replay became a skip"
+            return f"{len(missing)} batches are no longer kept (keep_batches={self.capacity})"
         gone = {d.index for d in dropped}
         changed = sum(1 for d in due if d.index not in gone and not d.is_unchanged())
         if changed:
-            return f"{changed} batches were changed in place after delivery: replay became a skip"
+            return f"{changed} batches were changed in place after delivery"
         return ""

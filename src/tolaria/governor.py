@@ -101,7 +101,7 @@ class TolariaGovernor:
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
-        # nothing inside may refer to the governor itself: dropped, it is gone at once, and counts as live no longer
+        # nothing inside may refer to the governor itself: dropped, it is gone at once
         course, config = self._course, self.config
 
         def follows() -> bool:
@@ -113,9 +113,7 @@ class TolariaGovernor:
             with_rng=follows,
             read_journal=course.read_journal,
             write_journal=course.write_journal,
-            on_stale=lambda: course.count(stale_vetoes=1),
-            on_corrupted=lambda slot: course.count(snapshots_corrupted=1),
-            on_drained=lambda: course.count(snapshots_drained=1),
+            count=course.count,
         )
         self._readings = Readings(self._keeper.clocks, 2 * len(self._keeper.state.roster()[0]) + _OTHER_NUMBERS)
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
@@ -192,7 +190,8 @@ class TolariaGovernor:
         if self.is_disabled:
             parameters = TrainState(self.model, self._update.optimizers).parameters()
             self._update.plain(list(parameters), clip, metric, loss, closure)
-            return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
+            self._course.completed = step = self._course.completed + 1
+            return StepResult(verdict=Verdict(Health.HEALTHY, step), rolled_back=False, skipped=False, step=step)
         self._require_boundary("stepping")
         self._keeper.run_requests(after_step=False)
         acting = self.config.mode == "act"
@@ -339,10 +338,9 @@ class TolariaGovernor:
             to: A snapshot or the step of one; the newest manual or certified snapshot unless given.
             reason: Recorded in the report.
             when: ``"boundary"``: from inside a section or hook, queue it and return a report with status ``pending``.
-            verify: ``"before"``: compare the slot with its digest before the first write; a corrupted one is passed
-                over for the next older good snapshot. ``"after"``, and ``"before"`` too: read the restored bytes back
-                under the gate, and restore once more what was disturbed. The `context` barrier does that always, beside
-                the work that follows; `RollbackReport.wait` and the next `step` see the outcome.
+            verify: ``"before"``: compare the slot with its digest before the first write, and pass a corrupted one over
+                for the next older good snapshot. ``"after"`` (and ``"before"`` too): read the restored bytes back, and
+                restore once more what was disturbed. `context` always does; `wait` and the next `step` tell.
 
         Raises:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
@@ -350,9 +348,7 @@ class TolariaGovernor:
         """
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = (
-                "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
-            )
+            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
         doing = "rolling back"
         self._require_open(doing)
@@ -403,20 +399,21 @@ class TolariaGovernor:
                 cadence_stretched=False,
                 rng="keep",
             )
-        newest = ring.newest_good(self._keeper.ring)
+        newest, vault = ring.newest_good(self._keeper.ring), self._keeper.vault
         return Capabilities(
             barrier=self._keeper.ground.barrier.value,
-            devices=tuple(self._keeper.vault.devices),
-            tier=self._keeper.vault.plan.tier.value,
-            tier_reason=self._keeper.vault.plan.reason,
-            host_slots=self._keeper.vault.plan.host_slots,
+            devices=tuple(vault.devices),
+            tier=vault.plan.tier.value,
+            tier_reason=vault.plan.reason,
+            host_slots=vault.plan.host_slots,
             barrier_reason=self._keeper.devices.reason,
-            copy_path=self._keeper.vault.copy_path,
-            state_bytes=self._keeper.vault.num_bytes(newest.index) if newest else 0,
-            slots=self._keeper.vault.room.slots,
+            copy_path=vault.copy_path,
+            state_bytes=vault.num_bytes(newest.index) if newest else 0,
+            slots=vault.room.slots,
             cadence=self._course.cadence,
             cadence_stretched=self.config.cadence not in ("auto", self._course.cadence),
             rng=_rng_policy(self.config),
+            reexecution=self._course.again.in_force,
         )
 
     def statistics(self) -> Statistics:
@@ -490,9 +487,7 @@ def _rng_policy(config: GovernorConfig) -> str:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:

@@ -6,6 +6,7 @@ It joins the sans-I/O protocol, the driver, slot memory and the sections of one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -33,7 +34,7 @@ from tolaria.errors import (
     SnapshotRejected,
 )
 from tolaria.observe import Clock
-from tolaria.operations import Barrier, Events, HostState, Inspection
+from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol
 from tolaria.protocol import RolledBack, Taken
 from tolaria.records import Journal
 from tolaria.report import RollbackReport, SnapshotInfo, disturbed
@@ -74,9 +75,7 @@ class Keeper:
         with_rng: Whether snapshots hold global random state, asked at each capture.
         read_journal: The governor's counters and detector states, as immutable values.
         write_journal: Takes them back at a rollback.
-        on_stale: Called when stale gradients were refused.
-        on_corrupted: Called, on another thread, when an idle snapshot was found to have changed and was given up.
-        on_drained: Called, on another thread, when a snapshot was copied to main memory.
+        count: Adds to the governor's statistics by name, from any thread.
 
     Raises:
         UnsupportedState, BudgetExceeded: Nothing was attached.
@@ -89,9 +88,7 @@ class Keeper:
         with_rng: Callable[[], bool],
         read_journal: Callable[[], Journal],
         write_journal: Callable[[Journal], None],
-        on_stale: Callable[[], None],
-        on_corrupted: Callable[[Slot], None],
-        on_drained: Callable[[], None],
+        count: Callable[..., None],
     ) -> None:
         survey = state.survey()
         devices = DeviceSet(config.barrier)
@@ -116,10 +113,11 @@ class Keeper:
             self.ground,
             lambda: self.vault.plan.host_slots,
             config.scrub_every,
-            on_corrupted,
-            on_drained,
+            lambda slot: count(snapshots_corrupted=1),
+            lambda: count(snapshots_drained=1),
         )
-        self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, on_stale)
+        stale = functools.partial(count, stale_vetoes=1)
+        self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, stale)
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
 
@@ -340,6 +338,7 @@ class Keeper:
         verify_before: bool = False,
         patient: bool = False,
         read_back: bool = False,
+        routine: bool = False,
     ) -> RolledBack:
         """Restore a snapshot and fill in `report`.
 
@@ -356,17 +355,28 @@ class Keeper:
             patient: Wait for graph captures of other threads to end.
             read_back: Read what was restored, and compare it with the snapshot. Where that takes no time of the host
                 (`context`), it is always done.
+            routine: Nothing was wrong: candidates keep the probation that they had by then.
 
         Raises:
             RollbackDisturbed: Again and again something else was read back than was restored.
         """
         governed = [part.optimizer for part in self.state.optimizers]
         foreign = optimizer is not None and all(optimizer is not one for one in governed)
-        cleared = (optimizer,) if foreign else ()
         started = time.perf_counter()
-        done = self._submit(shield, _chooser(to, generations_back, onset), verify_before, cleared, patient, read_back)
+        submit = functools.partial(
+            protocol.rollback,
+            threading.get_ident(),
+            self.ground,
+            doing="rolling back",
+            reset=(optimizer,) if foreign else (),
+            patient=patient,
+            read_back=read_back or self.reads_late,
+            routine=routine,
+        )
+        choose = _chooser(to, generations_back, onset)
+        done = self._submit(shield, submit(choose=choose, verify_before=verify_before))
         panic_step = completed()
-        done, verified = self._verified_now(shield, done, cleared, patient)
+        done, verified = self._verified_now(shield, done, submit)
         self.arrivals.forget_after(done.slot.snapshot)
         report.host_ms = (time.perf_counter() - started) * 1e3
         report.success, report.status, report.verified = True, "submitted", verified
@@ -381,26 +391,14 @@ class Keeper:
         report._finish = lambda: (self._duration(done), *self._verify(done, verified))
         return done
 
-    def _submit(
-        self,
-        shield: Shield,
-        choose: Callable[[Ring, int | None], Slot | None],
-        verify_before: bool,
-        cleared: tuple[Optimizer, ...],
-        patient: bool,
-        read_back: bool,
-    ) -> RolledBack:
-        thread, read_back = threading.get_ident(), read_back or self.reads_late
-        done: RolledBack = self.driver.submit(
-            protocol.rollback(thread, self.ground, choose, "rolling back", verify_before, cleared, patient, read_back),
-            shield,
-        )
+    def _submit(self, shield: Shield, rollback: Protocol) -> RolledBack:
+        done: RolledBack = self.driver.submit(rollback, shield)
         if done.read_back and self.reads_late:
             self.arrivals.expect_read_back(done)
         return done
 
     def _verified_now(
-        self, shield: Shield, done: RolledBack, cleared: tuple[Optimizer, ...], patient: bool
+        self, shield: Shield, done: RolledBack, rollback: Callable[..., Protocol]
     ) -> tuple[RolledBack, bool | None]:
         """Where nothing is late: compare what was restored with the snapshot, and do it again if it is not that."""
         passed_over = done.corrupted
@@ -417,7 +415,7 @@ class Keeper:
             def older(slots: Ring, before: int | None, limit: int = serial) -> Slot | None:
                 return ring.newest_good(slots, limit + 1 if before is None else before)
 
-            done = self._submit(shield, older, False, cleared, patient, True)
+            done = self._submit(shield, rollback(choose=older))
         raise disturbed(done.slot.step)
 
     def _duration(self, done: RolledBack) -> float | None:

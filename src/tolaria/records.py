@@ -97,11 +97,14 @@ class StepResult:
         rolled_back: The train state was put back, to before the step of `verdict` and so before this one.
         skipped: The optimizer step was not applied (a veto, or a `GradScaler` that skipped), as far as that is known: a
             fused optimizer skips on the device.
+        step: Number of the optimizer step just made, as the governor counts: undone ones and those that are run again
+            (`GovernorConfig.reexecute_every`) have the same number as before.
     """
 
     verdict: Verdict
     rolled_back: bool
     skipped: bool
+    step: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,7 @@ class Capabilities:
         cadence: Steps between automatic snapshots, after any stretching (see `cadence_stretched`).
         cadence_stretched: True when the ring was too small for the cadence that was asked for.
         rng: RNG policy in force: ``"restore"``, ``"fork"`` or ``"keep"``.
+        reexecution: ``"on"``, or ``"off: "`` and the reason.
     """
 
     barrier: str
@@ -136,6 +140,7 @@ class Capabilities:
     barrier_reason: str = ""
     tier_reason: str = ""
     host_slots: int = 0
+    reexecution: str = "off: not asked for"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +165,8 @@ class Statistics:
     skipped_batches: int = 0
     replayed_batches: int = 0
     steps_lost: int = 0
+    reexecutions: int = 0  # rollbacks made to run healthy steps again; not among `rollbacks`
+    reexecuted_steps: int = 0  # optimizer steps undone by them
     snapshot_s: float = 0.0
     rollback_s: float = 0.0
     gate_wait_s: float = 0.0  # time snapshots and rollbacks waited for open sections

@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from tolaria.config import GovernorConfig
+from tolaria.errors import RetryBudgetExceeded
+
 
 class Action(Enum):
     """What follows a restore."""
@@ -72,6 +75,7 @@ def decide(
     can_replay: bool,
     max_retries: int,
     retry_window: int,
+    transient: bool = False,
 ) -> tuple[RecoveryState, Plan]:
     """Decide what follows a panic.
 
@@ -84,11 +88,15 @@ def decide(
         can_replay: Batches come from `watch`.
         max_retries: Panics allowed within `retry_window` ticks.
         retry_window: In ticks.
+        transient: It is known that the data is not to blame, so everything is replayed and no trouble is remembered.
 
     Returns:
         The new memory and the plan.
     """
     recent = (*(t for t in state.ticks if tick - t < retry_window), tick)
+    if transient and can_replay and len(recent) <= max_retries:
+        cooled = len([t for t in state.data_incidents if tick - t < _COOL_WINDOW]) >= 2
+        return replace(state, ticks=recent), Plan(Action.REPLAY, None, 0, 1, cooled)
     same = state.attempt > 0 and onset_batch <= state.last_batch + reach
     attempt = state.attempt + 1 if same else 1
     first = min(onset_batch, state.first_batch) if same else onset_batch
@@ -112,6 +120,18 @@ def decide(
         return new, Plan(Action.REPLAY, None, 0, attempt, cooled)
     older = max(0, attempt - 1 - _SKIPS_BEFORE_OLDER)
     return new, Plan(Action.SKIP, first if older else onset_batch, older, attempt, cooled)
+
+
+def spent(
+    state: RecoveryState, config: GovernorConfig, step: int, reason: str, restored_step: int | None
+) -> RetryBudgetExceeded:
+    """The error that ends a run: the panics do not end."""
+    return RetryBudgetExceeded(
+        f"recovering at step {step}",
+        f"{len(state.ticks)} panics within {config.retry_window} steps (the last: {reason}), expected at most "
+        f"{config.max_retries}",
+        f"It is the snapshot of step {restored_step}: save or inspect it; incidents are in the ledger.",
+    )
 
 
 def learning_rate_factor(state: RecoveryState, tick: int, cool_lr: float, cool_steps: int) -> float:

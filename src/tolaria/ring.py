@@ -257,6 +257,17 @@ def drop_newer(ring: Ring, snapshot: int) -> Ring:
     return tuple(map(one, ring))
 
 
+def rewind(ring: Ring, snapshot: int) -> Ring:
+    """The healthy steps after that snapshot are undone, and will be judged again: they do not count for probation."""
+    restored = next(slot for slot in ring if slot.snapshot == snapshot)
+
+    def one(slot: Slot) -> Slot:
+        left = max(0, restored.completed - slot.completed)
+        return replace(slot, healthy=min(slot.healthy, left)) if slot.in_probation else slot
+
+    return tuple(map(one, ring))
+
+
 def drainable(ring: Ring, spacing: int) -> Slot | None:
     """The certified snapshot that the host tier should hold next: the newest, if it is `spacing` steps ahead of it."""
     certified = [slot for slot in ring if slot.phase is SlotPhase.CERTIFIED and slot.tier is Tier.DEVICE]

@@ -53,6 +53,7 @@ def rollback(
     reset: tuple[Any, ...] = (),
     patient: bool = False,
     read_back: bool = False,
+    routine: bool = False,
 ) -> Protocol:
     """Restore one snapshot in place.
 
@@ -66,6 +67,7 @@ def rollback(
         reset: Optimizers that were not governed at the snapshot; their state is cleared (a cold start).
         patient: Wait for graph captures of other threads to end, instead of raising.
         read_back: Read what was restored, to notice a writer that the gate could not keep out.
+        routine: Nothing was wrong, so probation does not begin again; steps undone count no longer.
 
     Returns:
         `RolledBack`.
@@ -102,7 +104,8 @@ def rollback(
 
     def commit(state: HostState, restored: int) -> tuple[HostState, int]:
         epoch = state.epoch + 1
-        slots = ring.suspend(ring.drop_newer(state.ring, restored))
+        older = ring.drop_newer(state.ring, restored)
+        slots = ring.rewind(older, restored) if routine else ring.suspend(older)
         # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
         # holds any, belong to the new epoch); running passes are not
         after = replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False)

@@ -460,9 +460,7 @@ class Vault:
     @property
     def copy_path(self) -> str:
         """How bytes move between live storages and slots."""
-        compiled = {
-            route.is_compiled for slot in self.slots for route in slot.routes.values() if route.is_compiled is not None
-        }
+        compiled = {route.is_compiled for slot in self.slots for route in slot.routes.values()} - {None}
         if not compiled:
             return "memmove of whole storages"
         return "one compiled kernel for all storages" if all(compiled) else "foreach copy of whole storages"

@@ -84,6 +84,30 @@ def test_a_guarded_run_without_trouble_is_the_run_without_a_guard(lag, late, gov
         assert run.state() == expected
 
 
+@pytest.mark.parametrize("disturbed", [False, True])
+@pytest.mark.parametrize("lag", [0, 3, None])
+def test_steps_that_are_run_again_are_waited_for(lag, disturbed, late, govern, make_run):
+    """What is compared is what the device has come to, not what it happens to hold when the host asks."""
+    late.lag = lag
+    clean = make_run()
+    clean.plain()
+    expected = clean.state()
+    run = make_run()
+    left = [17] if disturbed else []
+    settings = {"cadence": 4, "probation": 4, "keep_batches": 64, "reexecute_every": 8}
+    with govern(run.model, run.optimizer, scheduler=run.scheduler, **settings) as governor:
+        for batch in governor.watch(run.batches):
+            step = run.step(governor, batch).step
+            if left and step == 23:
+                left.clear()
+                with governor.using(), torch.no_grad():
+                    next(run.model.parameters()).mul_(1.001)
+        found = governor.statistics()
+        assert governor.capabilities().reexecution == "on"
+        assert (found.rollbacks, found.reexecutions) == (int(disturbed), 6)
+    assert run.state() == expected
+
+
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_enough_batches_are_kept_for_verdicts_as_late_as_is_the_rule(lag, late, govern, make_run):
     late.lag = lag

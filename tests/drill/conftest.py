@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from tolaria.cli import main
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.records import Incident
 
 STEPS = 400
+DRILL = ["drill", "--workload", "digits"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     out = tmp_path_factory.mktemp("drill") / "report"
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        code = main(["drill", "--steps", str(STEPS), "--device", "cpu", "--json", "--out", str(out)])
+        code = main([*DRILL, "--steps", str(STEPS), "--device", "cpu", "--json", "--out", str(out)])
     return Finished(code, stdout.getvalue(), stderr.getvalue(), out)
 
 
@@ -59,6 +60,8 @@ class Deaf:
     def trained(self, run: str, step: Trained) -> None: ...
 
     def incident(self, run: str, incident: Incident) -> None: ...
+
+    def again(self, run: str, event: RunAgain) -> None: ...
 
     def end(self, record: RunRecord) -> None: ...
 

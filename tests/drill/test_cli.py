@@ -38,7 +38,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["--steps", "10"], "use --steps 400 or more"),
+        (["--steps", "10"], "use --steps 600 or more"),
+        (["--workload", "digits", "--steps", "10"], "use --steps 400 or more"),
         (["--seeds", "0"], "use 1 or more"),
         (["--seed", "-1"], "use one from 0"),
         (["--device", "nonsense"], "try --device cpu"),
@@ -59,11 +60,20 @@ def test_what_cannot_run_is_one_line_and_2(
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert main(["drill", "--device", "cpu"]) == 2
+    assert main(["drill", "--workload", "digits", "--device", "cpu"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert "pip install 'tolaria[demo]'" in captured.err
+
+
+def test_without_the_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A standard library that was stripped of what only `help()` needs."""
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert main(["drill", "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1
+    assert "--workload digits" in captured.err
 
 
 def test_a_disabled_governor_cannot_be_drilled(
@@ -119,7 +129,20 @@ def test_exit_code_and_folders_of_several_seeds(
     monkeypatch.setattr(command, "run_drill", lambda stage, *_: Stub(stage.seed))
     monkeypatch.setattr(command, "_write", lambda _, folder: written.append(folder))
     monkeypatch.setattr(command, "_present", lambda *_: None)
-    arguments = ["drill", "--device", "cpu", "--json", "--steps", "400", "--seeds", "3", "--out", str(tmp_path)]
+    arguments = [
+        "drill",
+        "--workload",
+        "digits",
+        "--device",
+        "cpu",
+        "--json",
+        "--steps",
+        "400",
+        "--seeds",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*arguments, "--seed", "4"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [4, 5, 6]

@@ -12,8 +12,9 @@ import torch
 
 from tolaria.config import GovernorConfig
 from tolaria.drill import command
+from tolaria.drill.catalogue import WORKLOADS, Entry
 from tolaria.drill.faults import KINDS
-from tolaria.drill.runs import Audience, drill_config
+from tolaria.drill.runs import Audience
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,13 @@ def test_the_report_has_exactly_its_fields(finished: Any) -> None:
     assert (report["workload"], report["seed"], report["device"], report["steps"]) == ("digits", 0, "cpu", 400)
     assert list(report["runs"]) == ["clean", "unguarded", "guarded"]
     assert list(report["runs"]["clean"]) == list(report["runs"]["unguarded"]) == RUN_KEYS
-    assert list(report["runs"]["guarded"]) == [*RUN_KEYS, "rollbacks", "false_rollbacks", "steps_lost"]
+    assert list(report["runs"]["guarded"]) == [
+        *RUN_KEYS,
+        "rollbacks",
+        "false_rollbacks",
+        "steps_lost",
+        "reexecuted_steps",
+    ]
     assert [fault["kind"] for fault in report["faults"]] == [kind.name for kind in KINDS]
     for fault in report["faults"]:
         assert list(fault) == [
@@ -116,14 +123,15 @@ def test_the_picture_shows_every_fault_and_incident(finished: Any) -> None:
 
 
 def test_the_governor_has_its_defaults() -> None:
-    assert drill_config() == GovernorConfig(cool_lr=1.0)
+    assert WORKLOADS["digits"].config() == GovernorConfig(cool_lr=1.0)
+    assert WORKLOADS["gpt"].config() == GovernorConfig(cool_lr=1.0, reexecute_every=100)
 
 
 def test_without_rollbacks_the_drill_has_findings(
     deaf: Audience, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The red twin of the whole: the same governor, only watching."""
-    monkeypatch.setattr(command, "drill_config", lambda ledger: GovernorConfig(mode="observe", ledger=ledger))
+    monkeypatch.setattr(Entry, "config", lambda _, ledger: GovernorConfig(mode="observe", ledger=ledger))
     result = command.run_drill(command.prepare("digits", 0, 400, torch.device("cpu")), deaf)
     assert result.report["recovered"] == 0
     assert result.report["runs"]["guarded"]["rollbacks"] == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tolaria.drill.faults import KINDS, MIN_STEPS, Fault, FaultKind, Injector, Moment, plan, spoil
-from tolaria.drill.workloads import Batch, CannotRun, Digits, Training, Workload
+from tolaria.drill.digits import Digits
+from tolaria.drill.faults import KINDS, Fault, FaultKind, Injector, Moment, fewest_steps, plan, spoil
+from tolaria.drill.workloads import Batch, CannotRun, Training, Workload
 
 BY_NAME = {kind.name: kind for kind in KINDS}
+MIN_STEPS = 400
 SPACE = 10 + 10 + 5  # cadence, probation, and steps until detection
 
 
@@ -51,7 +53,7 @@ def test_the_seven_kinds() -> None:
 @pytest.mark.parametrize("steps", [MIN_STEPS, 600, 2000])
 def test_plan_leaves_room_for_a_certified_snapshot(steps: int) -> None:
     for seed in range(50):
-        faults = plan(seed, steps)
+        faults = plan(seed, steps, KINDS)
         assert [fault.kind.name for fault in faults] == list(BY_NAME)
         ends = [0, *(fault.batch + fault.kind.length for fault in faults)]
         starts = [*(fault.batch for fault in faults), steps]
@@ -59,13 +61,37 @@ def test_plan_leaves_room_for_a_certified_snapshot(steps: int) -> None:
 
 
 def test_plan_depends_on_the_seed_alone() -> None:
-    assert plan(1, 600) == plan(1, 600)
-    assert len({tuple(fault.batch for fault in plan(seed, 600)) for seed in range(20)}) > 10
+    assert plan(1, 600, KINDS) == plan(1, 600, KINDS)
+    assert len({tuple(fault.batch for fault in plan(seed, 600, KINDS)) for seed in range(20)}) > 10
 
 
 def test_too_few_steps_are_refused() -> None:
+    assert fewest_steps(KINDS) == MIN_STEPS
     with pytest.raises(CannotRun, match=f"--steps {MIN_STEPS}"):
-        plan(0, MIN_STEPS - 1)
+        plan(0, MIN_STEPS - 1, KINDS)
+
+
+def nowhere(_: object) -> None: ...
+
+
+def test_a_fault_that_would_come_too_soon_is_put_off() -> None:
+    kinds = [FaultKind(name, name, Moment.UPDATE, nowhere, at=0.5, length=4) for name in ("one", "two", "three")]
+    batches = [fault.batch for fault in plan(0, 600, kinds)]
+    assert batches[1:] == [batches[0] + 4 + 28, batches[0] + 2 * (4 + 28)]
+
+
+@pytest.mark.parametrize(
+    ("at", "beat", "batch"),
+    [(0.5, (10, 2), {292, 302}), (0.5, (100, 93), {293}), (0.34, (100, 93), {193}), (0.405, (100, 93), {193, 293})],
+)
+def test_beats(at: float, beat: tuple[int, int], batch: set[int]) -> None:
+    kind = FaultKind("beat", "on the beat", Moment.UPDATE, nowhere, at=at, beat=beat)
+    found = {plan(seed, 600, [kind])[0].batch for seed in range(40)}
+    assert found >= batch if beat[0] == 10 else found == batch
+    after = FaultKind("before", "just before", Moment.UPDATE, nowhere, at=at)
+    first, second = plan(0, 600, [after, kind])
+    assert second.batch >= first.batch + 1 + 28
+    assert second.batch % beat[0] == beat[1]
 
 
 # -- what they do
@@ -136,6 +162,7 @@ def visit(injector: Injector, batch: Batch) -> tuple[str, ...]:
     injector.begin(batch)
     injector.strike(Moment.FORWARD, batch)
     injector.strike(Moment.UPDATE, batch)
+    injector.strike(Moment.STEP, batch)
     return injector.struck
 
 
@@ -179,3 +206,19 @@ def test_a_kind_is_one_row() -> None:
     kind = FaultKind("halved", "everything halved", Moment.UPDATE, halve, at=0.5)
     (fault,) = plan(0, 600, [kind])
     assert 280 <= fault.batch <= 320
+
+
+def test_inside_the_step_means_behind_the_clipping(workload: Digits, training: Training) -> None:
+    """The optimizer itself calls; what is done before its step would be clipped away."""
+    injector = Injector([Fault(BY_NAME["gradient_explosion"], 3, 0)], workload, training)
+    norms = []
+    training.optimizer.register_step_post_hook(
+        lambda *_: norms.append(torch.nn.utils.get_total_norm([p.grad for p in training.model.parameters()]))  # type: ignore[misc]
+    )
+    for batch in workload.batches[2:5]:
+        injector.begin(batch)
+        training.optimizer.zero_grad()
+        workload.loss(training.model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1e-3)
+        training.optimizer.step()
+    assert [float(norm) for norm in norms] == pytest.approx([1e-3, 1e3, 1e-3], rel=1e-3)

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria.drill import command, in_flight
-from tolaria.drill.faults import KINDS, MIN_STEPS, Injector, Moment, Scene, plan
-from tolaria.drill.in_flight import NAME, CudaForeign, kinds_for, overwrite_in_flight, with_foreign_kernel
+from tolaria.drill import catalogue, command, gpt_faults, in_flight
+from tolaria.drill.catalogue import WORKLOADS
+from tolaria.drill.digits import Digits
+from tolaria.drill.faults import KINDS, Injector, Moment, Scene, fewest_steps, plan
+from tolaria.drill.in_flight import NAME, CudaForeign, overwrite_in_flight
 from tolaria.drill.runs import Audience, run_plain
 from tolaria.drill.score import survived
-from tolaria.drill.workloads import Digits, Training
+from tolaria.drill.workloads import Training
 from tolaria.keeper import Keeper
 from tolaria.observe import Reading, Readings
 from tolaria.protocol import Taken
@@ -26,6 +28,8 @@ from tolaria.snapshot import Vault
 
 SPACE = 10 + 10 + 5 + 3  # cadence, probation, steps until detection, and those by which verdicts are late
 LATE = 3
+MIN_STEPS = 400
+with_foreign_kernel = WORKLOADS["digits"].with_foreign_kernel
 GARBAGE = 1e3
 
 
@@ -78,13 +82,14 @@ class StandIn:
 
 
 def test_the_cpu_has_its_seven_faults() -> None:
-    assert kinds_for(torch.device("cpu")) is KINDS
+    assert WORKLOADS["digits"].kinds_for(torch.device("cpu")) is KINDS
+    assert WORKLOADS["gpt"].kinds_for(torch.device("cpu")) is gpt_faults.KINDS
     assert command.prepare("digits", 0, MIN_STEPS, torch.device("cpu")).faults == plan(0, MIN_STEPS, KINDS)
 
 
 def test_cuda_has_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_flight, "CudaForeign", lambda _: StandIn())
-    names = [kind.name for kind in kinds_for(torch.device("cuda"))]
+    monkeypatch.setattr(catalogue, "CudaForeign", lambda _: StandIn())
+    names = [kind.name for kind in WORKLOADS["digits"].kinds_for(torch.device("cuda"))]
     assert names == [
         "gradient_explosion",
         "zeroed_moments",
@@ -96,12 +101,17 @@ def test_cuda_has_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
         "nan_batch",
     ]
     assert [name for name in names if name != NAME] == [kind.name for kind in KINDS]
+    names = [kind.name for kind in WORKLOADS["gpt"].kinds_for(torch.device("cuda"))]
+    assert names.index(NAME) == names.index("garbage_batches") - 1
+    assert [name for name in names if name != NAME] == [kind.name for kind in gpt_faults.KINDS]
 
 
-@pytest.mark.parametrize("steps", [MIN_STEPS, 600, 2000])
-def test_late_verdicts_tell_neighbours_apart(steps: int) -> None:
+@pytest.mark.parametrize("steps", [None, 600, 2000], ids=["fewest", "600", "2000"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_late_verdicts_tell_neighbours_apart(workload: str, steps: int | None) -> None:
+    kinds = WORKLOADS[workload].with_foreign_kernel(StandIn())
     for seed in range(50):
-        faults = plan(seed, steps, with_foreign_kernel(StandIn()))
+        faults = plan(seed, steps or fewest_steps(kinds), kinds)
         assert [fault.batch for fault in faults] == sorted(fault.batch for fault in faults)
         transient = [fault for fault in faults if fault.kind.moment is not Moment.DATA and fault.kind.times == 1]
         ends = [0, *(fault.batch + fault.kind.length for fault in transient)]

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from tolaria.drill import score
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.score import PATIENCE, attribute, skipped_batches
 from tolaria.records import Incident
+from tolaria.reexecute import SILENT
 
 STEPS = 60
 CHANCE = 2.3
@@ -194,6 +195,37 @@ def test_patience_ends(late: int, explained: bool) -> None:
     assert bool(false) is not explained
 
 
+def twice(struck: int, reason: str = SILENT) -> RunRecord:
+    """Steps 1 to 4, and 3 and 4 again, with a stroke in the `struck`th execution of step 3; then the incident."""
+    events: list[Trained | Incident | RunAgain] = [Trained(1, 0, 0.1), Trained(2, 1, 0.1)]
+    for execution in (1, 2):
+        events += [Trained(3, 2, 0.1, ("flip",) if execution == struck else ()), Trained(4, 3, 0.1)]
+        events += [RunAgain(4, 2)] if execution == 1 else []
+    return RunRecord("guarded", events=[*events, replace(incident(4, 2), reason=reason)])
+
+
+@pytest.mark.parametrize("struck", [1, 2])
+def test_a_fault_in_either_execution_explains_why_they_differ(struck: int) -> None:
+    (flip,), false = attribute(twice(struck), ["flip"])
+    assert len(flip.incidents) == 1
+    assert false == ()
+    assert [step.step for step in twice(struck).kept] == [1, 2]
+
+
+def test_a_fault_that_was_run_over_explains_no_other_panic() -> None:
+    assert len(attribute(twice(1, "sustained loss spike"), ["flip"])[1]) == 1
+    assert len(attribute(twice(2, "sustained loss spike"), ["flip"])[1]) == 0
+
+
+def test_executions_differ_for_a_reason_that_is_there() -> None:
+    """Long over: the steps that struck were not among those that were compared."""
+    record = twice(1)
+    record.events[:0] = [Trained(1, 0, 0.1), RunAgain(1, 0)]
+    record.events.append(RunAgain(2, 1))
+    record.events.append(replace(incident(2, 1), reason=SILENT))
+    assert len(attribute(record, ["flip"])[1]) == 1
+
+
 def test_the_latest_of_two_faults_gets_the_incident() -> None:
     events = [Trained(1, 0, 0.1, ("flip",)), Trained(2, 1, 0.1, ("nan",)), incident(2, 0)]
     (flip, nan), _ = attribute(RunRecord("guarded", events=list(events)), ["flip", "nan"])
@@ -238,3 +270,4 @@ def test_json_has_no_number_that_is_not_finite() -> None:
     assert report["runs"]["unguarded"]["final_loss"] is None
     assert (report["injected"], report["recovered"]) == (2, 2)
     assert report["runs"]["guarded"]["steps_lost"] == 13 + 11 + 11
+    assert report["runs"]["guarded"]["reexecuted_steps"] == 0

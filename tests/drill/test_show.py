@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from tolaria.drill.faults import Fault, FaultKind, Moment
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.show import Show
 from tolaria.records import Incident
 
@@ -39,7 +39,7 @@ def report(recovered: bool) -> dict[str, Any]:
         "runs": {
             "clean": run,
             "unguarded": {**run, "survived": False, "final_loss": None, "val_loss": None},
-            "guarded": {**run, "rollbacks": 1, "false_rollbacks": 0, "steps_lost": 2},
+            "guarded": {**run, "rollbacks": 1, "false_rollbacks": 0, "steps_lost": 2, "reexecuted_steps": 10},
         },
         "faults": [
             {
@@ -58,12 +58,16 @@ def report(recovered: bool) -> dict[str, Any]:
     }
 
 
+KIND = FaultKind("nan_batch", "one batch holds a NaN", Moment.DATA, lambda _: None, at=0.5)
+
+
 def play(show: Show) -> None:
-    with show.drill("digits", 7, 4, "cpu"):
+    with show.drill("digits", 7, 4, "cpu", [Fault(KIND, 2, 7)]):
         show.begin("guarded", 4)
         for step in (1, 2, 3):
             show.trained("guarded", Trained(step, step - 1, 0.5, ("nan_batch",) if step == 3 else ()))
         show.incident("guarded", INCIDENT)
+        show.again("guarded", RunAgain(2, 1))
         record = RunRecord("guarded", val_loss=0.25)
         record.events = [Trained(1, 0, 0.5)]
         show.end(record)
@@ -103,6 +107,7 @@ def test_tables(recovered: bool, tmp_path: Path) -> None:
         assert words in shown
     assert f"{int(recovered)} of 1 faults recovered" in shown
     assert ("not end like" in shown) is not recovered
+    assert "10 healthy steps were run twice" in shown
 
 
 def test_an_early_end_is_told() -> None:

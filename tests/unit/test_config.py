@@ -22,6 +22,8 @@ from tolaria import GovernorConfig, InvalidConfig
         ("device_budget", 0),
         ("host_budget", 1.5),
         ("probation", -1),
+        ("reexecute_every", -1),
+        ("reexecute_every", 2.5),
         ("slots", 2),
         ("slots", 0),
         ("keep_batches", 0),

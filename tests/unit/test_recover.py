@@ -55,3 +55,14 @@ def test_cool_down_begins_with_the_second_lasting_incident():
     factors = [learning_rate_factor(state, tick, 0.5, 100) for tick in (210, 260, 310, 400)]
     assert factors == pytest.approx([0.5, 0.75, 1.0, 1.0])
     assert learning_rate_factor(state, 210, 1.0, 100) == 1.0
+
+
+def test_what_is_not_the_datas_fault_is_always_replayed_and_still_counted():
+    state, _ = panic(RecoveryState(), 10, 30, 33)
+    after, plan = panic(state, 20, 30, 33, transient=True)
+    assert (plan.action, plan.first_skipped, plan.generations_back) == (Action.REPLAY, None, 0)
+    assert after == RecoveryState(ticks=(10, 20), first_batch=30, last_batch=33, attempt=1)
+    _, plan = panic(after, 30, 30, 33, transient=True, max_retries=2)
+    assert plan.action is Action.STOP
+    _, plan = panic(after, 30, 30, 33, transient=True, can_replay=False)
+    assert (plan.action, plan.first_skipped) == (Action.SKIP, None)

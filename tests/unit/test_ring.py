@@ -394,3 +394,18 @@ def live(shape, reach, program):
         assert [slot.index for slot in slots] == list(range(device + host))
         assert [slot.tier for slot in slots] == [DEVICE] * device + [HOST] * host
         assert all(0 <= slot.readers <= 1 for slot in slots)
+
+
+def test_after_a_routine_rollback_undone_steps_do_not_count_and_older_ones_still_do():
+    """Taken after 4, 10 and 14 steps, gone back to 10: the first keeps 6 healthy steps of its 12, the second none."""
+    slots = ring.empty_ring(4)
+    for serial, step in enumerate((4, 10, 14)):
+        slots, index = ring.claim(slots, serial, step, False)
+        slots = ring.seal(ring.publish(slots, index, completed=step), index, serial)
+        for healthy in range(step + 1, (10, 14, 16)[serial] + 1):
+            slots = ring.advance(slots, probation=20, step=healthy)
+    assert [slot.healthy for slot in slots[:3]] == [12, 6, 2]
+    slots = ring.rewind(ring.drop_newer(slots, 1), 1)
+    assert [(slot.snapshot, slot.healthy) for slot in slots] == [(0, 6), (1, 0), (-1, 0), (-1, 0)]
+    suspended = ring.rewind(ring.suspend(slots), 1)
+    assert [slot.healthy for slot in suspended] == [0, 0, 0, 0], "it gives nothing back"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from tolaria.drill import score
+from tolaria.drill.catalogue import WORKLOADS
 from tolaria.drill.faults import Fault, FaultKind, Moment, plan
-from tolaria.drill.in_flight import kinds_for
 from tolaria.drill.picture import draw
 from tolaria.drill.records import RunRecord
-from tolaria.drill.runs import Audience, disturbed, drill_config, run_guarded, run_plain, without
+from tolaria.drill.runs import Audience, disturbed, run_guarded, run_plain, without
 from tolaria.drill.show import Show, open_show
-from tolaria.drill.workloads import WORKLOADS, CannotRun, Workload
+from tolaria.drill.workloads import CannotRun, Workload
 from tolaria.report import logger
 
 
@@ -71,9 +71,9 @@ def prepare(
     Args:
         workload: A key of `WORKLOADS`.
         seed: Not negative.
-        steps: `MIN_STEPS` or more.
+        steps: `faults.fewest_steps` or more.
         device: From `open_device`.
-        kinds: Faults to inject; those of `kinds_for(device)` unless given.
+        kinds: Faults to inject; those of `catalogue.Entry.kinds_for(device)` unless given.
 
     Raises:
         CannotRun: One of them is not possible, or scikit-learn is missing.
@@ -82,9 +82,10 @@ def prepare(
         raise CannotRun(f"there is no workload {workload!r}: choose from {', '.join(WORKLOADS)}")
     if not 0 <= seed < 2**63:
         raise CannotRun(f"--seed {seed} is out of range: use one from 0 to 2^63 - 1")
-    faults = plan(seed, steps, kinds_for(device) if kinds is None else kinds)
+    entry = WORKLOADS[workload]
+    faults = plan(seed, steps, entry.kinds_for(device) if kinds is None else kinds)
     with deterministic(device):
-        return Stage(WORKLOADS[workload](seed, steps, device), faults, seed, steps, device)
+        return Stage(entry.build(seed, steps, device), faults, seed, steps, device)
 
 
 def run_drill(stage: Stage, audience: Audience, ledger: Path | None = None) -> Result:
@@ -100,7 +101,7 @@ def run_drill(stage: Stage, audience: Audience, ledger: Path | None = None) -> R
         bad = disturbed(workload, faults)
         clean = run_plain("clean", workload, workload.batches, (), audience, with_digests=True)
         unguarded = run_plain("unguarded", workload, bad, faults, audience)
-        guarded = run_guarded(workload, bad, faults, audience, drill_config(ledger))
+        guarded = run_guarded(workload, bad, faults, audience, WORKLOADS[workload.name].config(ledger))
         data_faults = [fault for fault in faults if fault.kind.moment is Moment.DATA]
         kept = without(bad, score.skipped_batches(guarded, steps))
         reference = run_plain("reference", workload, kept, data_faults, audience, with_digests=True)

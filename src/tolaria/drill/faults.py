@@ -25,6 +25,7 @@ class Moment(Enum):
     DATA = "data"  # the batch itself is bad, each time it is delivered
     FORWARD = "forward"  # between forward and backward
     UPDATE = "update"  # between backward and optimizer step
+    STEP = "step"  # inside the optimizer's step, behind any clipping of the gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Scene:
         batch: The batch of this step, as it should be.
         generator: On the CPU. Seeded by drill, fault and batch, so a fault that returns is the same fault.
         section: Opens a write section of the run's governor, for faults that keep to its rules; nothing without one.
+        newest_slot: Memory of the snapshot that a rollback would take now; nothing without a governor.
     """
 
     workload: Workload
@@ -44,6 +46,7 @@ class Scene:
     batch: Batch
     generator: torch.Generator
     section: Callable[[], AbstractContextManager[Any]] = nullcontext
+    newest_slot: Callable[[], Sequence[torch.Tensor]] = tuple
 
 
 class UnderWay(Protocol):
@@ -70,7 +73,9 @@ class FaultKind:
         at: When in a run, as a share of its steps.
         length: Consecutive batches that it hits.
         times: Of the occasions on which its first batch is trained, at how many it strikes. Bad data strikes each time.
-        off_beat: It strikes early between two snapshots, so that none is due while it is under way.
+        part: The only micro-batch of a step that it concerns; None: all of them.
+        beat: (period, place): it strikes at a batch that is `place` more than a multiple of `period`. As long as no
+            batch was skipped, a snapshot follows every tenth step.
         under_way: What it leaves behind on the device; None where it is over when `act` returns.
     """
 
@@ -81,39 +86,41 @@ class FaultKind:
     at: float
     length: int = 1
     times: int = 1
-    off_beat: bool = False
+    part: int | None = None
+    beat: tuple[int, int] | None = None
     under_way: UnderWay | None = None
 
 
-def _training(scene: Scene) -> Training:
+def training_of(scene: Scene) -> Training:
+    """The run's own state."""
     assert scene.training is not None  # only faults of the data have none
     return scene.training
 
 
-def _explode_gradients(scene: Scene) -> None:
+def explode_gradients(scene: Scene) -> None:
     """Every gradient a million times too large, and finite.
 
     Adam divides by its size, so the harm comes over ten steps: the first moments forget it by 0.9 a step, the second by
     0.999, and in between every weight marches one way. After that the second moments are too large to learn anything.
     """
-    for parameter in _training(scene).model.parameters():
+    for parameter in training_of(scene).model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(1e6)
 
 
-def _zero_second_moments(scene: Scene) -> None:
+def zero_second_moments(scene: Scene) -> None:
     """`exp_avg_sq` reads zero: the step divides a first moment with a past by the square root of nothing."""
-    for values in _training(scene).optimizer.state.values():
+    for values in training_of(scene).optimizer.state.values():
         values["exp_avg_sq"].zero_()
 
 
-def _write_from_foreign_thread(scene: Scene) -> None:
+def write_from_foreign_thread(scene: Scene) -> None:
     """A thread that the governor knows nothing of fills weights with noise of size 10 while the step is under way.
 
     Started and joined here, so where it falls does not depend on scheduling. Through `.data`: like a stray kernel or an
     extension it leaves no version counter behind.
     """
-    parameters = list(_training(scene).model.parameters())
+    parameters = list(training_of(scene).model.parameters())
     wrote = threading.Event()
 
     def write() -> None:
@@ -128,9 +135,9 @@ def _write_from_foreign_thread(scene: Scene) -> None:
     thread.join()
 
 
-def _flip_exponent_bit(scene: Scene) -> None:
+def flip_exponent_bit(scene: Scene) -> None:
     """The highest exponent bit of a positive weight: 0.05 becomes 1.7e37. A negative one would only silence a ReLU."""
-    flat = scene.workload.exposed_weight(_training(scene).model).data.view(-1)
+    flat = scene.workload.exposed_weight(training_of(scene).model).data.view(-1)
     candidates = (flat > 0).nonzero().flatten()
     if not len(candidates):  # a run that is dead already
         candidates = torch.arange(len(flat), device=flat.device)
@@ -138,34 +145,36 @@ def _flip_exponent_bit(scene: Scene) -> None:
     flat.view(torch.int32)[chosen] ^= 1 << 30
 
 
-def _spoil_labels(scene: Scene) -> Batch:
+def spoil_labels(scene: Scene) -> Batch:
+    """Finite, and nothing to learn from."""
     return scene.workload.garbage_batch(scene.batch, scene.generator)
 
 
-def _spoil_with_nan(scene: Scene) -> Batch:
+def spoil_with_nan(scene: Scene) -> Batch:
+    """Not finite."""
     return scene.workload.nan_batch(scene.batch)
 
 
 KINDS: tuple[FaultKind, ...] = (
     # transient ones first: until a batch is skipped, the guarded run can be compared with the clean one itself
-    FaultKind("gradient_explosion", "gradients x 1e6 for one step", Moment.UPDATE, _explode_gradients, 0.20),
+    FaultKind("gradient_explosion", "gradients x 1e6 for one step", Moment.STEP, explode_gradients, 0.20),
     FaultKind(
-        "zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, _zero_second_moments, 0.32, length=3
+        "zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, zero_second_moments, 0.32, length=3
     ),
-    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, _write_from_foreign_thread, 0.44),
-    FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, _flip_exponent_bit, 0.56),
-    FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, _spoil_labels, 0.67, length=16),
+    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, write_from_foreign_thread, 0.44),
+    FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, flip_exponent_bit, 0.56),
+    FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, spoil_labels, 0.67, length=16),
     FaultKind(
-        "returning_bit_flip", "a bit flip that returns on replay", Moment.UPDATE, _flip_exponent_bit, 0.80, times=2
+        "returning_bit_flip", "a bit flip that returns on replay", Moment.UPDATE, flip_exponent_bit, 0.80, times=2
     ),
-    FaultKind("nan_batch", "one batch holds a NaN", Moment.DATA, _spoil_with_nan, 0.91),
+    FaultKind("nan_batch", "one batch holds a NaN", Moment.DATA, spoil_with_nan, 0.91),
 )
 """In the order in which they strike. Shares of the run leave room between them for a certified snapshot, see `plan`."""
 
-MIN_STEPS = 400
-"""Fewer would not leave cadence + probation + detection (10 + 10 + 20 steps) between two faults."""
+ROOM = 28
+"""Batches between two faults, at least: cadence, probation, detection, and late verdicts (10 + 10 + 5 + 3)."""
 
-_BEAT, _OFF_BEAT = 10, 2  # steps between snapshots, and batches behind one at which an `off_beat` fault strikes
+_ROOM_ON_AVERAGE = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +191,10 @@ class Fault:
     batch: int
     seed: int
 
-    def hits(self, index: int) -> bool:
-        """Whether it concerns the batch with this index."""
-        return self.batch <= index < self.batch + self.kind.length
+    def hits(self, batch: Batch) -> bool:
+        """Whether it concerns this batch."""
+        its_part = self.kind.part is None or self.kind.part == batch.part
+        return its_part and self.batch <= batch.index < self.batch + self.kind.length
 
     def act(
         self,
@@ -192,28 +202,48 @@ class Fault:
         training: Training | None,
         batch: Batch,
         section: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        newest_slot: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> Batch | None:
         """Do it, with random numbers that depend on seed, kind and batch alone."""
-        number = random.Random(f"{self.seed}/{self.kind.name}/{batch.index}").getrandbits(63)
-        return self.kind.act(Scene(workload, training, batch, torch.Generator().manual_seed(number), section))
+        part = f"/{batch.part}" if batch.part else ""
+        number = random.Random(f"{self.seed}/{self.kind.name}/{batch.index}{part}").getrandbits(63)
+        generator = torch.Generator().manual_seed(number)
+        return self.kind.act(Scene(workload, training, batch, generator, section, newest_slot))
 
 
-def plan(seed: int, steps: int, kinds: Sequence[FaultKind] = KINDS) -> tuple[Fault, ...]:
+def fewest_steps(kinds: Sequence[FaultKind]) -> int:
+    """The shortest run, in hundreds of steps, that has room for these faults."""
+    needed = sum(kind.length for kind in kinds) + _ROOM_ON_AVERAGE * (len(kinds) + 1)
+    return -(-needed // 100) * 100
+
+
+def plan(seed: int, steps: int, kinds: Sequence[FaultKind]) -> tuple[Fault, ...]:
     """When each fault strikes: its share of the run, moved by up to 1.5 % of the run, depending on the seed.
+
+    One that would come too soon after its predecessor is put off.
 
     Raises:
         CannotRun: Too few steps.
     """
-    if steps < MIN_STEPS:
-        raise CannotRun(f"{steps} steps are too few to space the faults out: use --steps {MIN_STEPS} or more")
-    return tuple(Fault(kind, _batch_of(kind, seed, steps), seed) for kind in kinds)
+    if steps < fewest_steps(kinds):
+        raise CannotRun(f"{steps} steps are too few to space the faults out: use --steps {fewest_steps(kinds)} or more")
+    faults: list[Fault] = []
+    free = 0
+    for kind in kinds:
+        share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.015, 0.015)
+        faults.append(Fault(kind, _on_beat(max(round(share * steps), free), free, kind.beat), seed))
+        free = faults[-1].batch + kind.length + ROOM
+    return tuple(faults)
 
 
-def _batch_of(kind: FaultKind, seed: int, steps: int) -> int:
-    share = kind.at + random.Random(f"{seed}/{kind.name}").uniform(-0.015, 0.015)
-    batch = round(share * steps)
-    # a snapshot follows every tenth step, as long as no batch was skipped
-    return batch - batch % _BEAT + _OFF_BEAT if kind.off_beat else batch
+def _on_beat(batch: int, free: int, beat: tuple[int, int] | None) -> int:
+    """The batch that is nearest to `batch`, on the beat, and not before `free`."""
+    if beat is None:
+        return batch
+    period, place = beat
+    below = batch - (batch - place) % period
+    nearest = below if batch - below <= period // 2 else below + period
+    return nearest if nearest >= free else nearest + period
 
 
 class Injector:
@@ -226,30 +256,44 @@ class Injector:
 
     Attributes:
         section: Opens a write section of the run's governor; set it before the first step of a governed run.
+        newest_slot: Answers the memory of its newest good snapshot; likewise.
     """
 
     def __init__(self, faults: Sequence[Fault], workload: Workload, training: Training) -> None:
         self._faults, self._workload, self._training = faults, workload, training
         self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.newest_slot: Callable[[], Sequence[torch.Tensor]] = tuple
         self._occasions = dict.fromkeys((fault.kind.name for fault in faults), 0)
         self._struck: list[str] = []
+        self._now: Batch | None = None
+        training.optimizer.register_step_pre_hook(self._in_step)
 
     def begin(self, batch: Batch) -> None:
-        """A step takes up `batch`."""
-        self._struck = []
+        """A step takes up `batch`, the first of its micro-batches or another."""
+        self._now = batch
+        if batch.part == 0:
+            self._struck = []
         for fault in self._faults:
-            if batch.index == fault.batch:
+            if batch.part == 0 and batch.index == fault.batch:
                 self._occasions[fault.kind.name] += 1
-            if fault.kind.moment is Moment.DATA and fault.hits(batch.index):
-                self._struck.append(fault.kind.name)
+            if fault.kind.moment is Moment.DATA and fault.hits(batch):
+                self._note(fault)
 
     def strike(self, moment: Moment, batch: Batch) -> None:
-        """The step has come to `moment`."""
+        """The step has come to `moment`, at the latest of its micro-batches."""
         for fault in self._faults:
-            due = fault.kind.moment is moment and fault.hits(batch.index)
+            due = fault.kind.moment is moment and fault.hits(batch)
             if due and self._occasions[fault.kind.name] <= fault.kind.times:
-                fault.act(self._workload, self._training, batch, self.section)
-                self._struck.append(fault.kind.name)
+                fault.act(self._workload, self._training, batch, self.section, self.newest_slot)
+                self._note(fault)
+
+    def _in_step(self, *_: Any) -> None:
+        if self._now is not None:
+            self.strike(Moment.STEP, self._now)
+
+    def _note(self, fault: Fault) -> None:
+        if fault.kind.name not in self._struck:
+            self._struck.append(fault.kind.name)
 
     @property
     def struck(self) -> tuple[str, ...]:
@@ -274,7 +318,7 @@ def spoil(batches: Iterable[Batch], faults: Sequence[Fault], workload: Workload)
     spoilt = []
     for batch in batches:
         for fault in bad:
-            if fault.hits(batch.index):
+            if fault.hits(batch):
                 batch = fault.act(workload, None, batch) or batch
         spoilt.append(batch)
     return spoilt

@@ -11,12 +11,11 @@ import functools
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
-from tolaria.drill.faults import KINDS, FaultKind, Moment, Scene
+from tolaria.drill.faults import FaultKind, Moment, Scene
 
 NAME = "foreign_kernel"
 
@@ -175,27 +174,12 @@ def overwrite_in_flight(foreign: Foreign, scene: Scene) -> None:
         raise errors[0]
 
 
-def kinds_for(device: torch.device) -> tuple[FaultKind, ...]:
-    """The faults of a drill on that device: `KINDS`, and one more on CUDA. Compiles a kernel there.
-
-    Args:
-        device: Where the drill trains.
-    """
-    return with_foreign_kernel(CudaForeign(device)) if device.type == "cuda" else KINDS
-
-
-_AT = {"gradient_explosion": 0.14, "zeroed_moments": 0.245, "foreign_write": 0.355, "bit_flip": 0.46, NAME: 0.565}
-"""The transient faults move together for the additional one. Each still has a certified snapshot's time to itself, and
-the three steps by which verdicts may be late."""
-
-
-def with_foreign_kernel(foreign: Foreign) -> tuple[FaultKind, ...]:
-    """`KINDS` with `overwrite_in_flight` as the last of the transient faults.
+def foreign_kernel(foreign: Foreign, at: float) -> FaultKind:
+    """`overwrite_in_flight` as a fault. It strikes early between two snapshots, so that none is due meanwhile.
 
     Args:
         foreign: Where it launches.
+        at: When in a run, as a share of its steps.
     """
     act = functools.partial(overwrite_in_flight, foreign)
-    kind = FaultKind(NAME, foreign.title, Moment.UPDATE, act, 0.0, off_beat=True, under_way=foreign)
-    kinds = sorted((kind, *KINDS), key=lambda one: _AT.get(one.name, one.at))
-    return tuple(replace(one, at=_AT.get(one.name, one.at)) for one in kinds)
+    return FaultKind(NAME, foreign.title, Moment.UPDATE, act, at, beat=(10, 2), under_way=foreign)

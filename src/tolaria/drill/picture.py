@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.score import FaultScore, Score
 from tolaria.records import Incident
 from tolaria.report import describe
@@ -181,6 +181,9 @@ def _undone(scale: _Scale, guarded: RunRecord) -> Iterable[str]:
     for event in guarded.events:
         if isinstance(event, Trained):
             past.append(event)
+            continue
+        if isinstance(event, RunAgain):
+            past = [step for step in past if step.step <= event.restored_step]
             continue
         restored = event.step if event.restored_step is None else event.restored_step
         lost = [step for step in past if step.step > restored]

@@ -25,13 +25,27 @@ class Trained:
     struck: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class RunAgain:
+    """The governor went back to run healthy steps a second time, and compare.
+
+    Attributes:
+        step: Steps in the past of the state before that.
+        restored_step: And after it.
+    """
+
+    step: int
+    restored_step: int
+
+
 @dataclass(slots=True, eq=False)
 class RunRecord:
     """One whole run.
 
     Attributes:
         name: ``"clean"``, ``"unguarded"``, ``"guarded"`` or ``"reference"``.
-        events: Steps and incidents in the order in which they happened. An incident follows the step it judged.
+        events: Steps, incidents and re-executions in the order in which they happened. An incident follows the step it
+            judged.
         digests: Digest of the train state by step, every few steps; none of a step that was undone.
         val_loss: Validation loss at the end; NaN when the run did not get there.
         weights_finite: Every parameter at the end.
@@ -40,7 +54,7 @@ class RunRecord:
     """
 
     name: str
-    events: list[Trained | Incident] = field(default_factory=list)
+    events: list[Trained | Incident | RunAgain] = field(default_factory=list)
     digests: dict[int, str] = field(default_factory=dict)
     val_loss: float = math.nan
     weights_finite: bool = False

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from tolaria.config import GovernorConfig
 from tolaria.drill.faults import Fault, Injector, Moment, spoil
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.workloads import Batch, Training, Workload
 from tolaria.errors import TolariaError
 from tolaria.governor import TolariaGovernor
 from tolaria.records import Incident
+from tolaria.ring import newest_good
 
 DIGEST_EVERY = 5
 """Steps between two digests of the train state. A state that is off by one bit stays off: nothing hides in between."""
@@ -35,6 +35,10 @@ class Audience(Protocol):
 
     def incident(self, run: str, incident: Incident) -> None:
         """The governor has answered a panic."""
+        ...
+
+    def again(self, run: str, event: RunAgain) -> None:
+        """The governor has gone back to run healthy steps again."""
         ...
 
     def end(self, record: RunRecord) -> None:
@@ -56,7 +60,7 @@ def run_plain(
     Args:
         name: Of the run.
         workload: What to train, from its seed.
-        batches: In order; one optimizer step each.
+        batches: In order; `Workload.parts` of them to an optimizer step.
         faults: Strike along the way; bad data is expected in `batches` already (`faults.spoil`).
         audience: Told about each step.
         with_digests: Take the digest of the train state every `DIGEST_EVERY` steps.
@@ -65,19 +69,48 @@ def run_plain(
     injector = Injector(faults, workload, training)
     state = training.state()
     batches = list(batches)
-    audience.begin(name, len(batches))
-    for step, batch in enumerate(batches, start=1):
-        injector.begin(batch)
-        loss = _forward_and_backward(workload, training, injector, batch)
+    audience.begin(name, len(batches) // workload.parts)
+    losses = Losses(workload.parts)
+    step = 0
+    for batch in batches:
+        losses.add(batch, _forward_and_backward(workload, training, injector, batch))
+        if not losses.are_complete:
+            continue
+        step += 1
+        if workload.clip is not None:
+            torch.nn.utils.clip_grad_norm_(training.model.parameters(), workload.clip)
         training.optimizer.step()
         training.scheduler.step()
         training.optimizer.zero_grad()
-        _note(record, audience, Trained(step, batch.index, float(loss.detach()), injector.struck))
+        _note(record, audience, Trained(step, batch.index, losses.mean(), injector.struck))
         if with_digests and step % DIGEST_EVERY == 0:
             record.digests[step] = state.digest()
     injector.wait()
     record.state_digest = state.digest()
     return _finish(record, workload, training, audience)
+
+
+class Losses:
+    """The losses of one step's micro-batches."""
+
+    def __init__(self, parts: int) -> None:
+        self._parts = parts
+        self.values: list[torch.Tensor] = []
+
+    def add(self, batch: Batch, loss: torch.Tensor) -> None:
+        """One more; the first of a step begins anew."""
+        if batch.part == 0:
+            self.values = []
+        self.values.append(loss.detach())
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether the optimizer may step."""
+        return len(self.values) == self._parts
+
+    def mean(self) -> float:
+        """On the host."""
+        return sum(map(float, self.values)) / len(self.values)
 
 
 def run_guarded(
@@ -101,7 +134,7 @@ def run_guarded(
     training, record = workload.build(), RunRecord("guarded")
     injector = Injector(faults, workload, training)
     batches = list(batches)
-    audience.begin(record.name, len(batches))
+    audience.begin(record.name, len(batches) // workload.parts)
     answered: list[Incident] = []
 
     def answer(incident: Incident) -> None:
@@ -117,6 +150,7 @@ def run_guarded(
     ) as governor:
         governor.register("ema", training.ema)
         injector.section = partial(governor.using, write=True)
+        injector.newest_slot = partial(_newest_slot, governor)
         try:
             _train_guarded(governor, workload, training, injector, batches, record, audience, answered)
         except TolariaError as error:
@@ -142,24 +176,28 @@ def _train_guarded(
     An incident is answered inside `step`, or where the loop asks for its next batch: at the end of the data, for one.
     """
     completed = 0
+    losses = Losses(workload.parts)
     for batch in governor.watch(batches):
         completed = _note_incidents(record, audience, answered, completed)
-        injector.begin(batch)
-        loss = _forward_and_backward(workload, training, injector, batch)
-        result = governor.step(loss=loss)
-        completed += 1
-        _note(record, audience, Trained(completed, batch.index, float(loss.detach()), injector.struck))
+        losses.add(batch, _forward_and_backward(workload, training, injector, batch))
+        if not losses.are_complete:
+            continue
+        result = governor.step(loss=losses.values, clip=workload.clip)
+        completed = _note_again(record, audience, result.step, completed)
+        _note(record, audience, Trained(completed, batch.index, losses.mean(), injector.struck))
         completed = _note_incidents(record, audience, answered, completed)
         if not result.rolled_back and completed % DIGEST_EVERY == 0:
             record.digests[completed] = governor.digest()
 
 
-def drill_config(ledger: Path | None = None) -> GovernorConfig:
-    """The governor's defaults, with every policy off that would make a recovery differ from the reference run.
+def _newest_slot(governor: TolariaGovernor) -> list[torch.Tensor]:
+    """Memory of the snapshot that a rollback would take now, each shape [bytes], uint8.
 
-    Those are the cool-down of the learning rate and nothing else: moments and random state are restored by default.
+    A bit that flips there asks no interface, so this goes round the governor's.
     """
-    return GovernorConfig(cool_lr=1.0, ledger=None if ledger is None else str(ledger))
+    slot = newest_good(governor._keeper.ring)
+    arena = None if slot is None else governor._keeper.vault.slots[slot.index].arena
+    return [] if arena is None else [view for view in arena.views if len(view)]
 
 
 def disturbed(workload: Workload, faults: Sequence[Fault]) -> list[Batch]:
@@ -174,13 +212,18 @@ def without(batches: Iterable[Batch], skipped: Iterable[int]) -> list[Batch]:
 
 
 def _forward_and_backward(workload: Workload, training: Training, injector: Injector, batch: Batch) -> torch.Tensor:
-    # The average is moved at the head of the step, from the weights that the last step left: a snapshot is taken inside
-    # of `governor.step`, so what is moved after it would be missing from the snapshot and be lost by a rollback.
-    training.ema.update_parameters(training.model)
+    """One micro-batch. Gradients add up to those of the mean over the step's micro-batches."""
+    injector.begin(batch)
+    if batch.part == 0:
+        # The average is moved at the head of the step, from the weights that the last step left: a snapshot may be
+        # taken inside of `governor.step`, and what is moved after it would then be missing from the snapshot.
+        training.ema.update_parameters(training.model)
     loss = workload.loss(training.model, batch)
-    injector.strike(Moment.FORWARD, batch)
-    loss.backward()
-    injector.strike(Moment.UPDATE, batch)
+    if batch.part == 0:
+        injector.strike(Moment.FORWARD, batch)
+    (loss / workload.parts).backward()
+    if batch.part == workload.parts - 1:
+        injector.strike(Moment.UPDATE, batch)
     return loss
 
 
@@ -199,6 +242,16 @@ def _note_incidents(record: RunRecord, audience: Audience, answered: list[Incide
         audience.incident(record.name, incident)
     answered.clear()
     return completed
+
+
+def _note_again(record: RunRecord, audience: Audience, step: int, completed: int) -> int:
+    """Steps in the past of the state, `step` included, which the governor has counted. Fewer: it has gone back."""
+    if step <= completed:
+        again = RunAgain(completed, step - 1)
+        record.events.append(again)
+        record.note_rollback(again.restored_step)
+        audience.again(record.name, again)
+    return step
 
 
 def _finish(record: RunRecord, workload: Workload, training: Training, audience: Audience) -> RunRecord:

@@ -1,7 +1,8 @@
 """What counts as detected, recovered, survived, and as a false rollback. Pure: host values in, host values out.
 
 *Detected*: the governor answered an incident at a step whose state held the fault's effect (it had struck at most
-`PATIENCE` steps before, and no rollback had undone it yet). An incident without such a fault is a *false rollback*.
+`PATIENCE` steps before, and no rollback had undone it yet; where two executions of the same steps differ, it may have
+struck in either). An incident without such a fault is a *false rollback*.
 
 *Recovered*: detected, and from its last rollback up to the next fault the train state is bit-identical, at every digest
 taken, to a reference run that no fault ever touched and whose data never held the batches that were skipped. As long as
@@ -18,8 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.records import SCHEMA_VERSION, Incident
+from tolaria.reexecute import SILENT
 
 PATIENCE = 20
 """Steps after a fault's last stroke within which an incident is put down to it."""
@@ -114,6 +116,7 @@ def attribute(guarded: RunRecord, kinds: Sequence[str]) -> tuple[tuple[FaultScor
     scores = {kind: FaultScore(kind) for kind in kinds}
     false: list[Incident] = []
     alive: list[tuple[int, str]] = []  # (step, kind): strokes whose effect is in the present state
+    compared: list[tuple[int, str]] = []  # strokes in the execution that the present one will be compared with
     for event in guarded.events:
         if isinstance(event, Trained):
             for kind in event.struck:
@@ -122,7 +125,12 @@ def attribute(guarded: RunRecord, kinds: Sequence[str]) -> tuple[tuple[FaultScor
                 score.step = event.step if score.step is None else score.step
                 score.last_step = event.step
             continue
-        causes = [(step, kind) for step, kind in alive if 0 <= event.step - step <= PATIENCE]
+        if isinstance(event, RunAgain):
+            compared = [(step, kind) for step, kind in alive if step > event.restored_step]
+            alive = [(step, kind) for step, kind in alive if step <= event.restored_step]
+            continue
+        suspects = alive + compared if event.reason == SILENT else alive
+        causes = [(step, kind) for step, kind in suspects if 0 <= event.step - step <= PATIENCE]
         if causes:
             scores[max(causes)[1]].incidents.append(event)
         else:
@@ -223,6 +231,7 @@ def as_json(
         "rollbacks": sum(incident.restored_step is not None for incident in incidents),
         "false_rollbacks": len(result.false),
         "steps_lost": sum(incident.steps_lost for incident in incidents),
+        "reexecuted_steps": sum(e.step - e.restored_step for e in guarded.events if isinstance(e, RunAgain)),
     }
     return {
         "schema_version": SCHEMA_VERSION,

@@ -18,12 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from tolaria.drill.faults import KINDS, Fault
-from tolaria.drill.records import RunRecord, Trained
+from tolaria.drill.faults import Fault
+from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.records import Incident
 
 _PLAIN_WIDTH = 118  # of tables where there is no terminal
-_TITLES = {kind.name: kind.title for kind in KINDS}
 
 
 class Show:
@@ -39,14 +38,14 @@ class Show:
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._told: set[str] = set()
-        self._titles = dict(_TITLES)
+        self._titles: dict[str, str] = {}
 
     # -- while it runs
 
     @contextmanager
     def drill(self, workload: str, seed: int, steps: int, device: str, faults: Sequence[Fault] = ()) -> Generator[None]:
         """Around one drill. The titles of `faults` are told as they strike."""
-        self._titles = _TITLES | {fault.kind.name: fault.kind.title for fault in faults}
+        self._titles = {fault.kind.name: fault.kind.title for fault in faults}
         self._say(f"[bold]tolaria drill[/bold]  {workload}, seed {seed}, {steps} steps, {device}")
         self._tasks.clear()
         self._told.clear()
@@ -91,6 +90,11 @@ class Show:
         note = f"; {incident.note}" if incident.note else ""
         head = f"  step {incident.step:>4}  [yellow]{incident.reason}[/yellow]"
         self._say(f"{head}: {answer}; {incident.action}, {data}{note}")
+
+    def again(self, run: str, event: RunAgain) -> None:
+        """The governor has gone back to run healthy steps again: the bar goes back as well."""
+        if self._progress is not None:
+            self._progress.update(self._tasks[run], completed=event.restored_step)
 
     def end(self, record: RunRecord) -> None:
         """A run is over."""
@@ -215,6 +219,8 @@ def _conclusion(report: dict[str, Any], num_skipped: int, is_equal_at_end: bool,
     )
     same = "ended bit-identical to" if is_equal_at_end else "did [red]not[/red] end like"
     yield f"The guarded run {same} an undisturbed run without the {num_skipped} batches that were skipped."
+    if guarded["reexecuted_steps"]:
+        yield f"{guarded['reexecuted_steps']} healthy steps were run twice, to find what raises no alarm."
     if ended_by:
         yield f"[red]The guarded run ended early[/red]: {ended_by}"
 
