@@ -101,8 +101,10 @@ class TolariaGovernor:
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
-        # nothing inside may refer to the governor itself: dropped, it is gone at once
-        course, config = self._course, self.config
+        course, config = (
+            self._course,
+            self.config,
+        )  # nothing inside may refer to the governor, so that it can be dropped
 
         def follows() -> bool:
             return _rng_policy(config) != "keep"
@@ -497,5 +499,5 @@ def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
 def _install_fork_hook() -> None:
     global _fork_hook_installed
     if not _fork_hook_installed:
-        _fork_hook_installed = True
         os.register_at_fork(after_in_child=_close_in_child)
+    _fork_hook_installed = True

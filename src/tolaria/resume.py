@@ -11,7 +11,7 @@ from tolaria.records import SCHEMA_VERSION, Statistics
 from tolaria.recover import RecoveryState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Bookkeeping:
     """One run so far, without its snapshots.
 
