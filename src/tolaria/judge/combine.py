@@ -43,19 +43,23 @@ def any_of(*detectors: Detector[Any]) -> Detector[JointState]:
         InvalidConfig: No detector was given.
     """
     require("any_of", detectors=(len(detectors), 1, inf))
-    pairs = tuple(one.update for one in detectors)
+    updates = tuple(one.update for one in detectors)
 
     def update(state: JointState, signs: VitalSigns) -> tuple[JointState, Verdict]:
-        joint = JointState(*state)
-        answers = [one(its, signs) for one, its in zip(pairs, joint.states, strict=True)]
-        states = tuple(its for its, _ in answers)
-        alarmed = [verdict for _, verdict in answers if verdict.health is not Health.HEALTHY]
+        before, panicked = state[0], state[1]
+        states: list[Any] = []
+        alarmed: list[Verdict] = []
+        for one, its in zip(updates, before, strict=True):
+            its, verdict = one(its, signs)
+            states.append(its)
+            if verdict.health is not Health.HEALTHY:
+                alarmed.append(verdict)
         if not alarmed:
-            return JointState(states), answers[0][1]
+            return JointState(tuple(states)), Verdict(Health.HEALTHY, signs.step)
         worst = _worst(alarmed)
-        if worst.is_panic and joint.panicked:
+        if worst.is_panic and panicked:
             worst = replace(worst, health=Health.SUSPECT)
-        return JointState(states, joint.panicked or worst.is_panic), worst
+        return JointState(tuple(states), panicked or worst.is_panic), worst
 
     return Detector(lambda: JointState(tuple(one.init() for one in detectors)), update)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from typing import NamedTuple
 
 from tolaria.judge.detector import RESOLUTION, Detector, difference, hump, median, require
@@ -16,9 +16,10 @@ _LEVELS = 128  # levels remembered, one per block: 1,024 steps
 _REACH = 56  # levels whose lowest a rise is measured from: slower ones are the run's own course
 _SPREADS = 64  # blocks whose noise is remembered
 _NOISE_NOW = 6  # blocks whose noise is that of now
-_WARM_UP = 48  # blocks before the first verdict: 384 steps
+_WARM_UP = 60  # blocks before the first verdict: 480 steps
 _NORMAL = 1.0483  # standard deviation of normal losses, in median distances of neighbours
 _ROAMING = 8.0  # a rise between levels 64 steps apart that is common in a run counts that many times
+_WHITE = 0.3  # such a rise that noise without memory makes by itself, in units of noise
 _CALM = 0.7  # rises below this do not hide how a run roams by itself
 _SUSPECT = 0.95  # rise that is suspicious, in units of noise
 _CONFIRM = 2  # suspicious blocks before the one that panics
@@ -61,7 +62,7 @@ class DriftState(NamedTuple):
 def loss_drift(*, threshold: float = 1.8, proportion: float = 3.0) -> Detector[DriftState]:
     """Panic on a loss that rose slowly, or a little and for good: the median of the last 64 against the lowest before.
 
-    Judged every 8 steps, from step 384 on. The unit is the largest of the step-to-step noise, the highest hump of the
+    Judged every 8 steps, from step 480 on. The unit is the largest of the step-to-step noise, the highest hump of the
     last 1,024 steps that healed by itself, and how far the run roams within 64 steps when all is well. Panics are rises
     by `threshold` units within 450 steps, and smaller ones that follow a disturbance (a loss far above the level) and
     have not healed after 100 steps.
@@ -109,7 +110,7 @@ def _decide(
     is_disturbed = difference(max(losses), low) / unit >= _FAR
     now = now._replace(quiet=0 if is_disturbed else min(_LEVELS, now.quiet + 1))
     if near < _CALM:
-        now = now._replace(roaming=_roaming(now.levels))
+        now = now._replace(roaming=_roaming(now.levels, median(now.spreads)))
     if near < _SUSPECT:
         return now._replace(onset=None, length=0, damaged=False), Verdict(Health.HEALTHY, step)
     length = now.length + 1
@@ -118,7 +119,8 @@ def _decide(
     numbers = {"level": now.levels[-1], "lowest": low, "unit": unit, "rise": max(rise, near), "threshold": threshold}
     has_risen = min(rise, near) >= threshold and length > _CONFIRM
     if has_risen or (damaged and length > _STUCK and rise >= _SUSPECT):
-        after = now._replace(onset=onset, length=0, panicked=True)
+        before = now.levels[: max(1, len(now.levels) - length - _SLOW)]  # what was damage never counts as healed
+        after = now._replace(blocks=(), levels=before, onset=onset, length=0, panicked=True)
         return after, Verdict(Health.PANIC, step, _RISE if has_risen else _PLATEAU, onset, numbers)
     if length > _LONGEST:
         return now._replace(levels=now.levels[-1:], onset=None, length=0, damaged=False), Verdict(Health.HEALTHY, step)
@@ -167,9 +169,11 @@ def _unit(state: DriftState, hump_share: float) -> float:
     )
 
 
-def _roaming(levels: tuple[float, ...]) -> float:
-    """A rise between levels of separate losses that every fifth pair exceeds."""
+def _roaming(levels: tuple[float, ...], noise: float) -> float:
+    """A rise between levels of separate losses that every fifth pair exceeds, beyond what noise makes of it."""
     thin = levels[::2]  # of levels that overlap by seven eighths, every second one tells as much
     apart = thin[_SLOW // 2 :]
     rises = sorted(max(0.0, difference(after, before)) for before, after in zip(thin, apart, strict=False))
-    return rises[4 * len(rises) // 5] if rises else 0.0
+    common = rises[4 * len(rises) // 5] if rises else 0.0
+    white = _WHITE * noise
+    return sqrt(common - white) * sqrt(common + white) if common > white else 0.0

@@ -11,7 +11,7 @@ from tolaria.records import Health, Verdict, VitalSigns
 
 _MEMORY = 48  # logarithms remembered
 _WARM_UP = 12  # of them are needed for a verdict
-_SPREADS = 6.0  # a surge is that many interquartile ranges above the median, besides its ratio
+_SPREADS = 6.0  # a surge is that many distances of the upper quartile above the median, besides its ratio
 _RELEARN = 256  # steps after a panic that nobody answered, after which the past is forgotten
 
 Sign = Callable[[VitalSigns], float | None]
@@ -42,8 +42,8 @@ class SurgeState(NamedTuple):
 def surge(sign: Sign, reason: str, *, ratio: float = 20.0, steps: int = 4) -> Detector[SurgeState]:
     """Panic when a positive sign stays far above what it used to be.
 
-    Judged on its logarithm: above the median of its last 48 normal values by `ratio`, and by six of their interquartile
-    ranges. Values that are missing, not finite or not positive are passed over.
+    Judged on its logarithm: above the median of its last 48 normal values by `ratio`, and by six times the
+    distance of their upper quartile. Values that are missing, not finite or not positive are passed over.
 
     Args:
         sign: Takes the value out of the signs; None where it is missing.
@@ -94,8 +94,8 @@ def _learn(state: SurgeState, heights: tuple[float, ...], least: float) -> Surge
     if len(past) < _WARM_UP or (state.bound is not None and fresh < 8):
         return SurgeState(past, state.bound, fresh)
     ordered = sorted(past)
-    spread = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
-    return SurgeState(past, median(ordered) + max(least, _SPREADS * spread), 0)
+    middle = median(ordered)
+    return SurgeState(past, middle + max(least, _SPREADS * (ordered[3 * len(ordered) // 4] - middle)), 0)
 
 
 def gradient_explosion(*, ratio: float = 20.0, steps: int = 4) -> Detector[SurgeState]:

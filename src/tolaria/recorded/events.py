@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tolaria.records import VitalSigns
 
 _LOSSES = ("train/loss", "loss", "loss/train", "train_loss", "training_loss", "train/train_loss", "train_loss_step")
 _NORMS = ("train/grad_norm", "grad_norm", "gradient_norm", "train/gradient_norm", "grad_norm/train")
-_NOT_TRAINING = ("val", "eval", "test", "epoch")
+_NOT_TRAINING = {"val", "valid", "validation", "eval", "evaluation", "test"}
 
 
 def read(path: Path) -> tuple[VitalSigns, ...]:
@@ -41,7 +42,9 @@ def _loss_tag(path: Path, tags: Sequence[str]) -> str:
         for tag in tags:
             if tag.lower() == name:
                 return tag
-    others = [tag for tag in tags if "loss" in tag.lower() and not any(word in tag.lower() for word in _NOT_TRAINING)]
+    others = [
+        tag for tag in tags if "loss" in tag.lower() and _NOT_TRAINING.isdisjoint(re.split("[^a-z]+", tag.lower()))
+    ]
     if len(others) != 1:
         raise UnreadableRecord(f"{path}: expected one tag for the training loss, found {', '.join(tags)[:200]}")
     return others[0]

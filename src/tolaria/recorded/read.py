@@ -163,10 +163,12 @@ def _signs(path: Path, row: _Row, last: int | None) -> tuple[int, VitalSigns]:
 
 def _number(path: Path, where: str, name: str, value: Any) -> float | None:
     """A number in any of the usual spellings; None where it is missing."""
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
-            return None if value is None else float(value)
-        except OverflowError:
+            return float(value)
+        except OverflowError:  # of a whole number beyond the range of floats
             return inf if value > 0 else -inf
     word = value.strip().lower() if isinstance(value, str) else None
     if word in _MISSING:
