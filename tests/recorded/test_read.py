@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tolaria.recorded import events
@@ -146,9 +146,15 @@ def test_damaged_gzip_and_missing_files(tmp_path):
             read(tmp_path / name)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("any")
+
+
+@settings(max_examples=40)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_runs_or_an_error_of_one_line(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("any") / "file.csv"
+def test_any_bytes_are_runs_or_an_error_of_one_line(folder, data):
+    path = folder / "file.csv"
     for content in (data, b"step,loss\n" + data, b'{"step": 0, "loss": 1}\n' + data):
         path.write_bytes(content)
         try:

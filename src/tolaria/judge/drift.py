@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import inf, isfinite, sqrt
+from math import inf, isfinite
 from typing import NamedTuple
 
 from tolaria.judge.detector import RESOLUTION, Detector, difference, hump, median, require
@@ -12,15 +12,16 @@ from tolaria.records import Health, Verdict, VitalSigns
 _BLOCK = 8  # losses whose median is one block
 _NEAR = 4  # blocks whose median is suspicious first: 32 losses
 _SLOW = 8  # blocks whose median is a level: 64 losses
-_LEVELS = 128  # levels remembered, one per block: 1,024 steps
+_LEVELS = 256  # levels remembered, one per block: 2,048 steps
 _REACH = 56  # levels whose lowest a rise is measured from: slower ones are the run's own course
 _SPREADS = 64  # blocks whose noise is remembered
 _NOISE_NOW = 6  # blocks whose noise is that of now
 _WARM_UP = 60  # blocks before the first verdict: 480 steps
 _NORMAL = 1.0483  # standard deviation of normal losses, in median distances of neighbours
-_ROAMING = 8.0  # a rise between levels 64 steps apart that is common in a run counts that many times
-_WHITE = 0.3  # such a rise that noise without memory makes by itself, in units of noise
-_CALM = 0.7  # rises below this do not hide how a run roams by itself
+_ROAMING = 30.0  # a rise between levels 64 steps apart that is common in a run counts that many times
+_FEW = 12  # pairs of levels that do not show it yet
+_WHITE = 0.45  # such a rise that noise without memory makes by itself, in units of noise
+_LATELY = 32  # levels that do not tell how a run roams, since they may be what is judged: 256 steps
 _SUSPECT = 0.95  # rise that is suspicious, in units of noise
 _CONFIRM = 2  # suspicious blocks before the one that panics
 _FAR = 8.0  # a loss that far above the lowest level is a disturbance
@@ -39,7 +40,7 @@ class DriftState(NamedTuple):
         blocks: Medians of the last blocks.
         levels: Medians of the last 64 losses at the end of each block.
         spreads: Noise within each block, from the distances of neighbours.
-        roaming: How far the levels rise within 64 steps when all is well.
+        roaming: Least of what the levels are taken to rise within 64 steps, since a panic that nobody answered.
         quiet: Blocks since the last disturbance.
         onset: First step of the episode; None outside one.
         length: Suspicious blocks of it so far, or blocks since its panic.
@@ -63,7 +64,7 @@ def loss_drift(*, threshold: float = 1.8, proportion: float = 3.0) -> Detector[D
     """Panic on a loss that rose slowly, or a little and for good: the median of the last 64 against the lowest before.
 
     Judged every 8 steps, from step 480 on. The unit is the largest of the step-to-step noise, the highest hump of the
-    last 1,024 steps that healed by itself, and how far the run roams within 64 steps when all is well. Panics are rises
+    last 2,048 steps that healed by itself, and how far the run roams within 64 steps when all is well. Panics are rises
     by `threshold` units within 450 steps, and smaller ones that follow a disturbance (a loss far above the level) and
     have not healed after 100 steps.
 
@@ -109,8 +110,6 @@ def _decide(
     near = difference(median(now.blocks[-_NEAR:]), low) / unit
     is_disturbed = difference(max(losses), low) / unit >= _FAR
     now = now._replace(quiet=0 if is_disturbed else min(_LEVELS, now.quiet + 1))
-    if near < _CALM:
-        now = now._replace(roaming=_roaming(now.levels, median(now.spreads)))
     if near < _SUSPECT:
         return now._replace(onset=None, length=0, damaged=False), Verdict(Health.HEALTHY, step)
     length = now.length + 1
@@ -133,13 +132,13 @@ def _after_panic(
 ) -> tuple[DriftState, Verdict]:
     """Nobody rolled back: stay suspicious, learning nothing, until the loss is back or this has become the normal."""
     low, unit = min(now.levels[-_REACH:]), _unit(now, proportion / threshold)
+    # a run that went on so, or got well by itself, has shown how far it moves
+    roaming = max(now.roaming, unit * threshold / _ROAMING)
     if difference(median(losses), low) / unit < _SUSPECT:
-        return now._replace(pending=(), onset=None, length=0, damaged=False, panicked=False), Verdict(
-            Health.HEALTHY, step
-        )
+        after = now._replace(pending=(), onset=None, length=0, damaged=False, panicked=False, roaming=roaming)
+        return after, Verdict(Health.HEALTHY, step)
     if now.length + 1 >= _RELEARN:
-        # a run that went on so has shown how far it roams
-        return DriftState(roaming=max(now.roaming, unit * threshold / _ROAMING)), Verdict(Health.HEALTHY, step)
+        return DriftState(roaming=roaming), Verdict(Health.HEALTHY, step)
     return now._replace(pending=(), length=now.length + 1), _unchanged(now, step)
 
 
@@ -160,20 +159,20 @@ def _learn(state: DriftState, losses: tuple[float, ...]) -> DriftState:
 
 def _unit(state: DriftState, hump_share: float) -> float:
     """What one rise is measured in, in units of loss."""
+    noise = median(state.spreads)
     return max(
-        median(state.spreads),
+        noise,
         median(state.spreads[-_NOISE_NOW:]),
         RESOLUTION * abs(state.levels[-1]),
-        hump(state.levels[::2]) * hump_share,
-        _ROAMING * state.roaming,
+        hump(state.levels[::4]) * hump_share,
+        _ROAMING * max(state.roaming, _roaming(state.levels[:-_LATELY], noise)),
     )
 
 
 def _roaming(levels: tuple[float, ...], noise: float) -> float:
-    """A rise between levels of separate losses that every fifth pair exceeds, beyond what noise makes of it."""
-    thin = levels[::2]  # of levels that overlap by seven eighths, every second one tells as much
-    apart = thin[_SLOW // 2 :]
+    """A rise between levels of separate losses that every tenth pair exceeds, beyond what noise makes of it."""
+    thin = levels[::4]  # of levels that overlap by seven eighths, every fourth one tells as much
+    apart = thin[_SLOW // 4 :]
     rises = sorted(max(0.0, difference(after, before)) for before, after in zip(thin, apart, strict=False))
-    common = rises[4 * len(rises) // 5] if rises else 0.0
-    white = _WHITE * noise
-    return sqrt(common - white) * sqrt(common + white) if common > white else 0.0
+    common = rises[9 * len(rises) // 10] if len(rises) >= _FEW else 0.0
+    return max(0.0, common - _WHITE * noise)
