@@ -37,7 +37,20 @@ if TYPE_CHECKING:
         UsageError,
     )
     from tolaria.governor import TolariaGovernor
-    from tolaria.judge import Detector, any_of, collapse, default_detector, loss_spike, non_finite
+    from tolaria.judge import (
+        Detector,
+        all_of,
+        any_of,
+        collapse,
+        default_detector,
+        gradient_explosion,
+        loss_drift,
+        loss_spike,
+        non_finite,
+        rl_collapse,
+        sustained,
+        update_ratio_jump,
+    )
     from tolaria.records import Capabilities, Health, Incident, Statistics, StepResult, Verdict, VitalSigns
     from tolaria.report import RollbackReport, SnapshotInfo
 
@@ -65,7 +78,20 @@ _HOMES = {
         "UsageError",
     ),
     "governor": ("TolariaGovernor",),
-    "judge": ("Detector", "any_of", "collapse", "default_detector", "loss_spike", "non_finite"),
+    "judge": (
+        "Detector",
+        "all_of",
+        "any_of",
+        "collapse",
+        "default_detector",
+        "gradient_explosion",
+        "loss_drift",
+        "loss_spike",
+        "non_finite",
+        "rl_collapse",
+        "sustained",
+        "update_ratio_jump",
+    ),
     "records": ("Capabilities", "Health", "Incident", "Statistics", "StepResult", "Verdict", "VitalSigns"),
     "report": ("RollbackReport", "SnapshotInfo"),
 }
@@ -104,11 +130,17 @@ __all__ = [
     "UsageError",
     "Verdict",
     "VitalSigns",
+    "all_of",
     "any_of",
     "collapse",
     "default_detector",
+    "gradient_explosion",
+    "loss_drift",
     "loss_spike",
     "non_finite",
+    "rl_collapse",
+    "sustained",
+    "update_ratio_jump",
 ]
 
 

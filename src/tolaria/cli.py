@@ -1,6 +1,7 @@
 """The command line. Imports no torch: `tolaria --help` answers at once, and a command loads what it needs.
 
-Exit codes: 0 good, 1 a finding (a fault that was not recovered) or an error of the run, 2 wrong usage, 130 interrupted.
+Exit codes: 0 good, 1 a finding (a fault that was not recovered, a panic in a judged file) or an error of the run,
+2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -55,7 +56,29 @@ class Doctor:
     """Print one JSON object, and nothing else."""
 
 
-Command = Annotated[Drill, tyro.conf.subcommand("drill")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+@dataclass(frozen=True)
+class Judge:
+    """Replay recorded runs through the detectors: when the governor would have fired, and why.
+
+    Exits with 0 when no run would have panicked, with 1 when one would, with 2 when a file is malformed.
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """CSV or CSV.gz (columns step, loss, grad_norm and run; the last two optional), JSON lines of the same names,
+    trainer_state.json, TensorBoard event files or their folder (needs tolaria[tensorboard])."""
+
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+
+    picture: Path | None = None
+    """File to draw the judged curves to, as SVG."""
+
+
+Command = (
+    Annotated[Drill, tyro.conf.subcommand("drill")]
+    | Annotated[Judge, tyro.conf.subcommand("judge")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # help, or wrong usage: tyro has said what was wrong
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return _drill(command) if isinstance(command, Drill) else _doctor(command)
+        if isinstance(command, Drill):
+            return _drill(command)
+        return _judge(command) if isinstance(command, Judge) else _doctor(command)
     except KeyboardInterrupt:
         print("tolaria: interrupted", file=sys.stderr)
         return 130
@@ -103,6 +128,20 @@ def _drill(command: Drill) -> int:
         )
     except CannotRun as error:
         print(f"tolaria drill: {error}", file=sys.stderr)
+        return 2
+
+
+def _judge(command: Judge) -> int:
+    from tolaria.recorded.command import main as judge
+    from tolaria.recorded.records import UnreadableRecord
+
+    if not command.files:
+        print("tolaria judge: no file was given, expected one or more", file=sys.stderr)
+        return 2
+    try:
+        return judge(files=command.files, as_json=command.json, picture=command.picture)
+    except UnreadableRecord as error:
+        print(f"tolaria judge: {error}", file=sys.stderr)
         return 2
 
 

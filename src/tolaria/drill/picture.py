@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 
+from tolaria import svg
 from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.score import FaultScore, Score
 from tolaria.records import Incident
@@ -24,34 +25,27 @@ _CAP = 50.0  # top of the scale
 _SMOOTH = 9  # steps of the running median that is drawn
 
 _STYLE = """
-  svg { font-family: ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; }
-  .page { fill: #ffffff } .panel { fill: #f6f8fa } .lane { fill: #fbe9e2 }
-  text { fill: #1f2328; font-size: 13px } .quiet { fill: #57606a } .small { font-size: 12px }
-  .heading { font-size: 19px; font-weight: 600 } .bold { font-weight: 600 }
-  .grid { stroke: #d0d7de; stroke-width: 1 } .faint { stroke-opacity: .45 } .axis { stroke: #8c959f }
+  .lane { fill: #fbe9e2 }
   .chance { stroke: #57606a; stroke-width: 1.2; stroke-dasharray: 2 5 }
   .fault { stroke: #8250df; stroke-width: 1.3; stroke-dasharray: 5 4 } .fault-text { fill: #8250df; font-weight: 600 }
   .label { paint-order: stroke; stroke: #ffffff; stroke-width: 5px; stroke-linejoin: round }
   .skipped { fill: #8250df; fill-opacity: .16 }
-  path { fill: none; stroke-linejoin: round; stroke-linecap: round }
   .clean { stroke: #afb8c1; stroke-width: 7 }
   .unguarded { stroke: #d1570a; stroke-width: 2 }
   .guarded { stroke: #0550ae; stroke-width: 2.2 }
   .undone { stroke: #218bff; stroke-width: 1.5; stroke-dasharray: 1 4 }
   .incident circle { fill: #ffffff; stroke: #0550ae; stroke-width: 2 }
   .incident path { stroke: #0550ae; stroke-width: 1.5 }
-  .missed { fill: #cf222e } .good { fill: #1a7f37 }
   .name-unguarded { fill: #d1570a; font-weight: 600 }
-  @media (prefers-color-scheme: dark) {
-    .page { fill: #0d1117 } .panel { fill: #161b22 } .lane { fill: #2d1a12 }
-    text { fill: #e6edf3 } .quiet { fill: #9198a1 }
-    .grid { stroke: #30363d } .axis { stroke: #6e7681 } .chance { stroke: #9198a1 }
+"""
+
+_DARK_STYLE = """
+    .lane { fill: #2d1a12 } .chance { stroke: #9198a1 }
     .label { stroke: #0d1117 } .fault { stroke: #bc8cff } .fault-text { fill: #bc8cff }
     .skipped { fill: #bc8cff; fill-opacity: .22 }
     .clean { stroke: #484f58 } .unguarded { stroke: #f0883e } .guarded { stroke: #79c0ff } .undone { stroke: #58a6ff }
     .incident circle { fill: #0d1117; stroke: #79c0ff } .incident path { stroke: #79c0ff }
-    .missed { fill: #ff7b72 } .good { fill: #3fb950 } .name-unguarded { fill: #f0883e }
-  }
+    .name-unguarded { fill: #f0883e }
 """
 
 
@@ -100,10 +94,6 @@ def draw(
     calm = [loss for record in (clean, guarded) for _, loss in _smooth(record.kept) if 0 < loss < _CAP]
     scale = _Scale(num_batches, _round_down(min(calm, default=0.1)))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" '
-        f'role="img" aria-label="{escape(heading)}">',
-        f"<title>{escape(heading)}</title><style>{_STYLE}</style>",
-        f'<rect class="page" width="{_WIDTH}" height="{_HEIGHT}" rx="10"/>',
         *_axes(scale, chance_loss),
         *_skips(scale, score.skipped),
         _curve(scale, "clean", _smooth(clean.kept)),
@@ -113,17 +103,8 @@ def draw(
         *_faults(scale, guarded, score),
         *_headline(heading, score, clean, unguarded, guarded),
         *_legend(),
-        "</svg>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def _text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
+    return svg.document(_WIDTH, _HEIGHT, heading, _STYLE, _DARK_STYLE, parts)
 
 
 def _round_down(value: float) -> float:
@@ -136,25 +117,27 @@ def _axes(scale: _Scale, chance_loss: float) -> Iterable[str]:
     width = _RIGHT - _LEFT
     yield f'<rect class="panel" x="{_LEFT}" y="{_TOP}" width="{width}" height="{_BOTTOM - _TOP}"/>'
     yield f'<rect class="lane" x="{_LEFT}" y="{_TOP - _LANE}" width="{width}" height="{_LANE}"/>'
-    yield _text(_LEFT + 8, _TOP - _LANE / 2 + 4, f"above {_CAP:g}, or not finite", "quiet small")
+    yield svg.text(_LEFT + 8, _TOP - _LANE / 2 + 4, f"above {_CAP:g}, or not finite", "quiet small")
     for power in range(math.floor(math.log10(scale.floor)), math.ceil(math.log10(_CAP)) + 1):
         for lead in (1, 2, 5):
             value = lead * 10.0**power
             if scale.floor * 0.999 <= value <= _CAP * 1.001:
-                yield _line(_LEFT, scale.y(value), _RIGHT, scale.y(value), "grid" if lead == 1 else "grid faint")
-                yield _text(_LEFT - 8, scale.y(value) + 4, f"{value:g}", "quiet" if lead == 1 else "quiet small", "end")
+                yield svg.line(_LEFT, scale.y(value), _RIGHT, scale.y(value), "grid" if lead == 1 else "grid faint")
+                yield svg.text(
+                    _LEFT - 8, scale.y(value) + 4, f"{value:g}", "quiet" if lead == 1 else "quiet small", "end"
+                )
     stride = next((s for s in (10, 20, 50, 100, 200, 500) if scale.num_batches / s <= 13), 1000)
     for batch in range(0, scale.num_batches, stride):
-        yield _line(scale.x(batch), _BOTTOM, scale.x(batch), _BOTTOM + 6, "grid axis")
-        yield _text(scale.x(batch), _BOTTOM + 22, str(batch), "quiet", "middle")
-    yield _line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "grid axis")
-    yield _text(_RIGHT, _BOTTOM + 22, "batch", "quiet", "end")
+        yield svg.line(scale.x(batch), _BOTTOM, scale.x(batch), _BOTTOM + 6, "grid axis")
+        yield svg.text(scale.x(batch), _BOTTOM + 22, str(batch), "quiet", "middle")
+    yield svg.line(_LEFT, _BOTTOM, _RIGHT, _BOTTOM, "grid axis")
+    yield svg.text(_RIGHT, _BOTTOM + 22, "batch", "quiet", "end")
     yield (
         f'<text transform="translate(20 {(_TOP + _BOTTOM) / 2}) rotate(-90)" class="quiet" text-anchor="middle">'
         "training loss</text>"
     )
-    yield _line(_LEFT, scale.y(chance_loss), _RIGHT, scale.y(chance_loss), "chance")
-    yield _text(_LEFT + 8, scale.y(chance_loss) - 6, "nothing learnt", "quiet small")
+    yield svg.line(_LEFT, scale.y(chance_loss), _RIGHT, scale.y(chance_loss), "chance")
+    yield svg.text(_LEFT + 8, scale.y(chance_loss) - 6, "nothing learnt", "quiet small")
 
 
 def _smooth(steps: Sequence[Trained]) -> list[tuple[int, float]]:
@@ -222,7 +205,7 @@ def _faults(scale: _Scale, guarded: RunRecord, score: Score) -> Iterable[str]:
     shown = sorted((fault for fault in score.faults if fault.kind in struck), key=lambda fault: struck[fault.kind])
     rows = [106 + 46 * (place % 2) for place in range(len(shown))]
     for fault, y in zip(shown, rows, strict=True):
-        yield _line(scale.x(struck[fault.kind]), y - 12, scale.x(struck[fault.kind]), _BOTTOM, "fault")
+        yield svg.line(scale.x(struck[fault.kind]), y - 12, scale.x(struck[fault.kind]), _BOTTOM, "fault")
     for fault, y in zip(shown, rows, strict=True):
         x = scale.x(struck[fault.kind])
         x, anchor = (x + 6, "start") if x + 130 < _WIDTH else (x - 6, "end")
@@ -259,16 +242,16 @@ def _headline(heading: str, score: Score, clean: RunRecord, unguarded: RunRecord
         f"{record.name} {record.val_loss:.3g}" if score.survived[record.name] else f"{record.name} dead"
         for record in (clean, unguarded, guarded)
     )
-    yield _text(24, 38, heading, "heading")
-    yield _text(24, 62, f"validation loss: {losses}", "quiet")
-    yield _text(
+    yield svg.text(24, 38, heading, "heading")
+    yield svg.text(24, 62, f"validation loss: {losses}", "quiet")
+    yield svg.text(
         _RIGHT,
         38,
         f"{good} of {len(score.faults)} faults recovered, {rollbacks} rollbacks, {len(score.false)} of them false",
         "bold",
         "end",
     )
-    yield _text(_RIGHT, 62, f"the guarded run ended {end} one that never had the skipped batches", "quiet", "end")
+    yield svg.text(_RIGHT, 62, f"the guarded run ended {end} one that never had the skipped batches", "quiet", "end")
 
 
 def _legend() -> Iterable[str]:
@@ -282,10 +265,10 @@ def _legend() -> Iterable[str]:
     x = float(_LEFT)
     for css, words in entries:
         yield f'<path class="{css}" d="M{x:.1f} {y - 4} h30"/>'
-        yield _text(x + 38, y, words)
+        yield svg.text(x + 38, y, words)
         x += 38 + 7.0 * len(words) + 26
     yield f'<g class="legend incident">{_mark(x + 6, y - 4)}</g>'
-    yield _text(x + 18, y, "rollback")
+    yield svg.text(x + 18, y, "rollback")
     x += 18 + 7.0 * 8 + 26
     yield f'<rect class="skipped" x="{x:.1f}" y="{y - 12}" width="14" height="15"/>'
-    yield _text(x + 20, y, "skipped batches")
+    yield svg.text(x + 20, y, "skipped batches")
