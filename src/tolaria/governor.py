@@ -21,7 +21,7 @@ from tolaria.feed import Feed
 from tolaria.keeper import Keeper
 from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
-from tolaria.records import Capabilities, Health, Statistics, StepResult, Verdict
+from tolaria.records import NO_CAPABILITIES, Capabilities, Health, Statistics, StepResult, Verdict
 from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
@@ -390,17 +390,7 @@ class TolariaGovernor:
     def capabilities(self) -> Capabilities:
         """What was chosen for this machine and train state."""
         if self.is_disabled:
-            return Capabilities(
-                barrier="none",
-                devices=(),
-                tier="none",
-                copy_path="none",
-                state_bytes=0,
-                slots=0,
-                cadence=0,
-                cadence_stretched=False,
-                rng="keep",
-            )
+            return NO_CAPABILITIES
         newest, vault = ring.newest_good(self._keeper.ring), self._keeper.vault
         return Capabilities(
             barrier=self._keeper.ground.barrier.value,
@@ -419,8 +409,8 @@ class TolariaGovernor:
         )
 
     def statistics(self) -> Statistics:
-        """Counters so far."""
-        return self._course.statistics
+        """Counters so far, and which snapshots are held where."""
+        return self._course.statistics if self.is_disabled else self._keeper.with_held(self._course.statistics)
 
     @property
     def rollbacks(self) -> int:

@@ -36,7 +36,7 @@ from tolaria.errors import (
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol
 from tolaria.protocol import RolledBack, Taken
-from tolaria.records import Journal
+from tolaria.records import Journal, Statistics
 from tolaria.report import RollbackReport, SnapshotInfo, disturbed
 from tolaria.ring import Ring, Slot
 from tolaria.shield import Shield
@@ -288,6 +288,14 @@ class Keeper:
     def _held(self, serial: int) -> tuple[str, ...]:
         held = [slot for slot in self.ring if slot.snapshot == serial and slot.phase in ring.READABLE]
         return tuple(dict.fromkeys(slot.tier.value for slot in held))
+
+    def with_held(self, statistics: Statistics) -> Statistics:
+        """The statistics together with the steps of the snapshots that are held now."""
+        held = {
+            tier: tuple(sorted(slot.step for slot in self.ring if slot.tier is tier and slot.phase in ring.READABLE))
+            for tier in ring.Tier
+        }
+        return replace(statistics, held_on_device=held[ring.Tier.DEVICE], held_on_host=held[ring.Tier.HOST])
 
     def _wait(self, serial: int, done: Events, until: str) -> None:
         self.wait_for(done)

@@ -143,6 +143,20 @@ class Capabilities:
     reexecution: str = "off: not asked for"
 
 
+NO_CAPABILITIES = Capabilities(
+    barrier="none",
+    devices=(),
+    tier="none",
+    copy_path="none",
+    state_bytes=0,
+    slots=0,
+    cadence=0,
+    cadence_stretched=False,
+    rng="keep",
+)
+"""Of a governor that is disabled."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
     """Counters of one governor since it was built (or resumed from `load_state_dict`).
@@ -170,6 +184,9 @@ class Statistics:
     snapshot_s: float = 0.0
     rollback_s: float = 0.0
     gate_wait_s: float = 0.0  # time snapshots and rollbacks waited for open sections
+    # steps of the snapshots held now, oldest first; no counters, so they are not compared and not resumed
+    held_on_device: tuple[int, ...] = field(default=(), compare=False)
+    held_on_host: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

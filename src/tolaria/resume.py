@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tolaria.errors import UsageError
@@ -32,7 +32,13 @@ class Bookkeeping:
 
 def as_json(books: Bookkeeping) -> dict[str, Any]:
     """Values that `json.dumps` writes."""
-    return {"schema_version": SCHEMA_VERSION, **asdict(books), "judgement": books.judgement}
+    counters = {one.name: getattr(books.statistics, one.name) for one in fields(Statistics) if one.compare}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **asdict(books),
+        "judgement": books.judgement,
+        "statistics": counters,
+    }
 
 
 def from_json(saved: Any) -> Bookkeeping:

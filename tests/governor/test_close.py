@@ -181,14 +181,14 @@ def test_two_models_have_two_governors(govern: Govern, kit: Any) -> None:
 # ------------------------------------------------------------ refused constructions
 
 
-class Lazy(nn.Module):
+class Meta(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.LazyLinear(3)
+        self.body = nn.Linear(4, 3, device="meta")
 
 
 def test_a_refused_construction_attaches_nothing(govern: Govern) -> None:
-    model = Lazy()
+    model = Meta()
     before = dict(vars(model))
     with pytest.raises(UnsupportedState, match="body"):
         govern(model)

