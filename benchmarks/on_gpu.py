@@ -1,6 +1,6 @@
 """What snapshots and rollbacks cost on one CUDA device, and what the barrier is worth.
 
-    python benchmarks/gpu.py [--gigabytes 1] [--trials 20]
+    python benchmarks/on_gpu.py [--gigabytes 1] [--trials 20]
 
 First table: writers held back on K streams of another thread until the rollback has returned (or 20 ms have passed, for
 orderings that wait for them), readers on another stream right after it. `lost`: some parameter still has what the
