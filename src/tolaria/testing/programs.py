@@ -1,4 +1,4 @@
-"""What the threads of a `protocol.simulation.Machine` run, and what its ends are expected to be."""
+"""What the threads of a simulated `Machine` run, and what its ends are expected to be. The words of a scenario."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from protocol.simulation import dispose
-from protocol.world import (
+from tolaria import ring
+from tolaria.admission import begin_capture, close_section, end_capture, open_section
+from tolaria.operations import Await, Barrier, Change, SectionKind
+from tolaria.protocol import Ground, rollback, seal, snapshot
+from tolaria.testing.world import (
     VARIABLES,
     CaptureBegins,
     CaptureEnds,
     Handover,
     Launch,
-    Outcome,
     Program,
     Replay,
     World,
 )
-
-from tolaria import ring
-from tolaria.admission import begin_capture, close_section, end_capture, open_section
-from tolaria.operations import Await, Barrier, Change, HostState, SectionKind
-from tolaria.protocol import Ground, rollback, seal, snapshot
 
 READ, FORWARD, WRITE = SectionKind.READ, SectionKind.FORWARD, SectionKind.WRITE
 
@@ -154,6 +151,7 @@ def backward(thread: int) -> tuple[Program, Program]:
 
 
 def ground(barrier: Barrier) -> Ground:
+    """What the protocol knows of the machine; nobody gives up waiting."""
     return Ground(barrier)
 
 
@@ -164,10 +162,12 @@ def oldest_good(slots: ring.Ring, before: int | None) -> ring.Slot | None:
 
 
 def roll_back(thread: int, barrier: Barrier, choose: Callable[..., Any] = ring.newest_good, **options: Any) -> Program:
+    """The shipped rollback, by hand unless the options say otherwise."""
     return functools.partial(rollback, thread, ground(barrier), choose, "rolling back", **options)
 
 
 def take(thread: int, barrier: Barrier, step: int = 1, manual: bool = False) -> Program:
+    """The shipped snapshot."""
     return functools.partial(snapshot, thread, ground(barrier), step, manual)
 
 
@@ -186,91 +186,11 @@ def homes(barrier: Barrier, *names: str) -> tuple[str, ...] | None:
     return None if barrier is Barrier.HOST else names
 
 
-# ---------------------------------------------------------------- mutants
-
-
-def altered(program: Program, alter: Callable[[Any], Any]) -> Program:
-    """The same program with each of its operations replaced."""
-
-    def run() -> Iterator[Any]:
-        inner: Any = program()
-        try:
-            op = next(inner)
-            while True:
-                try:
-                    result = yield alter(op)
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            return end.value
-        finally:
-            dispose(inner)
-
-    return run
-
-
-def asking(label: str, blind: Callable[[HostState], HostState]) -> Callable[[Any], Any]:
-    """For `altered`: waits of that label do not see part of the state, which stays as it is otherwise."""
-
-    def alter(op: Any) -> Any:
-        if not (isinstance(op, Await) and label in op.label):
-            return op
-
-        def function(state: HostState) -> Any:
-            unseen = blind(state)
-            answer = op.function(unseen)
-            if answer is None:
-                return None
-            after, result = answer
-            kept = {
-                name: getattr(state, name)
-                for name in ("gate", "captures")
-                if getattr(unseen, name) != getattr(state, name) and getattr(after, name) == getattr(unseen, name)
-            }
-            return replace(after, **kept), result
-
-        return Await(op.label, function, op.timeout_s)
-
-    return alter
-
-
-def delayed(program: Program, late: type[Any], until: Callable[[Any], bool]) -> Program:
-    """The same program with one kind of operation performed later: before the first one that `until` picks, or last."""
-
-    def run() -> Iterator[Any]:
-        inner: Any = program()
-        held: Any = None
-        try:
-            op = next(inner)
-            while True:
-                if isinstance(op, late):
-                    held, op = op, inner.send(None)
-                    continue
-                if held is not None and until(op):
-                    yield held
-                    held = None
-                try:
-                    result = yield op
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            if held is not None:
-                yield held
-            return end.value
-        finally:
-            dispose(inner)
-
-    return run
-
-
 # ---------------------------------------------------------------- ends
 
 
 def is_uniform(values: tuple[str, ...]) -> bool:
+    """All the same."""
     return len(set(values)) == 1
 
 
@@ -293,18 +213,5 @@ def are_slots_uniform(world: World) -> bool:
 
 
 def both(*conditions: Callable[[World], bool]) -> Callable[[World], bool]:
+    """Ends that fulfil every condition."""
     return lambda world: all(condition(world) for condition in conditions)
-
-
-def assert_sound(found: Outcome, more_than: int) -> None:
-    """No violation, in a search of some size."""
-    assert found.violation is None, "\n".join((found.violation, *found.schedule))
-    assert found.states > more_than
-
-
-def assert_caught(found: Outcome, kind: str | tuple[str, ...]) -> None:
-    """A violation of that kind, with a schedule to show for it. The search ends there, so it may be a short one."""
-    assert found.violation is not None, f"nothing found in {found.states} states"
-    assert found.violation.startswith(kind), "\n".join((found.violation, *found.schedule))
-    assert found.states > 5
-    assert 1 < len(found.schedule) < 120
