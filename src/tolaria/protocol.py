@@ -387,9 +387,9 @@ def rollback(
     def commit(state: HostState, restored: int) -> tuple[HostState, int]:
         epoch = state.epoch + 1
         slots = ring.suspend(ring.drop_newer(state.ring, restored))
-        # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
-        # holds any, belong to the new epoch); running passes are not
-        return replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False), epoch
+        # captured gradients belong to the new epoch, those of a backward that has ended since the dropping do not
+        oldest = epoch if alive and state.grad_epoch is None else state.grad_epoch
+        return replace(state, ring=slots, epoch=epoch, grad_epoch=oldest, torn=False), epoch
 
     def may_run(state: HostState) -> tuple[HostState, None]:
         announce_exclusive(state, thread, doing, patient)  # raises what the real one would
@@ -443,6 +443,8 @@ def rollback(
                 yield from _copies(target.index, places, part, Direction.RESTORE)
             copied: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from _record(places))
             # before the post barrier: gradients zeroed in place and what an extra loads are device work too
+            # before they are dropped: a backward that ends afterwards leaves others. Running ones are not forgotten
+            yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))
             alive = yield RestoreHost(target.index, reset)
         finally:
             done: Events = yield from _post_barrier(ground, places)
