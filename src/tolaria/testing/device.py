@@ -1,7 +1,7 @@
 """The simulated device: streams as FIFO queues, events as counts, memory as cells, captures, allocation and reuse.
 
 Every function takes a `World` and answers the next one. An item of a queue is a plain tuple, its first entry one of
-``write``, ``read``, ``wait``, ``capture``, ``restore``, ``examine`` and ``compare``.
+``write``, ``read``, ``wait``, ``capture``, ``restore``, ``examine``, ``compare`` and ``gate``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ from tolaria.testing.world import (
     Allocate,
     CaptureBegins,
     CaptureEnds,
+    Close,
     Compare,
     Faults,
     Fused,
     Handover,
     Items,
     Launch,
+    Open,
     Reassign,
     Record,
     Replay,
@@ -86,12 +88,9 @@ class SimulatedDevice:
         """Run the head of a queue; None while it waits."""
         queue, done = world.queues[number], world.done
         item = queue[0]
-        if item[0] != "wait":
-            after = self.apply(world, item)
-        elif self._is_over(world, item[1]):
-            after = world
-        else:
+        if (item[0] == "wait" and not self._is_over(world, item[1])) or (item[0] == "gate" and not world.open):
             return None
+        after = world if item[0] in ("wait", "gate") else self.apply(world, item)
         return after._replace(queues=at(after.queues, number, queue[1:]), done=at(done, number, done[number] + 1))
 
     @staticmethod
@@ -284,6 +283,10 @@ class SimulatedDevice:
             after = self._allocate(world, op)
         elif isinstance(op, Version):
             answer = world.version
+        elif isinstance(op, Close):
+            after = self.enqueue(world, op.stream, ("gate",))
+        elif isinstance(op, Open):
+            after = world._replace(open=True)
         elif isinstance(op, Compare):
             layout = world.layouts[op.slot]
             items = tuple(("compare", op.slot, index, cell) for index, cell in enumerate(layout))

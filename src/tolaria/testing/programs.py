@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tolaria import ring
+from tolaria import gradients, ring
 from tolaria.admission import begin_capture, close_section, end_capture, open_section
 from tolaria.operations import Await, Barrier, Change, SectionKind
 from tolaria.protocol import Ground, rollback, seal, snapshot
 from tolaria.testing.world import (
     VARIABLES,
+    Allocate,
     CaptureBegins,
     CaptureEnds,
+    Fused,
     Handover,
     Launch,
     Program,
+    Reassign,
     Replay,
+    Version,
     World,
 )
 
-READ, FORWARD, WRITE = SectionKind.READ, SectionKind.FORWARD, SectionKind.WRITE
+READ, FORWARD, WRITE, FOREIGN = SectionKind.READ, SectionKind.FORWARD, SectionKind.WRITE, SectionKind.FOREIGN
 
 # ---------------------------------------------------------------- users
 
@@ -186,6 +190,106 @@ def homes(barrier: Barrier, *names: str) -> tuple[str, ...] | None:
     return None if barrier is Barrier.HOST else names
 
 
+# ---------------------------------------------------------------- what users do besides
+
+
+def fused_step(thread: int, value: str, stream: str) -> Program:
+    """An optimizer step by a single launch that writes every variable."""
+
+    def launch() -> Iterator[Any]:
+        yield Fused(tuple(Launch(stream, "write", variable, value) for variable in ("p0", "p1")))
+
+    return section(thread, WRITE, launch)
+
+
+def failing_step(thread: int, value: str, stream: str) -> Program:
+    """An optimizer step that raises after the first of its two launches, and is told as `Sections` tells it."""
+
+    def program() -> Iterator[Any]:
+        yield from open_section(thread, WRITE, False)
+        yield Launch(stream, "write", "p0", value)
+        yield Change("mark the step as torn", lambda s: (gradients.mark_torn(s), None))
+        yield from close_section(thread, 0)
+
+    return program
+
+
+def straddling_step(thread: int, stream: str) -> Program:
+    """Forward, backward and an optimizer step, told as `Sections` tells them. What it writes names its forward's epoch.
+
+    Only the step itself is a write section. It is left out when its gradients began before a rollback, and writes
+    nothing when a rollback has dropped them since they were accumulated (`RestoreHost`, which bumps the version too).
+    """
+
+    def program() -> Iterator[Any]:
+        epoch: int = yield from open_section(thread, FORWARD, False)
+        yield Launch(stream, "read", "p0")
+        yield from close_section(thread, 0)
+        yield Change("the backward begins", lambda s: gradients.begin_backward(s, 7, epoch))
+        accumulated = yield Version()
+        yield Change("the backward ends", lambda s: gradients.end_backward(s, 7, epoch))
+        yield from open_section(thread, WRITE, False)
+        stale = yield Change("are the gradients stale?", lambda s: (s, gradients.are_gradients_stale(s, -1)))
+        if not stale and (yield Version()) == accumulated:
+            yield from writes(f"N{epoch}", stream)()
+        yield Change("forget the gradients", lambda s: gradients.forget_gradients(s, -1))
+        yield from close_section(thread, 0)
+
+    return program
+
+
+def backward_over_an_old_graph(thread: int, stream: str, barrier: Barrier) -> Program:
+    """A forward, a rollback by the same thread, and a backward that reads what was saved, if its version fits."""
+
+    def program() -> Iterator[Any]:
+        yield from open_section(thread, FORWARD, False)
+        saved = yield Version()
+        yield from reads(stream)()
+        yield from close_section(thread, 0)
+        yield from roll_back(thread, barrier)()
+        if (yield Version()) == saved:
+            yield from reads(stream)()
+
+    return program
+
+
+def moving(thread: int, stream: str, value: str) -> Program:
+    """A step that writes one parameter and puts other memory behind the other."""
+
+    def program() -> Iterator[Any]:
+        yield Launch(stream, "write", "p0", value)
+        yield Reassign("p1", value)
+
+    return section(thread, FOREIGN, program)
+
+
+def freeing(stream: str, value: str) -> Program:
+    """Put other memory with the same contents behind a parameter, then take memory for something else. No section."""
+
+    def program() -> Iterator[Any]:
+        yield Reassign("p1", value)
+        yield Allocate(stream, "F")
+
+    return program
+
+
+def whole_step_captured(thread: int, **options: Any) -> Program:
+    """A graph capture of a forward section and a write section."""
+    return captured(thread, in_turn(section(thread, FORWARD), section(thread, WRITE, writes("N", "A"))), **options)
+
+
+def tried(program: Program) -> Program:
+    """A program whose errors are caught, as a caller of `execute_rollback` may."""
+
+    def run() -> Iterator[Any]:
+        try:
+            yield from program()
+        except Exception:
+            return
+
+    return run
+
+
 # ---------------------------------------------------------------- ends
 
 
@@ -215,3 +319,64 @@ def are_slots_uniform(world: World) -> bool:
 def both(*conditions: Callable[[World], bool]) -> Callable[[World], bool]:
     """Ends that fulfil every condition."""
     return lambda world: all(condition(world) for condition in conditions)
+
+
+def never_beside_restored(world: World) -> bool:
+    """What a rollback restored is not mixed with what a step wrote. Steps of several writers may mix by themselves."""
+    return all(value == "S" for value in world.memory) or "S" not in world.memory
+
+
+def restored_is_read_whole(world: World) -> bool:
+    """No forward has seen what a rollback restored beside anything else."""
+    threads = {thread for thread, _, _ in world.seen}
+    return all(len({value == "S" for t, _, value in world.seen if t == thread}) == 1 for thread in threads)
+
+
+def torn_only_if_marked(*allowed: str) -> Any:
+    """Uniform ends, or ends in which the train state is known to be torn."""
+    is_good = uniform(*allowed)
+    return lambda world: world.host.torn or is_good(world)
+
+
+def two_slots(world: World) -> bool:
+    """Two slots are published, each holding one value throughout."""
+    return ring.count(world.host.ring, lambda slot: slot.phase in ring.READABLE) == 2 and are_slots_uniform(world)
+
+
+def first_snapshot_is_kept(world: World) -> bool:
+    """The certified snapshot of the start is where it was."""
+    return world.host.ring[0].snapshot == 0 and is_uniform(("S", *world.slots[0]))
+
+
+def refused_or_done(thread: int) -> Any:
+    """A rollback took place, or was refused and changed nothing."""
+
+    def is_good(world: World) -> bool:
+        end = world.finished[thread]
+        done = end is not None and end.how == "returned"
+        return world.host.epoch == int(done) and (done or world.host.ring[0].phase is ring.SlotPhase.CERTIFIED)
+
+    return is_good
+
+
+def rolled_back(times: int) -> Any:
+    """So many rollbacks took place."""
+    return lambda world: world.host.epoch == times
+
+
+def freed_or_held(world: World) -> bool:
+    """Slots hold what they were taken of, also where their source was let go meanwhile."""
+    return all(
+        set(world.slots[slot.index]) <= {"O", "S"} for slot in world.host.ring if slot.phase in ring.READABLE
+    ) and are_slots_uniform(world)
+
+
+def reader_is_fresh(world: World) -> bool:
+    """What the second pass over an old graph read, if it read at all, is what the first read."""
+    found = [value for _, _, value in world.seen]
+    return found[2:] in ([], found[:2])
+
+
+def two_published(world: World) -> bool:
+    """Two slots may be read."""
+    return ring.count(world.host.ring, lambda slot: slot.phase in ring.READABLE) == 2

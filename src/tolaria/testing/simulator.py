@@ -159,12 +159,12 @@ class Machine:
             return f"capture invalidated by {world.spoiled}"
         if any(end is None for end in world.finished) or any(world.queues):
             return "deadlock"
-        if self.digests is not None and not self._read_right(world):
-            return f"misread: {world.readings}, digests {world.digests}"
         if any(world.cells[cell] != value for cell, value in world.users):
             return "overwritten: memory of others"
         if not is_good(world):
             return "torn"
+        if self.digests is not None and not self._read_right(world):
+            return f"misread: {world.readings}, digests {world.digests}"
         if self._left(world):
             return f"left behind: {self._left(world)}"
         strange = [
@@ -233,7 +233,8 @@ class Machine:
             return
         if self.may_fail and not world.failed and (thread, type(op)) in self.may_fail:
             failed = self.sent(world, thread, Thrown(RuntimeError("the operation failed")))
-            yield Step(actor, op, "fails", failed._replace(failed=True))
+            how_far = 1 + world.partial[thread]
+            yield Step(actor, op, "fails", failed._replace(failed=how_far, partial=at(world.partial, thread, 0)))
         if self.drop(op):
             yield Step(actor, op, "dropped", self.sent(world, thread, (None, 0.0) if isinstance(op, Await) else None))
         elif isinstance(op, Change | Await):

@@ -29,11 +29,13 @@ from tolaria.testing.world import (
     Allocate,
     CaptureBegins,
     CaptureEnds,
+    Close,
     Compare,
     Ended,
     Fused,
     Handover,
     Launch,
+    Open,
     Reassign,
     Record,
     Replay,
@@ -71,6 +73,8 @@ _PLAIN: dict[type[Any], str] = {
     Version: "look at the version counters",
     Compare: "enqueue a comparison of the live state with slot {op.slot}",
     Wait: "wait for R",
+    Close: "hold {op.stream} back",
+    Open: "let held streams go on",
 }
 
 
@@ -124,6 +128,8 @@ def _of_stream(item: tuple[Any, ...], step: Step) -> str:
         return f"runs: write {item[2]} to cell {item[1]}"
     if kind == "read":
         return f"runs: read {item[2]}, finds {step.after.seen[-1][2]}"
+    if kind == "gate":
+        return "runs: is let through"
     if kind == "wait":
         return "runs: passes a wait"
     if kind == "capture":

@@ -98,6 +98,16 @@ class Wait(NamedTuple):
     """The host waits until the governor's stream is idle."""
 
 
+class Close(NamedTuple):
+    """Hold a stream back until `Open`."""
+
+    stream: str
+
+
+class Open(NamedTuple):
+    """Let held streams go on."""
+
+
 # ---------------------------------------------------------------- the machine
 
 
@@ -163,7 +173,8 @@ class World(NamedTuple):
         users: (cell, value) of memory that the user has allocated.
         version: Times that a rollback has bumped version counters.
         disturbed: A comparison has found a difference.
-        failed: An operation has failed.
+        open: Whether held streams may go on.
+        failed: An operation has failed: after so many of its parts, and one; 0 if none has.
     """
 
     shared: Shared
@@ -191,7 +202,8 @@ class World(NamedTuple):
     users: tuple[tuple[int, str], ...] = ()
     version: int = 0
     disturbed: bool = False
-    failed: bool = False
+    open: bool = False
+    failed: int = 0
 
     @property
     def host(self) -> HostState:
