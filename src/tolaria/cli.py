@@ -54,7 +54,33 @@ class Doctor:
     """Print one JSON object, and nothing else."""
 
 
-Command = Annotated[Drill, tyro.conf.subcommand("drill")] | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+@dataclass(frozen=True)
+class Verify:
+    """Show that snapshots and rollbacks are safe: every schedule of small programs, and each edge removed in turn.
+
+    Explores the shipped protocol on a simulated machine, checks that every mutant of it is caught, works it hard beside
+    random threads, and forces races on a GPU if there is one. Exits with 1 on any violation, and when the budget cut a
+    search.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to work and to force races; CUDA where there is any."""
+
+    budget: float = 120.0
+    """Seconds for everything; a sixth of them is the stress slice."""
+
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+
+    replay: str | None = None
+    """Show the schedule of this token again, and do nothing else."""
+
+
+Command = (
+    Annotated[Drill, tyro.conf.subcommand("drill")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # help, or wrong usage: tyro has said what was wrong
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        if isinstance(command, Verify):
+            return _verify(command)
         return _drill(command) if isinstance(command, Drill) else _doctor(command)
     except KeyboardInterrupt:
         print("tolaria: interrupted", file=sys.stderr)
@@ -109,3 +137,9 @@ def _doctor(command: Doctor) -> int:
     from tolaria.doctor import main as doctor
 
     return doctor(as_json=command.json)
+
+
+def _verify(command: Verify) -> int:
+    from tolaria.testing.verify import main as verify
+
+    return verify(command.device, command.budget, command.json, command.replay)

@@ -7,7 +7,7 @@ else one might think of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     Direction,
+    Events,
     HostState,
     HostWait,
     Part,
@@ -28,7 +29,7 @@ from tolaria.testing.programs import handover, in_turn, is_uniform, reads, unifo
 from tolaria.testing.simulator import Machine
 from tolaria.testing.world import OWN, QUEUED, Close, Fused, Launch, Open, Program, Record, WaitFor, World
 
-Steps = Iterator[Any]
+Steps = Generator[Any, Any, None]
 GOVERNOR = 9  # the governor's number in the mutex
 
 # ---------------------------------------------------------------- parts of a governor
@@ -87,7 +88,7 @@ def after_done(stream: str) -> Program:
     """A writer's stream waits for the copies of the last snapshot."""
 
     def run() -> Steps:
-        pending = yield Change("look for `done`", lambda s: (s, s.all_done))
+        pending: Events = yield Change("look for `done`", lambda s: (s, s.all_done))
         for _, event in pending:
             yield WaitFor(stream, event)
 

@@ -37,9 +37,9 @@ def explore(machine: Machine, is_good: IsGood, limit: int | None = None, deadlin
     while level:
         further: dict[World, int] = {}
         for world in level:
-            visited += 1
             if visited % _LOOK_AT_THE_CLOCK == 0 and deadline is not None and time.monotonic() > deadline:
                 return Outcome(len(parents), schedules, None, (), (), frozenset(ends), complete=False)
+            visited += 1
             steps = machine.steps(world)
             if not steps:
                 schedules += ways[world]
@@ -148,7 +148,8 @@ class Priorities:
 
     def begin(self) -> None:
         """A new run."""
-        self._priority, self._taken = {}, 0
+        self._priority.clear()
+        self._taken = 0
         self._at = {self.source.randrange(self.length) for _ in range(self.changes)}
 
     def choose(self, steps: list[Step]) -> int:

@@ -332,10 +332,14 @@ def restored_is_read_whole(world: World) -> bool:
     return all(len({value == "S" for t, _, value in world.seen if t == thread}) == 1 for thread in threads)
 
 
-def torn_only_if_marked(*allowed: str) -> Any:
+def torn_only_if_marked(*allowed: str) -> Callable[[World], bool]:
     """Uniform ends, or ends in which the train state is known to be torn."""
-    is_good = uniform(*allowed)
-    return lambda world: world.host.torn or is_good(world)
+    is_whole = uniform(*allowed)
+
+    def is_good(world: World) -> bool:
+        return world.host.torn or is_whole(world)
+
+    return is_good
 
 
 def two_slots(world: World) -> bool:
@@ -348,7 +352,7 @@ def first_snapshot_is_kept(world: World) -> bool:
     return world.host.ring[0].snapshot == 0 and is_uniform(("S", *world.slots[0]))
 
 
-def refused_or_done(thread: int) -> Any:
+def refused_or_done(thread: int) -> Callable[[World], bool]:
     """A rollback took place, or was refused and changed nothing."""
 
     def is_good(world: World) -> bool:
@@ -359,9 +363,13 @@ def refused_or_done(thread: int) -> Any:
     return is_good
 
 
-def rolled_back(times: int) -> Any:
+def rolled_back(times: int) -> Callable[[World], bool]:
     """So many rollbacks took place."""
-    return lambda world: world.host.epoch == times
+
+    def is_good(world: World) -> bool:
+        return world.host.epoch == times
+
+    return is_good
 
 
 def freed_or_held(world: World) -> bool:
