@@ -145,8 +145,8 @@ def test_random_schedules_of_a_larger_program(strategy, seed):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_random_schedules_find_a_missing_edge_and_replay_it(strategy, seed):
-    scenario = SCENARIOS["one reader"]
-    machine = scenario.machine(Barrier.CONTEXT, Removal(drop=lambda op: isinstance(op, ContextWait)))
+    scenario = MUTANTS["gate, shared side (reader)"]
+    machine = scenario.machine(Barrier.HOST)
     runs = [sample(machine, scenario.is_good, STRATEGIES[strategy](random.Random(seed)), 2_000) for _ in range(2)]
     assert runs[0].violation is not None
     assert runs[0].choices == runs[1].choices, "the seed decides"
