@@ -1,4 +1,4 @@
-"""The trials that `tolaria verify` makes on a device, in a process of their own; each has a control that must be torn."""
+"""The trials that `tolaria verify` makes on a device, in a process of their own; each with a control that is torn."""
 
 import pytest
 

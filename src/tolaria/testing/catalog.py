@@ -15,6 +15,7 @@ from tolaria.testing.programs import (
     FOREIGN,
     FORWARD,
     WRITE,
+    are_buffers_whole,
     are_slots_uniform,
     backward,
     backward_over_an_old_graph,
@@ -31,6 +32,7 @@ from tolaria.testing.programs import (
     moving,
     never_beside_restored,
     oldest_good,
+    outliving_section,
     reader,
     reader_is_fresh,
     refused_or_done,
@@ -222,15 +224,12 @@ def _snapshots() -> Iterator[Scenario]:
         "a snapshot of buffers",
         "A forward in train mode writes buffers and waits for their copies only.",
         lambda b: [
-            user(section(0, FORWARD, writes("N", "A", ("b0",)))),
+            user(section(0, FORWARD, writes("N", "A", ("b0", "b1")))),
             governor(take(1, b)),
             user(writer(2, "N", "A", variables=("p0",))),
         ],
-        lambda world: (
-            all(world.slots[slot.index][0] in "OSN" for slot in world.host.ring if slot.phase in ring.READABLE)
-            and two_published(world)
-        ),
-        variables=BUFFER,
+        both(two_published, are_buffers_whole),
+        variables=("b0", "b1", "p0"),
     )
     yield Scenario(
         "a snapshot that fails",
@@ -414,6 +413,14 @@ def _captures() -> Iterator[Scenario]:
         "a capture that begins under the copies",
         "What a capture records is replayed later and does not overtake a snapshot's copies.",
         lambda b: [user(in_turn(whole_step_captured(0), replayed(0, "A"))), governor(take(1, b))],
+        are_slots_uniform,
+        QUEUES,
+        options=REFUSED,
+    )
+    yield Scenario(
+        "a section that outlives its capture",
+        "Its own wait does nothing inside the capture: the one at the beginning of the capture stands in for it.",
+        lambda b: [user(outliving_section(0, "A")), governor(take(1, b))],
         are_slots_uniform,
         QUEUES,
         options=REFUSED,

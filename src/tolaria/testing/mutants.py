@@ -284,6 +284,13 @@ def _slots() -> list[EdgeMutant]:
     granted = Removal(governs=alters(changing("choose a snapshot", _taken_for_granted)))
     steps, slots = "a snapshot and the next step", "slot reuse"
     return [
+        _mutant(
+            "forwards wait for the copies of buffers",
+            "They do not.",
+            "a snapshot of buffers",
+            dropping(CallerWait),
+            CONTEXT,
+        ),
         _mutant("writers wait for `done`", "They do not.", steps, dropping(CallerWait), CONTEXT),
         _mutant(
             "writers on any stream wait for `done`",
@@ -428,7 +435,7 @@ def _captures() -> list[EdgeMutant]:
     late = Removal(governs=alters(asking("wait for open sections", _hides_captures)))
     hasty = Removal(uses=alters(asking("begin a graph capture", _hides_gate)))
     by_hand, automatic = "a rollback by hand during a capture", "an automatic rollback during a capture"
-    begins = "a capture that begins under the copies"
+    begins, outlives = "a capture that begins under the copies", "a section that outlives its capture"
     careless = Removal(faults=Faults(careless=True))
     return [
         _mutant("capture guard", "A rollback does not ask.", by_hand, blind, *QUEUES, kinds=spoiled),
@@ -464,7 +471,8 @@ def _captures() -> list[EdgeMutant]:
             *QUEUES,
             kinds=("deadlock",),
         ),
-        _mutant("capture waits for copies", "Nor does its replay.", begins, dropping(CallerWait), *CONTEXT_ONLY),
+        _mutant("replay waits for copies", "Nor does its capture.", begins, dropping(CallerWait), *CONTEXT_ONLY),
+        _mutant("capture waits for copies", "It does not.", outlives, dropping(CallerWait), *CONTEXT_ONLY),
         _mutant("no wait inside a capture", "A device waits there.", begins, careless, *CONTEXT_ONLY, kinds=spoiled),
     ]
 

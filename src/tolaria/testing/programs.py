@@ -214,6 +214,13 @@ def failing_step(thread: int, value: str, stream: str) -> Program:
     return program
 
 
+def outliving_section(thread: int, stream: str) -> Program:
+    """A section that is opened inside a capture and writes after its end."""
+    opened = functools.partial(open_section, thread, WRITE, False)
+    closed = functools.partial(close_section, thread, 0)
+    return in_turn(capture_begins(thread), opened, capture_ends(thread), writes("N", stream), closed)
+
+
 def straddling_step(thread: int, stream: str) -> Program:
     """Forward, backward and an optimizer step, told as `Sections` tells them. What it writes names its forward's epoch.
 
@@ -313,6 +320,12 @@ def uniform(*allowed: str) -> Callable[[World], bool]:
 def are_slots_uniform(world: World) -> bool:
     """Every published slot holds one value throughout."""
     held = [world.slots[slot.index] for slot in world.host.ring if slot.phase in ring.READABLE]
+    return all(map(is_uniform, held))
+
+
+def are_buffers_whole(world: World) -> bool:
+    """The first two variables of every published slot are of one step."""
+    held = [world.slots[slot.index][:2] for slot in world.host.ring if slot.phase in ring.READABLE]
     return all(map(is_uniform, held))
 
 

@@ -173,9 +173,14 @@ class Machine:
         return f"raised: {strange}" if strange else None
 
     def _left(self, world: World) -> tuple[Any, ...]:
-        """What no end may leave: open sections, owners, waiting threads, captures, slots being read or filled."""
-        filling = ring.SlotPhase.FILLING
-        slots = tuple(slot for slot in world.host.ring if slot.readers or slot.phase is filling)
+        """What no end may leave: open sections, owners, who waits, captures; slots read, filled, or of nothing."""
+        slots = tuple(
+            slot
+            for slot in world.host.ring
+            if slot.readers
+            or slot.phase is ring.SlotPhase.FILLING
+            or (slot.phase in ring.READABLE and slot.snapshot < 0)
+        )
         open_gate = () if world.host.gate == GateState() else (world.host.gate,)
         return (*open_gate, *world.host.captures, *world.captures, *slots)
 
