@@ -67,7 +67,7 @@ class Race:
         return f"{later.actor} does not wait for {earlier.actor}: nothing orders {later.what!r} behind {earlier.what!r}"
 
     def __str__(self) -> str:
-        lines = []
+        lines: list[str] = []
         for name, access in (("first", self.first), ("second", self.second)):
             space, start, size = access.where
             how = "writes" if access.writes else "reads"
