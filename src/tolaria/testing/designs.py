@@ -237,23 +237,29 @@ def _snapshot(name: str, governor: Program, expected: str, *users: Program) -> D
     return Design(name, (*((program, "A") for program in users), (governor, _gov)), expected, _slot_is_whole)
 
 
-def _designs() -> Iterator[Design]:
-    mine, torn, sound = (locked(0, _w), "A"), "torn", "sound"
+_MINE, torn, sound = (locked(0, _w), "A"), "torn", "sound"
 
-    def alone(*parts: Program) -> Program:
-        return locked(GOVERNOR, *parts)
 
+def alone(*parts: Program) -> Program:
+    """The parts of a governor under the mutex."""
+    return locked(GOVERNOR, *parts)
+
+
+def _barriers() -> Iterator[Design]:
     yield _rollback("no ordering", restore, torn)
-    yield _rollback("lock only", alone(restore), torn, mine)
-    yield _rollback("lock, pre only", alone(pre, restore), torn, mine)
-    yield _rollback("lock, post only", alone(restore, post), torn, mine)
+    yield _rollback("lock only", alone(restore), torn, _MINE)
+    yield _rollback("lock, pre only", alone(pre, restore), torn, _MINE)
+    yield _rollback("lock, post only", alone(restore, post), torn, _MINE)
     yield _rollback("pre and post, no lock, step of two launches", full, torn)
     yield _rollback("pre and post, no lock, step of one launch", full, torn, (fused("N", "A"), "A"))
     twice = in_turn(pre, restore, pre, restore, post)
     yield _rollback("double copy, no lock, step of two launches", twice, torn)
     yield _rollback("double copy, no lock, step of one launch", twice, torn, (fused("N", "A"), "A"))
     yield _rollback("wait before record", wait_before_record, "deadlock")
-    yield _rollback("pre, post and lock", alone(full), sound, mine)
+    yield _rollback("pre, post and lock", alone(full), sound, _MINE)
+
+
+def _counters() -> Iterator[Design]:
     yield _rollback("counters and retry", repeated(full), sound, (counted(0, _w), "A"))
     yield _rollback(
         "counters and retry, two writers of one launch on two streams",
@@ -271,11 +277,14 @@ def _designs() -> Iterator[Design]:
         (in_turn(counted(0, _w), counted(0, forward)), "A"),
     )
     yield _rollback("counters and retry, one writer does not count", repeated(full), torn)
-    yield _rollback("all three, then a forward outside the lock", alone(full), torn, (in_turn(mine[0], forward), "A"))
+    yield _rollback("all three, then a forward outside the lock", alone(full), torn, (in_turn(_MINE[0], forward), "A"))
     yield _rollback(
-        "all three, then a forward inside the lock", alone(full), sound, (in_turn(mine[0], locked(0, forward)), "A")
+        "all three, then a forward inside the lock", alone(full), sound, (in_turn(_MINE[0], locked(0, forward)), "A")
     )
-    yield _rollback("loop over known streams, lock: A", alone(loop("A")), sound, mine)
+
+
+def _streams() -> Iterator[Design]:
+    yield _rollback("loop over known streams, lock: A", alone(loop("A")), sound, _MINE)
     both_streams = (locked(0, split("N", "A", "B")), "A")
     yield _rollback(
         "loop over known streams, lock: A and B", alone(loop("A", "B")), sound, both_streams, (in_turn(), "B")
@@ -301,6 +310,9 @@ def _designs() -> Iterator[Design]:
         (gathering(through="G"), "A"),
         (in_turn(), "G"),
     )
+
+
+def _snapshots() -> Iterator[Design]:
     yield _snapshot("snapshot: lock only", alone(capture), torn, locked(0, _w))
     yield _snapshot("snapshot: lock, pre only", alone(pre, capture), torn, locked(0, _w))
     yield _snapshot("snapshot: pre and post, no lock", in_turn(pre, capture, post), torn, _w)
@@ -313,5 +325,7 @@ def _designs() -> Iterator[Design]:
     yield _snapshot("snapshot: lock, pre, all streams wait for `done`", alone(pre, capture, post), sound, locked(0, _w))
 
 
-DESIGNS: dict[str, Design] = {design.name: design for design in _designs()}
+DESIGNS: dict[str, Design] = {
+    design.name: design for design in (*_barriers(), *_counters(), *_streams(), *_snapshots())
+}
 """By name, in the order of the table."""

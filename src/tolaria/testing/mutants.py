@@ -192,292 +192,294 @@ def _mutant(
     return EdgeMutant(name, says, scenario, removal, barriers, kinds)
 
 
-def _barriers_and_gate() -> list[EdgeMutant]:
-    exclusive = Removal(drop=_is_exclusive)
-    delays = Removal(governs=lambda program: delayed(program, RestoreHost, _is_commit))
-    return [
-        _mutant("pre barrier", "No event covers the work of before.", "one writer", dropping(ContextRecord), CONTEXT),
-        _mutant(
-            "pre barrier (the copies' wait)", "R does not wait for it.", "one writer", dropping(StreamWait), CONTEXT
-        ),
-        _mutant("pre barrier (blocking)", "No wait before the copies.", "one writer", without_wait(FIRST), BLOCKING),
-        _mutant("post barrier", "Nobody waits for the copies.", "one writer", dropping(ContextWait), CONTEXT),
-        _mutant("post barrier (reader)", "Nobody waits for them.", "one reader", dropping(ContextWait), CONTEXT),
-        _mutant("post barrier (blocking)", "No wait after the copies.", "one writer", without_wait(LAST), BLOCKING),
-        _mutant("gate, shared side", "Steps ask nobody.", "one writer", Removal(uses=alters(ungated)), *Barrier),
-        _mutant(
-            "gate, shared side (one launch)",
-            "A fused step slips between the two barriers.",
-            "one fused writer",
-            Removal(uses=alters(ungated)),
-            *QUEUES,
-        ),
-        _mutant(
-            "gate, shared side (reader)", "Forwards ask nobody.", "one reader", Removal(uses=alters(ungated)), *Barrier
-        ),
-        _mutant("gate, exclusive side", "A rollback waits for nobody.", "one writer", exclusive, *Barrier),
-        _mutant(
-            "gate, exclusive side (snapshot)",
-            "A snapshot waits for nobody.",
-            "a snapshot and the next step",
-            exclusive,
-            HOST,
-            CONTEXT,
-        ),
-        _mutant(
-            "gate, two owners",
-            "A rollback does not ask whether a snapshot is being taken.",
-            "a rollback during a snapshot",
-            exclusive,
-            HOST,
-            kinds=("torn", "left behind", "raised"),
-        ),
-        _mutant(
-            "gate, opened again",
-            "The gate stays closed after a submission.",
-            "one writer",
-            without_change("leave"),
-            *Barrier,
-            kinds=("deadlock", "left behind"),
-        ),
-        _mutant(
-            "gate, sections of autograd",
-            "An engine thread queues behind a rollback that waits for the section that waits for it.",
-            "an engine thread",
-            Removal(uses=alters(_queues_like_any_other)),
-            *Barrier,
-            kinds=("deadlock",),
-        ),
-        _mutant("host state inside the barrier", "Loaded behind it.", "an extra: rollback", delays, *QUEUES),
-        _mutant(
-            "host state before `done`",
-            "What `state_dict` clones is read behind the end of the copies.",
-            "an extra: snapshot",
-            Removal(governs=lambda program: delayed(program, CaptureHost, _is_publish)),
-            *QUEUES,
-        ),
-        _mutant(
-            "transfers of page-locked memory",
-            "The host does not wait for them.",
-            "page-locked memory: rollback",
-            dropping(HostWait),
-            CONTEXT,
-        ),
-        _mutant(
-            "transfers of page-locked memory (snapshot)",
-            "The host does not wait for them.",
-            "page-locked memory: snapshot",
-            dropping(HostWait),
-            CONTEXT,
-        ),
-    ]
+_EXCLUSIVE = Removal(drop=_is_exclusive)
+_DELAYS = Removal(governs=lambda program: delayed(program, RestoreHost, _is_commit))
+_BARRIERS_AND_GATE = [
+    _mutant("pre barrier", "No event covers the work of before.", "one writer", dropping(ContextRecord), CONTEXT),
+    _mutant("pre barrier (the copies' wait)", "R does not wait for it.", "one writer", dropping(StreamWait), CONTEXT),
+    _mutant("pre barrier (blocking)", "No wait before the copies.", "one writer", without_wait(FIRST), BLOCKING),
+    _mutant("post barrier", "Nobody waits for the copies.", "one writer", dropping(ContextWait), CONTEXT),
+    _mutant("post barrier (reader)", "Nobody waits for them.", "one reader", dropping(ContextWait), CONTEXT),
+    _mutant("post barrier (blocking)", "No wait after the copies.", "one writer", without_wait(LAST), BLOCKING),
+    _mutant("gate, shared side", "Steps ask nobody.", "one writer", Removal(uses=alters(ungated)), *Barrier),
+    _mutant(
+        "gate, shared side (one launch)",
+        "A fused step slips between the two barriers.",
+        "one fused writer",
+        Removal(uses=alters(ungated)),
+        *QUEUES,
+    ),
+    _mutant(
+        "gate, shared side (reader)", "Forwards ask nobody.", "one reader", Removal(uses=alters(ungated)), *Barrier
+    ),
+    _mutant("gate, exclusive side", "A rollback waits for nobody.", "one writer", _EXCLUSIVE, *Barrier),
+    _mutant(
+        "gate, exclusive side (snapshot)",
+        "A snapshot waits for nobody.",
+        "a snapshot and the next step",
+        _EXCLUSIVE,
+        HOST,
+        CONTEXT,
+    ),
+    _mutant(
+        "gate, two owners",
+        "A rollback does not ask whether a snapshot is being taken.",
+        "a rollback during a snapshot",
+        _EXCLUSIVE,
+        HOST,
+        kinds=("torn", "left behind", "raised"),
+    ),
+    _mutant(
+        "gate, opened again",
+        "The gate stays closed after a submission.",
+        "one writer",
+        without_change("leave"),
+        *Barrier,
+        kinds=("deadlock", "left behind"),
+    ),
+    _mutant(
+        "gate, sections of autograd",
+        "An engine thread queues behind a rollback that waits for the section that waits for it.",
+        "an engine thread",
+        Removal(uses=alters(_queues_like_any_other)),
+        *Barrier,
+        kinds=("deadlock",),
+    ),
+    _mutant("host state inside the barrier", "Loaded behind it.", "an extra: rollback", _DELAYS, *QUEUES),
+    _mutant(
+        "host state before `done`",
+        "What `state_dict` clones is read behind the end of the copies.",
+        "an extra: snapshot",
+        Removal(governs=lambda program: delayed(program, CaptureHost, _is_publish)),
+        *QUEUES,
+    ),
+    _mutant(
+        "transfers of page-locked memory",
+        "The host does not wait for them.",
+        "page-locked memory: rollback",
+        dropping(HostWait),
+        CONTEXT,
+    ),
+    _mutant(
+        "transfers of page-locked memory (snapshot)",
+        "The host does not wait for them.",
+        "page-locked memory: snapshot",
+        dropping(HostWait),
+        CONTEXT,
+    ),
+]
 
 
-def _slots() -> list[EdgeMutant]:
-    rotation = Removal(governs=alters(changing("claim a slot", _claims_the_first)))
-    early = Removal(governs=alters(changing("claim a slot", _published_at_once)))
-    staged = Removal(
-        governs=lambda program: altered(
-            altered(program, changing("settle", _settles_anyway)), changing("choose a snapshot", _any_readable)
-        )
+_ROTATION = Removal(governs=alters(changing("claim a slot", _claims_the_first)))
+_EARLY = Removal(governs=alters(changing("claim a slot", _published_at_once)))
+_STAGED = Removal(
+    governs=lambda program: altered(
+        altered(program, changing("settle", _settles_anyway)), changing("choose a snapshot", _any_readable)
     )
-    granted = Removal(governs=alters(changing("choose a snapshot", _taken_for_granted)))
-    steps, slots = "a snapshot and the next step", "slot reuse"
-    return [
-        _mutant(
-            "forwards wait for the copies of buffers",
-            "They do not.",
-            "a snapshot of buffers",
-            dropping(CallerWait),
-            CONTEXT,
-        ),
-        _mutant("writers wait for `done`", "They do not.", steps, dropping(CallerWait), CONTEXT),
-        _mutant(
-            "writers on any stream wait for `done`",
-            "They do not.",
-            "a snapshot and a writer on any stream",
-            dropping(ContextWait),
-            CONTEXT,
-        ),
-        _mutant(
-            "slot rotation", "One slot for all.", "a rollback during a snapshot", rotation, *Barrier, kinds=("raised",)
-        ),
-        _mutant(
-            "slot rotation (certified)",
-            "The last good snapshot is overwritten.",
-            "three snapshots for three slots",
-            rotation,
-            HOST,
-        ),
-        _mutant(
-            "publish after the copies",
-            "A slot may be chosen before its copies are ordered.",
-            "a manual snapshot beside a verified rollback",
-            early,
-            *Barrier,
-            kinds=("misread", "torn"),
-        ),
-        _mutant(
-            "publish after seal",
-            "An automatic snapshot is a target before it was found finite.",
-            "a snapshot that is not finite",
-            staged,
-            *Barrier,
-        ),
-        _mutant(
-            "read behind the copies",
-            "A slot is read later.",
-            slots,
-            Removal(governs=_late_examined),
-            CONTEXT,
-            kinds=("misread",),
-        ),
-        _mutant(
-            "slot held while read",
-            "Not pinned.",
-            slots,
-            Removal(governs=alters(_unpinned)),
-            CONTEXT,
-            kinds=("misread",),
-        ),
-        _mutant(
-            "serial number of a slot",
-            "`seal` settles whatever the slot holds by now.",
-            "sealing beside a rollback",
-            Removal(governs=alters(_settles_whatever)),
-            CONTEXT,
-            kinds=("misread",),
-        ),
-        _mutant("choice made again", "A dropped choice is restored.", "a dropped choice", granted, *Barrier),
-        _mutant(
-            "slot given up after a failure",
-            "It stays claimed for ever.",
-            "a snapshot that fails",
-            without_change("give the slot up"),
-            *Barrier,
-            kinds=("left behind",),
-        ),
-        _mutant(
-            "digest check",
-            "Every digest is right.",
-            "a corrupted snapshot",
-            Removal(faults=Faults(trusting=True)),
-            *Barrier,
-        ),
-        _mutant(
-            "newer snapshots dropped",
-            "A rollback keeps snapshots of the future it gave up.",
-            "a rollback after one that went further back",
-            Removal(governs=alters(changing("commit", _keeps_newer))),
-            *Barrier,
-        ),
-    ]
+)
+_GRANTED = Removal(governs=alters(changing("choose a snapshot", _taken_for_granted)))
+_NEXT_STEP, _REUSE = "a snapshot and the next step", "slot reuse"
+_SLOTS = [
+    _mutant(
+        "forwards wait for the copies of buffers",
+        "They do not.",
+        "a snapshot of buffers",
+        dropping(CallerWait),
+        CONTEXT,
+    ),
+    _mutant("writers wait for `done`", "They do not.", _NEXT_STEP, dropping(CallerWait), CONTEXT),
+    _mutant(
+        "writers on any stream wait for `done`",
+        "They do not.",
+        "a snapshot and a writer on any stream",
+        dropping(ContextWait),
+        CONTEXT,
+    ),
+    _mutant(
+        "slot rotation", "One slot for all.", "a rollback during a snapshot", _ROTATION, *Barrier, kinds=("raised",)
+    ),
+    _mutant(
+        "slot rotation (certified)",
+        "The last good snapshot is overwritten.",
+        "three snapshots for three slots",
+        _ROTATION,
+        HOST,
+    ),
+    _mutant(
+        "publish after the copies",
+        "A slot may be chosen before its copies are ordered.",
+        "a manual snapshot beside a verified rollback",
+        _EARLY,
+        *Barrier,
+        kinds=("misread", "torn"),
+    ),
+    _mutant(
+        "publish after seal",
+        "An automatic snapshot is a target before it was found finite.",
+        "a snapshot that is not finite",
+        _STAGED,
+        *Barrier,
+    ),
+    _mutant(
+        "read behind the copies",
+        "A slot is read later.",
+        _REUSE,
+        Removal(governs=_late_examined),
+        CONTEXT,
+        kinds=("misread",),
+    ),
+    _mutant(
+        "slot held while read",
+        "Not pinned.",
+        _REUSE,
+        Removal(governs=alters(_unpinned)),
+        CONTEXT,
+        kinds=("misread",),
+    ),
+    _mutant(
+        "serial number of a slot",
+        "`seal` settles whatever the slot holds by now.",
+        "sealing beside a rollback",
+        Removal(governs=alters(_settles_whatever)),
+        CONTEXT,
+        kinds=("misread",),
+    ),
+    _mutant("choice made again", "A dropped choice is restored.", "a dropped choice", _GRANTED, *Barrier),
+    _mutant(
+        "slot given up after a failure",
+        "It stays claimed for ever.",
+        "a snapshot that fails",
+        without_change("give the slot up"),
+        *Barrier,
+        kinds=("left behind",),
+    ),
+    _mutant(
+        "digest check",
+        "Every digest is right.",
+        "a corrupted snapshot",
+        Removal(faults=Faults(trusting=True)),
+        *Barrier,
+    ),
+    _mutant(
+        "newer snapshots dropped",
+        "A rollback keeps snapshots of the future it gave up.",
+        "a rollback after one that went further back",
+        Removal(governs=alters(changing("commit", _keeps_newer))),
+        *Barrier,
+    ),
+]
 
 
-def _train_state() -> list[EdgeMutant]:
-    straddling = "a forward that straddles a rollback"
-    return [
-        _mutant(
-            "validation",
-            "Bytes go back to memory that no parameter lives in any more.",
-            "moved storage",
-            Removal(faults=Faults(blind=True)),
-            *Barrier,
-        ),
-        _mutant(
-            "references until done",
-            "Memory under a copy is given to somebody else.",
-            "storage freed under a copy",
-            Removal(faults=Faults(unreferenced=True)),
-            CONTEXT,
-        ),
-        _mutant(
-            "version bump",
-            "A backward over a graph from before a rollback reads restored weights.",
-            "a backward over an old graph",
-            Removal(faults=Faults(unbumped=True)),
-            *Barrier,
-        ),
-        _mutant(
-            "epoch",
-            "Gradients of before are taken for gradients of now.",
-            straddling,
-            Removal(governs=alters(changing("commit", _without_epoch))),
-            *Barrier,
-        ),
-        _mutant(
-            "gradients forgotten before they are dropped",
-            "A backward that ends in between is forgotten, its gradients are not.",
-            straddling,
-            Removal(governs=alters(changing("commit", _forgets_at_commit))),
-            *Barrier,
-        ),
-        _mutant(
-            "torn step marked",
-            "A step that raises half-way leaves no trace.",
-            "an exception inside a step",
-            without_change("mark the step as torn"),
-            *Barrier,
-        ),
-        _mutant(
-            "torn rollback marked",
-            "A rollback that fails half-way leaves no trace.",
-            "a rollback that fails",
-            without_change("mark the train state as torn"),
-            *Barrier,
-        ),
-    ]
+_STRADDLING = "a forward that straddles a rollback"
+_TRAIN_STATE = [
+    _mutant(
+        "validation",
+        "Bytes go back to memory that no parameter lives in any more.",
+        "moved storage",
+        Removal(faults=Faults(blind=True)),
+        *Barrier,
+    ),
+    _mutant(
+        "validation (freed storage)",
+        "Bytes go back to memory that belongs to somebody else by now.",
+        "storage freed beside a rollback",
+        Removal(faults=Faults(blind=True, unreferenced=True)),
+        *Barrier,
+        kinds=("overwritten",),
+    ),
+    _mutant(
+        "references until done",
+        "Memory under a copy is given to somebody else.",
+        "storage freed under a copy",
+        Removal(faults=Faults(unreferenced=True)),
+        CONTEXT,
+    ),
+    _mutant(
+        "version bump",
+        "A backward over a graph from before a rollback reads restored weights.",
+        "a backward over an old graph",
+        Removal(faults=Faults(unbumped=True)),
+        *Barrier,
+    ),
+    _mutant(
+        "epoch",
+        "Gradients of before are taken for gradients of now.",
+        _STRADDLING,
+        Removal(governs=alters(changing("commit", _without_epoch))),
+        *Barrier,
+    ),
+    _mutant(
+        "gradients forgotten before they are dropped",
+        "A backward that ends in between is forgotten, its gradients are not.",
+        _STRADDLING,
+        Removal(governs=alters(changing("commit", _forgets_at_commit))),
+        *Barrier,
+    ),
+    _mutant(
+        "torn step marked",
+        "A step that raises half-way leaves no trace.",
+        "an exception inside a step",
+        without_change("mark the step as torn"),
+        *Barrier,
+    ),
+    _mutant(
+        "torn rollback marked",
+        "A rollback that fails half-way leaves no trace.",
+        "a rollback that fails",
+        without_change("mark the train state as torn"),
+        *Barrier,
+    ),
+]
 
 
-def _captures() -> list[EdgeMutant]:
-    spoiled = ("capture invalidated",)
-    blind = Removal(governs=alters(blind_to_captures))
-    late = Removal(governs=alters(asking("wait for open sections", _hides_captures)))
-    hasty = Removal(uses=alters(asking("begin a graph capture", _hides_gate)))
-    by_hand, automatic = "a rollback by hand during a capture", "an automatic rollback during a capture"
-    begins, outlives = "a capture that begins under the copies", "a section that outlives its capture"
-    careless = Removal(faults=Faults(careless=True))
-    return [
-        _mutant("capture guard", "A rollback does not ask.", by_hand, blind, *QUEUES, kinds=spoiled),
-        _mutant(
-            "capture guard (snapshot)",
-            "A snapshot does not ask.",
-            "a snapshot during a capture",
-            blind,
-            *QUEUES,
-            kinds=spoiled,
-        ),
-        _mutant(
-            "capture guard, second look",
-            "A rollback asks when it is announced only.",
-            "a capture inside an open section",
-            late,
-            *QUEUES,
-            kinds=spoiled,
-        ),
-        _mutant(
-            "capture waits for a submission",
-            "It begins while one is under way.",
-            automatic,
-            hasty,
-            *QUEUES,
-            kinds=spoiled,
-        ),
-        _mutant(
-            "sections of a capture",
-            "They queue behind the rollback that waits for the capture.",
-            automatic,
-            Removal(uses=alters(asking("open a", _hides_captures))),
-            *QUEUES,
-            kinds=("deadlock",),
-        ),
-        _mutant("replay waits for copies", "Nor does its capture.", begins, dropping(CallerWait), *CONTEXT_ONLY),
-        _mutant("capture waits for copies", "It does not.", outlives, dropping(CallerWait), *CONTEXT_ONLY),
-        _mutant("no wait inside a capture", "A device waits there.", begins, careless, *CONTEXT_ONLY, kinds=spoiled),
-    ]
+_SPOILED = ("capture invalidated",)
+_BLIND = Removal(governs=alters(blind_to_captures))
+_LATE = Removal(governs=alters(asking("wait for open sections", _hides_captures)))
+_HASTY = Removal(uses=alters(asking("begin a graph capture", _hides_gate)))
+_BY_HAND, _AUTOMATIC = "a rollback by hand during a capture", "an automatic rollback during a capture"
+_BEGINS, _OUTLIVES = "a capture that begins under the copies", "a section that outlives its capture"
+_CARELESS = Removal(faults=Faults(careless=True))
+_CAPTURES = [
+    _mutant("capture guard", "A rollback does not ask.", _BY_HAND, _BLIND, *QUEUES, kinds=_SPOILED),
+    _mutant(
+        "capture guard (snapshot)",
+        "A snapshot does not ask.",
+        "a snapshot during a capture",
+        _BLIND,
+        *QUEUES,
+        kinds=_SPOILED,
+    ),
+    _mutant(
+        "capture guard, second look",
+        "A rollback asks when it is announced only.",
+        "a capture inside an open section",
+        _LATE,
+        *QUEUES,
+        kinds=_SPOILED,
+    ),
+    _mutant(
+        "capture waits for a submission",
+        "It begins while one is under way.",
+        _AUTOMATIC,
+        _HASTY,
+        *QUEUES,
+        kinds=_SPOILED,
+    ),
+    _mutant(
+        "sections of a capture",
+        "They queue behind the rollback that waits for the capture.",
+        _AUTOMATIC,
+        Removal(uses=alters(asking("open a", _hides_captures))),
+        *QUEUES,
+        kinds=("deadlock",),
+    ),
+    _mutant("replay waits for copies", "Nor does its capture.", _BEGINS, dropping(CallerWait), *CONTEXT_ONLY),
+    _mutant("capture waits for copies", "It does not.", _OUTLIVES, dropping(CallerWait), *CONTEXT_ONLY),
+    _mutant("no wait inside a capture", "A device waits there.", _BEGINS, _CARELESS, *CONTEXT_ONLY, kinds=_SPOILED),
+]
 
 
 MUTANTS: dict[str, EdgeMutant] = {
-    mutant.name: mutant for mutant in (*_barriers_and_gate(), *_slots(), *_train_state(), *_captures())
+    mutant.name: mutant for mutant in (*_BARRIERS_AND_GATE, *_SLOTS, *_TRAIN_STATE, *_CAPTURES)
 }
 """By name, in the order of the table."""
