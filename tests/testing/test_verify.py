@@ -78,6 +78,14 @@ def test_a_budget_that_cuts_a_search_is_a_finding(capsys):
     assert not all(row["complete"] for row in report["protocol"])
 
 
+def test_a_search_that_was_cut_off_is_not_as_expected():
+    program = next(checks.programs())
+    found = program.explore()
+    assert program.is_as_expected(found)
+    assert not program.is_as_expected(dataclasses.replace(found, complete=False))
+    assert not program.is_as_expected(dataclasses.replace(found, violation="torn: everything"))
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_mutant_that_survives_is_a_finding(few, capsys):
     survivor = dataclasses.replace(next(checks.programs()), kind="mutant", expected=("torn",))

@@ -237,7 +237,7 @@ def _snapshot(name: str, governor: Program, expected: str, *users: Program) -> D
     return Design(name, (*((program, "A") for program in users), (governor, _gov)), expected, _slot_is_whole)
 
 
-_MINE, torn, sound = (locked(0, _w), "A"), "torn", "sound"
+_MINE, _TORN, _SOUND = (locked(0, _w), "A"), "torn", "sound"
 
 
 def alone(*parts: Program) -> Program:
@@ -246,83 +246,87 @@ def alone(*parts: Program) -> Program:
 
 
 def _barriers() -> Iterator[Design]:
-    yield _rollback("no ordering", restore, torn)
-    yield _rollback("lock only", alone(restore), torn, _MINE)
-    yield _rollback("lock, pre only", alone(pre, restore), torn, _MINE)
-    yield _rollback("lock, post only", alone(restore, post), torn, _MINE)
-    yield _rollback("pre and post, no lock, step of two launches", full, torn)
-    yield _rollback("pre and post, no lock, step of one launch", full, torn, (fused("N", "A"), "A"))
+    yield _rollback("no ordering", restore, _TORN)
+    yield _rollback("lock only", alone(restore), _TORN, _MINE)
+    yield _rollback("lock, pre only", alone(pre, restore), _TORN, _MINE)
+    yield _rollback("lock, post only", alone(restore, post), _TORN, _MINE)
+    yield _rollback("pre and post, no lock, step of two launches", full, _TORN)
+    yield _rollback("pre and post, no lock, step of one launch", full, _TORN, (fused("N", "A"), "A"))
     twice = in_turn(pre, restore, pre, restore, post)
-    yield _rollback("double copy, no lock, step of two launches", twice, torn)
-    yield _rollback("double copy, no lock, step of one launch", twice, torn, (fused("N", "A"), "A"))
+    yield _rollback("double copy, no lock, step of two launches", twice, _TORN)
+    yield _rollback("double copy, no lock, step of one launch", twice, _TORN, (fused("N", "A"), "A"))
     yield _rollback("wait before record", wait_before_record, "deadlock")
-    yield _rollback("pre, post and lock", alone(full), sound, _MINE)
+    yield _rollback("pre, post and lock", alone(full), _SOUND, _MINE)
 
 
 def _counters() -> Iterator[Design]:
-    yield _rollback("counters and retry", repeated(full), sound, (counted(0, _w), "A"))
+    yield _rollback("counters and retry", repeated(full), _SOUND, (counted(0, _w), "A"))
     yield _rollback(
         "counters and retry, two writers of one launch on two streams",
         repeated(full),
-        sound,
+        _SOUND,
         (counted(0, fused("N", "A")), "A"),
         (counted(1, fused("N", "B")), "B"),
     )
     forward = fused_read("A")
-    yield _rollback("counters and retry, then a forward", repeated(full), torn, (in_turn(counted(0, _w), forward), "A"))
+    yield _rollback(
+        "counters and retry, then a forward", repeated(full), _TORN, (in_turn(counted(0, _w), forward), "A")
+    )
     yield _rollback(
         "counters and retry, then a counted forward",
         repeated(full),
-        torn,
+        _TORN,
         (in_turn(counted(0, _w), counted(0, forward)), "A"),
     )
-    yield _rollback("counters and retry, one writer does not count", repeated(full), torn)
-    yield _rollback("all three, then a forward outside the lock", alone(full), torn, (in_turn(_MINE[0], forward), "A"))
+    yield _rollback("counters and retry, one writer does not count", repeated(full), _TORN)
+    yield _rollback("all three, then a forward outside the lock", alone(full), _TORN, (in_turn(_MINE[0], forward), "A"))
     yield _rollback(
-        "all three, then a forward inside the lock", alone(full), sound, (in_turn(_MINE[0], locked(0, forward)), "A")
+        "all three, then a forward inside the lock", alone(full), _SOUND, (in_turn(_MINE[0], locked(0, forward)), "A")
     )
 
 
 def _streams() -> Iterator[Design]:
-    yield _rollback("loop over known streams, lock: A", alone(loop("A")), sound, _MINE)
+    yield _rollback("loop over known streams, lock: A", alone(loop("A")), _SOUND, _MINE)
     both_streams = (locked(0, split("N", "A", "B")), "A")
     yield _rollback(
-        "loop over known streams, lock: A and B", alone(loop("A", "B")), sound, both_streams, (in_turn(), "B")
+        "loop over known streams, lock: A and B", alone(loop("A", "B")), _SOUND, both_streams, (in_turn(), "B")
     )
     yield _rollback(
-        "loop over known streams, lock: B is not known", alone(loop("A")), torn, both_streams, (in_turn(), "B")
+        "loop over known streams, lock: B is not known", alone(loop("A")), _TORN, both_streams, (in_turn(), "B")
     )
     elsewhere = (locked(0, writes("N", "B")), "B")
-    yield _rollback("the caller's current stream only, lock", alone(loop("A")), torn, elsewhere, (in_turn(), "A"))
-    yield _rollback("pre and post, no lock, a forward of two launches", full, torn, (reads("A"), "A"))
-    yield _rollback("all three, a forward of two launches", alone(full), sound, (locked(0, reads("A")), "A"))
+    yield _rollback("the caller's current stream only, lock", alone(loop("A")), _TORN, elsewhere, (in_turn(), "A"))
+    yield _rollback("pre and post, no lock, a forward of two launches", full, _TORN, (reads("A"), "A"))
+    yield _rollback("all three, a forward of two launches", alone(full), _SOUND, (locked(0, reads("A")), "A"))
     yield _rollback(
         "a gather that waits for the step's event, post for the step's stream only",
         alone(pre, restore, handover(OWN, "A")),
-        torn,
+        _TORN,
         (gathering(through="G"), "A"),
         (in_turn(), "G"),
     )
     yield _rollback(
         "a gather that waits for the step's event, post for all",
         alone(full),
-        sound,
+        _SOUND,
         (gathering(through="G"), "A"),
         (in_turn(), "G"),
     )
 
 
 def _snapshots() -> Iterator[Design]:
-    yield _snapshot("snapshot: lock only", alone(capture), torn, locked(0, _w))
-    yield _snapshot("snapshot: lock, pre only", alone(pre, capture), torn, locked(0, _w))
-    yield _snapshot("snapshot: pre and post, no lock", in_turn(pre, capture, post), torn, _w)
+    yield _snapshot("snapshot: lock only", alone(capture), _TORN, locked(0, _w))
+    yield _snapshot("snapshot: lock, pre only", alone(pre, capture), _TORN, locked(0, _w))
+    yield _snapshot("snapshot: pre and post, no lock", in_turn(pre, capture, post), _TORN, _w)
     yield _snapshot(
         "snapshot: lock, pre, writers wait for `done`",
         alone(pre, capture_and_note),
-        sound,
+        _SOUND,
         locked(0, after_done("A"), _w),
     )
-    yield _snapshot("snapshot: lock, pre, all streams wait for `done`", alone(pre, capture, post), sound, locked(0, _w))
+    yield _snapshot(
+        "snapshot: lock, pre, all streams wait for `done`", alone(pre, capture, post), _SOUND, locked(0, _w)
+    )
 
 
 DESIGNS: dict[str, Design] = {
