@@ -74,9 +74,32 @@ class Judge:
     """File to draw the judged curves to, as SVG."""
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Show that snapshots and rollbacks are safe: every schedule of small programs, and each edge removed in turn.
+
+    Explores the shipped protocol on a simulated machine, checks that every mutant of it is caught, works it hard beside
+    random threads, and forces races on a GPU if there is one. Exits with 1 on any violation, and when the budget cut a
+    search.
+    """
+
+    device: Literal["cpu", "cuda"] | None = None
+    """Where to work and to force races; CUDA where there is any."""
+
+    budget: float = 120.0
+    """Seconds for everything; a sixth of them is the stress slice."""
+
+    json: bool = False
+    """Print one JSON object, and nothing else."""
+
+    replay: str | None = None
+    """Show the schedule of this token again, and do nothing else."""
+
+
 Command = (
     Annotated[Drill, tyro.conf.subcommand("drill")]
     | Annotated[Judge, tyro.conf.subcommand("judge")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
@@ -103,7 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(command, Drill):
             return _drill(command)
-        return _judge(command) if isinstance(command, Judge) else _doctor(command)
+        if isinstance(command, Judge):
+            return _judge(command)
+        return _verify(command) if isinstance(command, Verify) else _doctor(command)
     except KeyboardInterrupt:
         print("tolaria: interrupted", file=sys.stderr)
         return 130
@@ -149,3 +174,9 @@ def _doctor(command: Doctor) -> int:
     from tolaria.doctor import main as doctor
 
     return doctor(as_json=command.json)
+
+
+def _verify(command: Verify) -> int:
+    from tolaria.testing.verify import main as verify
+
+    return verify(command.device, command.budget, command.json, command.replay)

@@ -106,9 +106,9 @@ def rollback(
         epoch = state.epoch + 1
         older = ring.drop_newer(state.ring, restored)
         slots = ring.rewind(older, restored) if routine else ring.suspend(older)
-        # finished backward passes are forgotten, since their gradients were dropped (captured ones, if the snapshot
-        # holds any, belong to the new epoch); running passes are not
-        after = replace(state, ring=slots, epoch=epoch, grad_epoch=epoch if alive else None, torn=False)
+        # captured gradients belong to the new epoch, those of a backward that has ended since the dropping do not
+        oldest = epoch if alive and state.grad_epoch is None else state.grad_epoch
+        after = replace(state, ring=slots, epoch=epoch, grad_epoch=oldest, torn=False)
         if read_until:
             after = replace(after, buffers_done=read_until[0], all_done=read_until[1])
         return after, epoch
@@ -166,6 +166,8 @@ def rollback(
                 yield from copies(target.index, places, part, Direction.RESTORE)
             copied: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from record(places))
             # before the post barrier: gradients zeroed in place and what an extra loads are device work too
+            # before they are dropped: a backward that ends afterwards leaves others. Running ones are not forgotten
+            yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))
             alive = yield RestoreHost(target.index, reset)
             if read_back and ground.barrier is not Barrier.CONTEXT:
                 read_back, _ = yield from _read_back(target.index, None)

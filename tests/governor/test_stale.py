@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -386,3 +387,44 @@ def test_a_torn_state_is_never_an_automatic_snapshot(govern: Govern, kit: Any) -
     assert run.healthy_step(governor).rolled_back
     assert governor.statistics().snapshots == taken
     assert run.state() == good
+
+
+class Meeting:
+    """A registered object in whose `load_state_dict`, so in the middle of a rollback, another thread's work ends."""
+
+    def __init__(self) -> None:
+        self.reached: Callable[[], None] = lambda: None
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, _: dict[str, int]) -> None:
+        self.reached()
+
+
+def test_a_backward_that_ends_after_its_gradients_would_have_been_dropped_is_stale(
+    govern: Govern, run: Shallow, kit: Any
+) -> None:
+    """The rollback has dropped gradients already and has not committed yet. Found by the model checker."""
+    governor = govern(run.model, run.optimizer)
+    meeting = Meeting()
+    governor.register("meeting", meeting)
+    run.healthy_step(governor)
+    governor.snapshot()
+    good = run.state()
+    begun, may_end = threading.Event(), threading.Event()
+    out = run.model(run.x)
+    out.register_hook(lambda _: begun.set() or (may_end.wait(60) and None))
+    backward = kit.Worker(lambda: out.square().mean().backward())
+    assert begun.wait(60)
+
+    def reached() -> None:
+        may_end.set()
+        backward.join()
+
+    meeting.reached = reached
+    governor.execute_rollback()
+    assert all(parameter.grad is not None for parameter in run.model.parameters())
+    run.optimizer.step()  # refused
+    assert run.state() == good
+    assert all(parameter.grad is None for parameter in run.model.parameters())

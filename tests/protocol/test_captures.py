@@ -4,14 +4,18 @@ import functools
 from dataclasses import replace
 
 import pytest
-from protocol.programs import (
+from protocol.outcomes import assert_caught, assert_sound
+
+from tolaria import admission
+from tolaria.admission import close_section, open_section
+from tolaria.gate import GateState
+from tolaria.operations import Barrier, CallerWait, HostState
+from tolaria.testing import explorer
+from tolaria.testing.alter import altered, asking
+from tolaria.testing.programs import (
     FORWARD,
     WRITE,
-    altered,
     are_slots_uniform,
-    asking,
-    assert_caught,
-    assert_sound,
     backward,
     both,
     capture_begins,
@@ -29,13 +33,8 @@ from protocol.programs import (
     writer,
     writes,
 )
-from protocol.simulation import Machine
-from protocol.world import World
-
-from tolaria import admission
-from tolaria.admission import close_section, open_section
-from tolaria.gate import GateState
-from tolaria.operations import Barrier, CallerWait, HostState
+from tolaria.testing.simulator import Machine
+from tolaria.testing.world import Faults, World
 
 BLOCKING, CONTEXT = Barrier.BLOCKING, Barrier.CONTEXT
 REFUSED = ("CaptureInProgress",)
@@ -44,7 +43,7 @@ barriers = pytest.mark.parametrize("barrier", [BLOCKING, CONTEXT], ids=lambda b:
 
 
 def explore(programs, barrier, where, is_good=lambda world: True, **options):
-    return Machine(programs, homes(barrier, *where), **options).explore(is_good)
+    return explorer.explore(Machine(programs, homes(barrier, *where), **options), is_good)
 
 
 def steps(thread, *, in_autograd=False):
@@ -301,5 +300,5 @@ def test_a_section_that_outlives_its_capture_without_the_wait_at_the_beginning_i
 
 def test_a_device_that_waits_inside_a_capture_invalidates_it():
     programs = [captured(0, steps(0)), take(1, CONTEXT)]
-    found = explore(programs, CONTEXT, ("A", ""), may_raise=REFUSED, careless=True)
+    found = explore(programs, CONTEXT, ("A", ""), may_raise=REFUSED, faults=Faults(careless=True))
     assert_caught(found, "capture invalidated")

@@ -4,22 +4,7 @@ import functools
 from dataclasses import replace
 
 import pytest
-from protocol.programs import (
-    are_slots_uniform,
-    assert_caught,
-    assert_sound,
-    both,
-    handover,
-    homes,
-    in_turn,
-    reader,
-    roll_back,
-    take,
-    uniform,
-    writer,
-)
-from protocol.simulation import Machine, good_ring
-from protocol.world import Outcome, World
+from protocol.outcomes import assert_caught, assert_sound
 
 from tolaria import gate, ring
 from tolaria.admission import close_section, open_section
@@ -34,6 +19,21 @@ from tolaria.operations import (
     SectionKind,
     Synchronize,
 )
+from tolaria.testing import explorer
+from tolaria.testing.programs import (
+    are_slots_uniform,
+    both,
+    handover,
+    homes,
+    in_turn,
+    reader,
+    roll_back,
+    take,
+    uniform,
+    writer,
+)
+from tolaria.testing.simulator import Machine, good_ring
+from tolaria.testing.world import Outcome, World
 
 HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
 
@@ -70,7 +70,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_nothing_is_torn(name, barrier):
     programs, where, is_good = PROGRAMS[name]
-    found = Machine(programs(barrier), homes(barrier, *where)).explore(is_good)
+    found = explorer.explore(Machine(programs(barrier), homes(barrier, *where)), is_good)
     assert_sound(found, 20)
 
 
@@ -80,10 +80,10 @@ def test_the_reduction_loses_no_end(barrier, drop):
     """Neither of the shipped protocol nor of a broken one: every end of the full search is found."""
 
     def search(reduced):
-        dropped = (lambda op: isinstance(op, drop)) if drop else lambda op: False
+        dropped = (lambda op: isinstance(op, drop)) if drop else None
         programs = [in_turn(writer(0, "N", "A"), reader(0, "A")), in_turn(roll_back(1, barrier), take(1, barrier))]
         machine = Machine(programs, homes(barrier, "A", ""), drop=dropped, reduced=reduced)
-        return machine.explore(lambda world: True)
+        return explorer.explore(machine, lambda world: True)
 
     full, reduced = search(False), search(True)
     assert reduced.ends == full.ends
@@ -93,7 +93,7 @@ def test_the_reduction_loses_no_end(barrier, drop):
 
 @pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
 def test_a_snapshot_beside_a_step_is_never_torn(barrier):
-    found = Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", "")).explore(slots_uniform)
+    found = explorer.explore(Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", "")), slots_uniform)
     assert_sound(found, 20)
 
 
@@ -102,7 +102,7 @@ def test_a_snapshot_and_a_rollback_at_once(barrier):
     """Whichever comes first, memory and every readable slot end uniform, and nobody is left waiting."""
 
     programs = [writer(0, "N", "A"), take(1, barrier), roll_back(2, barrier)]
-    found = Machine(programs, homes(barrier, "A", "", "")).explore(both(uniform("S", "N"), are_slots_uniform))
+    found = explorer.explore(Machine(programs, homes(barrier, "A", "", "")), both(uniform("S", "N"), are_slots_uniform))
     assert_sound(found, 20)
 
 
@@ -120,7 +120,7 @@ def test_a_section_inside_autograd_does_not_deadlock_with_a_waiting_rollback():
             yield Change("engine done", lambda s: (replace(s, torn=True), None))
             yield from close_section(1, 0)
 
-        return Machine([forward, engine, functools.partial(_exclusive, 2)]).explore(lambda world: True)
+        return explorer.explore(Machine([forward, engine, functools.partial(_exclusive, 2)]), lambda world: True)
 
     assert outcome(in_autograd=True).violation is None
     assert "deadlock" in outcome(in_autograd=False).violation  # the red twin: queue like any other thread
@@ -167,26 +167,26 @@ def test_a_rollback_without_one_edge_is_torn(name):
     programs = [writer(0, "N", "A"), roll_back(1, barrier)]
     if is_section is drop:  # the dropped answer has no epoch in it: use ungated writers instead
         programs, drop = [writer(0, "N", "A", gated=False), roll_back(1, barrier)], lambda op: False
-    found = Machine(programs, homes(barrier, "A", ""), drop=drop).explore(uniform("S", "N"))
+    found = explorer.explore(Machine(programs, homes(barrier, "A", ""), drop=drop), uniform("S", "N"))
     assert_caught(found, "torn")
 
 
 def test_a_reader_outside_of_the_gate_sees_a_mix():
-    found = Machine([reader(0, gated=False), roll_back(1, HOST)]).explore(uniform("S"))
+    found = explorer.explore(Machine([reader(0, gated=False), roll_back(1, HOST)]), uniform("S"))
     assert_caught(found, "torn")
 
 
 @pytest.mark.parametrize("barrier", [HOST, CONTEXT], ids=lambda b: b.value)
 def test_a_snapshot_without_the_gate_is_torn(barrier):
     machine = Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", ""), drop=is_exclusive)
-    assert_caught(machine.explore(slots_uniform), "torn")
+    assert_caught(explorer.explore(machine, slots_uniform), "torn")
 
 
 def test_a_snapshot_whose_writers_do_not_wait_is_torn():
     """The lazy edge: a writer's stream waits for `done` when its next section opens."""
     programs = [writer(0, "N", "A"), take(1, CONTEXT)]
     machine = Machine(programs, ("A", ""), drop=lambda op: isinstance(op, CallerWait))
-    assert_caught(machine.explore(slots_uniform), "torn")
+    assert_caught(explorer.explore(machine, slots_uniform), "torn")
 
 
 def test_the_newest_good_snapshot_survives_every_interleaving_of_snapshots():
@@ -194,4 +194,4 @@ def test_the_newest_good_snapshot_survives_every_interleaving_of_snapshots():
     initial = HostState(ring=good_ring(3), next_snapshot=1)
     programs = [take(0, HOST), take(1, HOST), take(2, HOST)]
     machine = Machine(programs, initial=initial, may_raise=("SlotsBusy",))
-    assert_sound(machine.explore(lambda w: w.host.ring[0].snapshot == 0 and w.slots[0] == ("S", "S")), 20)
+    assert_sound(explorer.explore(machine, lambda w: w.host.ring[0].snapshot == 0 and w.slots[0] == ("S", "S")), 20)

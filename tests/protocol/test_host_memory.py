@@ -3,12 +3,14 @@
 import functools
 
 import pytest
-from protocol.programs import (
+from protocol.outcomes import assert_caught, assert_sound
+
+from tolaria.operations import Barrier, CaptureHost, Change, Examine, HostWait, RestoreHost, Synchronize
+from tolaria.testing import explorer
+from tolaria.testing.alter import delayed
+from tolaria.testing.programs import (
     are_slots_uniform,
-    assert_caught,
-    assert_sound,
     both,
-    delayed,
     handover,
     homes,
     in_turn,
@@ -18,9 +20,7 @@ from protocol.programs import (
     uniform,
     writer,
 )
-from protocol.simulation import Machine
-
-from tolaria.operations import Barrier, CaptureHost, Change, Examine, HostWait, RestoreHost, Synchronize
+from tolaria.testing.simulator import Machine
 
 BLOCKING, CONTEXT = Barrier.BLOCKING, Barrier.CONTEXT
 PINNED, EXTRA, BUFFER = ("p0", "h0"), ("p0", "x0"), ("b0", "p0")
@@ -33,8 +33,8 @@ step = functools.partial(writer, 0, "N", "A")
 forward = functools.partial(reader, 0)
 
 
-def explore(programs, barrier, where, is_good, variables, drop=lambda op: False):
-    return Machine(programs, homes(barrier, *where), drop=drop, variables=variables).explore(is_good)
+def explore(programs, barrier, where, is_good, variables, drop=None):
+    return explorer.explore(Machine(programs, homes(barrier, *where), drop=drop, variables=variables), is_good)
 
 
 @everywhere

@@ -4,13 +4,16 @@ import functools
 from dataclasses import replace
 
 import pytest
-from protocol.programs import (
-    altered,
+from protocol.outcomes import assert_caught, assert_sound
+
+from tolaria import ring
+from tolaria.operations import Barrier, Change, Examine, HostState
+from tolaria.protocol import Ground, seal
+from tolaria.testing import explorer
+from tolaria.testing.alter import altered, delayed
+from tolaria.testing.programs import (
     are_slots_uniform,
-    assert_caught,
-    assert_sound,
     both,
-    delayed,
     homes,
     in_turn,
     oldest_good,
@@ -20,12 +23,8 @@ from protocol.programs import (
     uniform,
     writer,
 )
-from protocol.simulation import Machine, good_ring
-from protocol.world import VARIABLES
-
-from tolaria import ring
-from tolaria.operations import Barrier, Change, Examine, HostState
-from tolaria.protocol import Ground, seal
+from tolaria.testing.simulator import Machine, good_ring
+from tolaria.testing.world import VARIABLES
 
 BLOCKING, CONTEXT = Barrier.BLOCKING, Barrier.CONTEXT
 BUSY = ("SlotsBusy",)
@@ -51,7 +50,7 @@ def explore(programs, barrier, where, is_good, held=("S",), digests=(), free=1, 
     machine = Machine(
         programs, homes(barrier, *where), initial, contents, digests=taken, variables=variables, **options
     )
-    return machine.explore(is_good)
+    return explorer.explore(machine, is_good)
 
 
 def late(thread, barrier):

@@ -1,0 +1,14 @@
+"""Tools that show whether snapshots and rollbacks are safe: of tolaria itself, and of other people's code.
+
+    world, device, simulator     a machine made of values, on which protocols run
+    explorer                     every schedule, or some at random; one again
+    programs, alter              what threads run; the same with something changed
+    scenarios, catalog           the programs that are checked
+    mutants, designs, limits     with an edge less; other protocols; what is not covered
+    checks                       all of these by name, and replay tokens
+    timeline, races, recording   a schedule as a picture; which accesses nothing orders
+    stress, gates, trials        real threads; races forced on a CUDA device
+    verify, golden               the command; the pages that tell of it
+
+Nothing is imported here: take what you need from its module. `stress`, `gates` and `trials` need torch.
+"""
