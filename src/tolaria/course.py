@@ -337,7 +337,7 @@ class Course:
             max_retries=self.config.max_retries,
             retry_window=self.config.retry_window,
         )
-        report = RollbackReport(success=False, status="failed", reason=verdict.reason)
+        report = RollbackReport(success=False, status="failed", env_id=self.config.env_id, reason=verdict.reason)
         skip = {
             recover.Action.REPLAY: range(0),
             recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
@@ -436,7 +436,7 @@ class Course:
                 batches_skipped=rewind.skipped,
                 rollback_ms=0.0 if report is None else report.host_ms,
                 barrier=self.keeper.ground.barrier.value,
-                env_id=0 if report is None else report.env_id,
+                env_id=self.config.env_id if report is None else report.env_id,
                 note=note,
             )
         )

@@ -322,7 +322,7 @@ class TolariaGovernor:
     def execute_rollback(
         self,
         *,
-        env_id: int = 0,
+        env_id: int | None = None,
         optimizer: Optimizer | None = None,
         to: SnapshotInfo | int | None = None,
         reason: str | None = None,
@@ -332,7 +332,7 @@ class TolariaGovernor:
         """Put the train state back, in place and bit for bit. Batches of `watch` go on (they are not delivered again).
 
         Args:
-            env_id: Recorded in the report.
+            env_id: Recorded in the report; that of the configuration unless given.
             optimizer: One that the governor was not given has no snapshot: its state is cleared (a cold start).
             to: A snapshot or the step of one; the newest manual or certified snapshot unless given.
             reason: Recorded in the report.
@@ -344,11 +344,11 @@ class TolariaGovernor:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
+        env_id = self.config.env_id if env_id is None else env_id
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = (
-                "disabled: nothing was touched" if self.is_disabled else "mode='observe': nothing was touched"
-            )
+            why = "disabled" if self.is_disabled else "mode='observe'"
+            report.reason = f"{why}: nothing was touched"
             return report
         doing = "rolling back"
         self._require_open(doing)

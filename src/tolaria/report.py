@@ -80,6 +80,7 @@ class RollbackReport:
         device_ms: Milliseconds from the first copy to the last on the slowest device; None until `wait`, and where the
             host waited, so that `host_ms` holds them.
         verified: The slot's digest still equals the one taken when it was sealed; None until looked at.
+        penalty: What it costs the agent that controls this training (`GovernorConfig.penalty`); 0 unless it succeeded.
     """
 
     success: bool
@@ -97,6 +98,7 @@ class RollbackReport:
     corrupted_steps: tuple[int, ...] = ()
     device_ms: float | None = None
     verified: bool | None = None
+    penalty: float = 0.0
     _finish: Callable[[], tuple[float | None, bool | None]] | None = field(default=None, repr=False)
 
     def wait(self) -> RollbackReport:
