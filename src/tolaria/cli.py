@@ -24,8 +24,8 @@ class Drill:
     Ten seeds in a row: tolaria drill --seeds 10
     """
 
-    workload: Literal["digits"] = "digits"
-    """What is trained: a CNN on the scikit-learn digits (needs tolaria[demo])."""
+    workload: Literal["digits", "cartpole"] = "digits"
+    """What is trained: a CNN on the scikit-learn digits (needs tolaria[demo]), or PPO on CartPole (tolaria[sb3])."""
 
     seed: int = 0
     """Seed of weights, data order and faults."""
@@ -33,8 +33,8 @@ class Drill:
     seeds: int = 1
     """Number of drills, with consecutive seeds."""
 
-    steps: int = 600
-    """Optimizer steps of each run, 400 or more."""
+    steps: int | None = None
+    """Optimizer steps of each run, 400 or more (600 unless given); of cartpole rounds of PPO, 200 or more (300)."""
 
     device: str = "auto"
     """Device to train on; auto takes CUDA where there is any, else the CPU."""

@@ -204,8 +204,9 @@ def test_a_policy_that_cannot_be_asked_any_more_is_damaged() -> None:
 
 
 def test_damage_done_between_rounds_is_not_taken_into_a_snapshot() -> None:
-    reference, learner = Learner(), Learner()
+    reference = Learner()
     go(reference, 1)
+    learner = Learner()
     go(learner, 2)
     scale(learner)  # a stray write while experience is gathered
     result = learner.guard.run(learner.learn)
