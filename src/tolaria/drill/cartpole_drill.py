@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from tolaria.config import GovernorConfig
-from tolaria.drill.cartpole import SOLVED, PolicyFault, PolicyRecord, evaluate, plan, require_packages, train
+from tolaria.drill.cartpole import SOLVED, PolicyFault, PolicyRecord, evaluate, plan, require_runnable, train
 from tolaria.drill.cartpole_show import PolicyShow
 from tolaria.records import SCHEMA_VERSION, Incident
 
-ROUNDS = 300
-"""Of each run, unless `--steps` says otherwise: 76,800 steps of the environments."""
+ROUNDS = 120
+"""Of each run, unless `--steps` says otherwise: 61,440 steps of the environments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,7 +187,7 @@ def main(
     Raises:
         CannotRun: Too few rounds, or Stable-Baselines3 is missing.
     """
-    require_packages()
+    require_runnable(rounds)
     show = PolicyShow(as_json_lines)
     good = True
     with quiet():

@@ -23,7 +23,6 @@ from tolaria.drill.show import Show, open_show
 from tolaria.drill.workloads import WORKLOADS, CannotRun, Workload
 from tolaria.report import logger
 
-
 STEPS = 600
 """Of each run, unless `--steps` says otherwise."""
 
