@@ -34,7 +34,7 @@ class Drill:
     """Number of drills, with consecutive seeds."""
 
     steps: int | None = None
-    """Optimizer steps of each run, 400 or more (600 unless given); of cartpole rounds of PPO, 60 or more (120)."""
+    """Optimizer steps of each run, 400 or more (600 unless given); of cartpole rounds of PPO, 60 or more (140)."""
 
     device: str = "auto"
     """Device to train on; auto takes CUDA where there is any, else the CPU."""

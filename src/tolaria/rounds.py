@@ -7,6 +7,7 @@ step is a round here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ class Rounds:
         self._number = 0  # of rounds begun
         self._since: int | None = None  # rounds learnt since the last snapshot; None: there is none
         self._reference: list[torch.Tensor] = []  # trained weights as the last round left them
+        self._put_off = False  # a snapshot that waits until the round has shown that the state is good
 
     # ------------------------------------------------------------ the loop
 
@@ -114,8 +116,7 @@ class Rounds:
             if panic is None and error is not None:
                 raise error
             if panic is None:
-                self._since = (self._since or 0) + 1
-                self._reference = self._copied_weights()
+                self._settle()
                 return RoundResult(learnt=True, verdict=self._course.verdict, reports=tuple(reports))
             action, report = self._answer(panic, can_replay=is_fresh, error=error)
             reports.append(report)
@@ -153,6 +154,15 @@ class Rounds:
 
     # ------------------------------------------------------------ snapshots
 
+    def _settle(self) -> None:
+        """A round was learnt."""
+        self._since = (self._since or 0) + 1
+        self._reference = self._copied_weights()
+        if self._put_off:
+            self._put_off = False
+            with contextlib.suppress(SnapshotRejected):  # the next round begins with it
+                self._take()
+
     @property
     def _course(self) -> Course:
         return self.governor._course
@@ -173,6 +183,7 @@ class Rounds:
         round is judged from where the last one ended, so damage shows, and the rollback leads to before it.
         """
         if self._reference and not _equal(self._reference, self._weights()):
+            self._put_off = True
             return False
         due = self.snapshot_every == 1 or self._since is None or self._since >= self.snapshot_every
         return due and self._take()
@@ -286,7 +297,7 @@ class Rounds:
                 rng.write(draws)
             note = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
             course.report(vital, verdict, plan.action.value, report, note=note)
-        self._since, self._reference = 0, self._copied_weights()
+        self._since, self._reference, self._put_off = 0, self._copied_weights(), False
         if plan.action is recover.Action.STOP:
             raise RetryBudgetExceeded(
                 f"recovering in round {self._number}",

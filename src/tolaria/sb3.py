@@ -57,9 +57,9 @@ class TolariaCallback(BaseCallback):
         verbose: As with other callbacks; without effect.
 
     Attributes:
-        governor: The `TolariaGovernor`; None before training starts.
-        rollbacks: Rollbacks so far.
-        dropped: Rounds and rollouts whose experience was not learnt from.
+        governor: The `TolariaGovernor` of this call of `learn`, closed when that ends; None before the first.
+        rollbacks: Rollbacks of this model so far, earlier calls of `learn` included.
+        dropped: Rounds and rollouts whose experience was not learnt from, likewise.
 
     Raises:
         UnsupportedState: Stable-Baselines3 is missing, or of a version that was never tested with this.
@@ -94,7 +94,7 @@ class TolariaCallback(BaseCallback):
         return 0 if self.governor is None else self.governor.rollbacks
 
     def close(self) -> None:
-        """Let go of the model and free all snapshots. `learn` does the first by itself when it ends."""
+        """Let go of the model and free all snapshots. `learn` does it by itself unless an error ends it. Idempotent."""
         self._let_go()
         if self.governor is not None:
             self.governor.close()
@@ -102,17 +102,20 @@ class TolariaCallback(BaseCallback):
     # ------------------------------------------------------------ hooks of Stable-Baselines3
 
     def _on_training_start(self) -> None:
-        model = self.model
-        self._let_go()  # an earlier `learn` may have been ended by an error
-        if self._rounds is None or self.governor is None or self.governor.model is not model.policy:
-            self.close()
-            self._attach_governor(model)
+        model, former = self.model, self.governor
+        self.close()  # an earlier `learn` may have been ended by an error
+        self._attach_governor(model)
+        if former is not None and former.model is model.policy:
+            self.governor.load_state_dict(former.state_dict())  # counters, and what the detectors remember
+        else:
+            self.dropped = 0
         self._replace("train", self._train)
         self._replace("collect_rollouts", self._collect)
         self._replace("_excluded_save_params", self._exclude)
         self._log()
 
     def _attach_governor(self, model: Any) -> None:
+        """Find what there is, and govern it."""
         methods = ("evaluate_actions",) if _has_rollouts(model) and hasattr(model.policy, "evaluate_actions") else ()
         self.governor = TolariaGovernor(
             model.policy,
@@ -145,19 +148,20 @@ class TolariaCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         # nothing is left to judge: the last round was judged inside `train`
-        self._let_go()
+        self.close()
 
     # ------------------------------------------------------------ rounds
 
     def _train(self, train: Callable[[], Any]) -> None:
         assert self._rounds is not None  # made before `train` was replaced
-        before = dict(self.logger.name_to_value)
+        before = {key: value for key, value in self.logger.name_to_value.items() if key.startswith("train/")}
         result = self._rounds.run(train, signs=functools.partial(policy_change, self.model))
         if not result.learnt:
             self.dropped += 1
-            # means of a round that was undone
-            for key in [key for key in self.logger.name_to_value if key.startswith("train/") and key not in before]:
-                del self.logger.name_to_value[key]
+            values = self.logger.name_to_value  # of a round that was undone
+            for key in [key for key in values if key.startswith("train/")]:
+                del values[key]
+            values.update(before)
         self._log()
 
     def _collect(self, collect: Callable[[], Any]) -> Any:

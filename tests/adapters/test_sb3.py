@@ -145,6 +145,7 @@ def test_what_is_logged_of_a_dropped_round_is_dropped_too() -> None:
     assert [row["tolaria/rollbacks"] for row in rows] == [0, 0, 2, 2, 2]
     assert [row["tolaria/dropped"] for row in rows] == [0, 0, 1, 1, 1]
     assert ["train/loss" in row for row in rows] == [False, True, False, True, True]
+    assert model.logger.name_to_value["train/n_updates"] == 8  # four rounds of two epochs; not dumped any more
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 
@@ -281,18 +282,21 @@ def test_an_error_of_the_users_is_not_swallowed_and_leaves_nothing_attached() ->
     assert callback.governor.statistics().steps == 2  # one of the run that failed
 
 
-def test_learning_goes_on_with_the_same_governor(clean: Clean) -> None:
-    model, callback = build("PPO"), TolariaCallback()
+def test_counters_go_on_in_the_next_call_of_learn() -> None:
+    model, callback = build("PPO"), TolariaCallback(snapshot_every=1)
+    each = steps_per_round("PPO")
+    Fault(model, "blow_up", 2 * each - 1, again_after=each)
     model.learn(timesteps("PPO", 2), callback=callback)
-    first = callback.governor
+    assert (callback.rollbacks, callback.dropped) == (2, 1)
+    assert "forward" not in vars(model.policy)
     model.learn(timesteps("PPO", 3), callback=callback, reset_num_timesteps=False)
-    assert callback.governor is first
-    assert first is not None
-    assert first.statistics().steps == ROUNDS
+    assert (callback.rollbacks, callback.dropped) == (2, 1)
+    assert callback.governor is not None
+    assert callback.governor.statistics().steps == ROUNDS + 1
     other = build("PPO")
     other.learn(timesteps("PPO", 1), callback=callback)
-    assert callback.governor is not first
-    callback.close()
+    assert (callback.rollbacks, callback.dropped) == (0, 0)
+    assert callback.governor.statistics().steps == 1
 
 
 def test_several_models_in_one_process_keep_to_themselves() -> None:

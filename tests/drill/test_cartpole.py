@@ -1,4 +1,4 @@
-"""The cartpole drill, shortened: 24 rounds and a bar of 60, where the command has 120 and 475."""
+"""The cartpole drill, shortened: 24 rounds and a bar of 60, where the command has 140 and 475."""
 
 from __future__ import annotations
 

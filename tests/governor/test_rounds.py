@@ -217,6 +217,16 @@ def test_damage_done_between_rounds_is_not_taken_into_a_snapshot() -> None:
     assert learner.guard.run(learner.learn).learnt
 
 
+def test_weights_that_somebody_else_writes_each_time_are_snapshotted_once_they_have_proved_good() -> None:
+    learner = Learner()
+    for _ in range(4):
+        for parameter in learner.model.net.parameters():
+            parameter.data.mul_(0.99)  # a decay of the caller's own
+        assert learner.guard.run(learner.learn).learnt
+    assert learner.guard.reject("poison").snapshot_step == 4
+    assert learner.guard.run(learner.learn).learnt
+
+
 def test_moments_that_are_not_finite_drop_the_round() -> None:
     """No weight shows them before the next step does."""
     learner = Learner()

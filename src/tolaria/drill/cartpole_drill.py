@@ -26,8 +26,8 @@ from tolaria.drill.cartpole import SOLVED, PolicyFault, PolicyRecord, evaluate, 
 from tolaria.drill.cartpole_show import PolicyShow
 from tolaria.records import SCHEMA_VERSION, Incident
 
-ROUNDS = 120
-"""Of each run, unless `--steps` says otherwise: 61,440 steps of the environments."""
+ROUNDS = 140
+"""Of each run, unless `--steps` says otherwise: 71,680 steps of the environments."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
