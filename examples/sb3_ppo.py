@@ -11,7 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from tolaria.sb3 import TolariaCallback
 
-ROUNDS, STEPS = 12, 40  # updates of the policy, and optimizer steps in each
+ROUNDS, STEPS = 6, 40  # updates of the policy, and optimizer steps in each
 
 
 def disturb(model: PPO) -> None:
@@ -27,7 +27,7 @@ def disturb(model: PPO) -> None:
 
 
 def main() -> None:
-    """Learn CartPole for 12 rollouts of 256 transitions."""
+    """Learn CartPole for 6 rollouts of 256 transitions."""
     torch.set_num_threads(1)  # the policy is small
     env = gymnasium.make("CartPole-v1")
     model = PPO("MlpPolicy", env, n_steps=256, batch_size=64, n_epochs=10, learning_rate=1e-3, seed=0, device="cpu")
@@ -36,7 +36,7 @@ def main() -> None:
     guard = TolariaCallback()
     model.learn(ROUNDS * 256, callback=guard)
 
-    mean, _ = evaluate_policy(model, env, n_eval_episodes=10, warn=False)
+    mean, _ = evaluate_policy(model, env, n_eval_episodes=5, warn=False)
     print(f"mean return {mean:.0f}, {guard.rollbacks} rollbacks, {guard.dropped} rollouts dropped")
 
 

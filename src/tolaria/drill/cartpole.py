@@ -1,6 +1,7 @@
 """`tolaria drill --workload cartpole`: what is trained, what goes wrong, and one run of it.
 
-PPO of Stable-Baselines3 on CartPole, 16 environments. What the other workloads call a step is a round here: 512 transitions and the 16 optimizer steps that learn from them.
+PPO of Stable-Baselines3 on CartPole, 16 environments. What the other workloads call a step is a round here: 512
+transitions and the 16 optimizer steps that learn from them.
 """
 
 from __future__ import annotations
