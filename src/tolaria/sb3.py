@@ -104,9 +104,9 @@ class TolariaCallback(BaseCallback):
     def _on_training_start(self) -> None:
         model, former = self.model, self.governor
         self.close()  # an earlier `learn` may have been ended by an error
-        self._attach_governor(model)
+        governor = self._attach_governor(model)
         if former is not None and former.model is model.policy:
-            self.governor.load_state_dict(former.state_dict())  # counters, and what the detectors remember
+            governor.load_state_dict(former.state_dict())  # counters, and what the detectors remember
         else:
             self.dropped = 0
         self._replace("train", self._train)
@@ -114,20 +114,21 @@ class TolariaCallback(BaseCallback):
         self._replace("_excluded_save_params", self._exclude)
         self._log()
 
-    def _attach_governor(self, model: Any) -> None:
+    def _attach_governor(self, model: Any) -> TolariaGovernor:
         """Find what there is, and govern it."""
         methods = ("evaluate_actions",) if _has_rollouts(model) and hasattr(model.policy, "evaluate_actions") else ()
-        self.governor = TolariaGovernor(
+        self.governor = governor = TolariaGovernor(
             model.policy,
             list(optimizers(model)),
             config=self._config,
             detector=self._detector or round_detector(),
             sections=methods,
         )
-        self.governor.register("sb3.n_updates", (lambda: model._n_updates, functools.partial(_set_updates, model)))
+        governor.register("sb3.n_updates", (lambda: model._n_updates, functools.partial(_set_updates, model)))
         if model.get_vec_normalize_env() is not None:
-            self.governor.register("sb3.vec_normalize", (lambda: statistics(model), functools.partial(refill, model)))
-        self._rounds = Rounds(self.governor, snapshot_every=self._every or _usual_cadence(model))
+            governor.register("sb3.vec_normalize", (lambda: statistics(model), functools.partial(refill, model)))
+        self._rounds = Rounds(governor, snapshot_every=self._every or _usual_cadence(model))
+        return governor
 
     def _on_step(self) -> bool:
         """Refuse observations and rewards that are not finite, before they reach policy or buffer."""
