@@ -149,6 +149,15 @@ def test_what_is_logged_of_a_dropped_round_is_dropped_too() -> None:
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
 
 
+def test_what_was_logged_before_a_dropped_round_stands() -> None:
+    model, callback = build("PPO"), TolariaCallback(snapshot_every=1)
+    each = steps_per_round("PPO")
+    Fault(model, "blow_up", 2 * each - 1, again_after=each)
+    model.learn(timesteps("PPO", 2), callback=callback, log_interval=None)  # nothing is dumped
+    assert callback.dropped == 1
+    assert model.logger.name_to_value["train/n_updates"] == 2
+
+
 # ---------------------------------------------------------------- poison
 
 

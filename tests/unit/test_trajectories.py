@@ -56,6 +56,7 @@ def test_nothing_flows_out_of_a_void_part(end: int, lost: int, seed: int) -> Non
     behind = plain(r[end + 1 :], v[end + 1 : -1], v[-1])
     assert got[:, 1].tolist() == pytest.approx([*before, *[0.0] * (end + 1 - first), *behind])
     assert marks.valid[:, 1].tolist() == [not first <= t <= end for t in range(7)]
+    assert marks.cut[:, 1].tolist() == [t in (first - 1, end) for t in range(7)]  # for estimators of the caller's own
     assert bool(marks.valid[:, [0, 2]].all())
 
 

@@ -83,7 +83,8 @@ def run_policy_drill(
 
     def note(incident: Incident) -> None:
         # a rollout that is dropped, before any step is lost, would have led to the round after the one reached last
-        incidents.append((reached[0] + (incident.steps_lost == 0), incident))
+        gathering = incident.restored_step is not None and incident.steps_lost == 0
+        incidents.append((reached[0] + gathering, incident))
         show.incident(incident)
 
     clean, model = train("clean", seed, rounds, (), device=device, tell=tell)
