@@ -25,9 +25,9 @@ class Drill:
     Ten seeds in a row: tolaria drill --seeds 10
     """
 
-    workload: Literal["gpt", "digits"] = "gpt"
-    """What is trained: a small GPT on the Python language reference, or a CNN on the scikit-learn digits (needs
-    tolaria[demo])."""
+    workload: Literal["gpt", "digits", "cartpole"] = "gpt"
+    """What is trained: a small GPT on the Python language reference, a CNN on the scikit-learn digits (needs
+    tolaria[demo]), or PPO on CartPole (needs tolaria[sb3])."""
 
     seed: int = 0
     """Seed of weights, data order and faults."""
@@ -35,8 +35,9 @@ class Drill:
     seeds: int = 1
     """Number of drills, with consecutive seeds."""
 
-    steps: int = 600
-    """Optimizer steps of each run: 600 or more for gpt, 400 or more for digits."""
+    steps: int | None = None
+    """Optimizer steps of each run (600 unless given): 600 or more for gpt, 400 or more for digits; of cartpole rounds of
+    PPO, 60 or more (140)."""
 
     device: str = "auto"
     """Device to train on; auto takes CUDA where there is any, else the CPU."""

@@ -59,6 +59,9 @@ class GovernorConfig:
         gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
         ledger: Path of a JSON-lines file, one line per incident; None writes none.
         on_incident: Called with each `Incident` on the thread that rolled back; errors in it are logged, not raised.
+        env_id: The caller's number for this model or environment, for incidents and reports.
+        penalty: What a rollback costs the agent that controls this training, in units of its reward (so not positive,
+            as a rule); handed on as `RollbackReport.penalty`, see `Trajectories.charge`.
     """
 
     mode: Mode = "act"
@@ -85,6 +88,8 @@ class GovernorConfig:
     gate_timeout_s: float = 60.0
     ledger: str | None = None
     on_incident: Callable[[Any], None] | None = None
+    env_id: int = 0
+    penalty: float = 0.0
 
     def __post_init__(self) -> None:
         self._choice("mode", ("act", "observe"))
@@ -103,6 +108,8 @@ class GovernorConfig:
                 self._at_least(name, 1)
         if self.host_slots is not None:
             self._at_least("host_slots", 0)
+        if not math.isfinite(self.penalty):
+            raise self._bad("penalty", "a finite number")
         if not 0.0 < self.cool_lr <= 1.0:
             raise self._bad("cool_lr", "a factor in (0, 1]")
         if not self.gate_timeout_s > 0.0:

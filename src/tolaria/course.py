@@ -374,7 +374,7 @@ class Course:
             retry_window=self.config.retry_window,
             transient=transient,
         )
-        report = RollbackReport(success=False, status="failed", reason=verdict.reason)
+        report = RollbackReport(success=False, status="failed", env_id=self.config.env_id, reason=verdict.reason)
         skip = {
             recover.Action.REPLAY: range(0),
             recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
@@ -459,7 +459,8 @@ class Course:
     ) -> None:
         """One line in the ledger."""
         batches = rewind.replayed, rewind.skipped
-        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, self.keeper.ground.barrier.value))
+        barrier, env_id = self.keeper.ground.barrier.value, self.config.env_id
+        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier, env_id))
 
     # ------------------------------------------------------------ counters, resume
 

@@ -325,7 +325,7 @@ class TolariaGovernor:
     def execute_rollback(
         self,
         *,
-        env_id: int = 0,
+        env_id: int | None = None,
         optimizer: Optimizer | None = None,
         to: SnapshotInfo | int | None = None,
         reason: str | None = None,
@@ -335,7 +335,7 @@ class TolariaGovernor:
         """Put the train state back, in place and bit for bit. Batches of `watch` go on (they are not delivered again).
 
         Args:
-            env_id: Recorded in the report.
+            env_id: Recorded in the report; that of the configuration unless given.
             optimizer: One that the governor was not given has no snapshot: its state is cleared (a cold start).
             to: A snapshot or the step of one; the newest manual or certified snapshot unless given.
             reason: Recorded in the report.
@@ -348,6 +348,7 @@ class TolariaGovernor:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
+        env_id = self.config.env_id if env_id is None else env_id
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
             report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"

@@ -393,7 +393,7 @@ class Keeper:
         report.panic_step = panic_step
         report.steps_lost = max(0, report.panic_step - done.slot.step)
         report.optimizer = "reset" if foreign else "restored" if governed else "none"
-        report.barrier = self.ground.barrier.value
+        report.barrier, report.penalty = self.ground.barrier.value, self.config.penalty
         report.wait_ms = done.waited_s * 1e3
         report.corrupted_steps = done.corrupted
         report._finish = lambda: (self._duration(done), *self._verify(done, verified))

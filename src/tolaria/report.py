@@ -90,6 +90,7 @@ class RollbackReport:
         verified: What was restored is what was captured: read back, its digest equals the one taken when the snapshot
             was sealed. Where nothing was read back (`host` and `blocking`, unless ``verify="after"``), `wait` compares
             the slot itself. None until looked at.
+        penalty: What it costs the agent that controls this training (`GovernorConfig.penalty`); 0 unless it succeeded.
     """
 
     success: bool
@@ -108,6 +109,7 @@ class RollbackReport:
     corrupted_steps: tuple[int, ...] = ()
     device_ms: float | None = None
     verified: bool | None = None
+    penalty: float = 0.0
     _finish: Callable[[], tuple[float | None, bool | None, bool]] | None = field(default=None, repr=False)
 
     def wait(self) -> RollbackReport:
@@ -168,6 +170,7 @@ def incident_of(
     batches: tuple[int, int],
     note: str,
     barrier: str,
+    env_id: int = 0,
 ) -> Incident:
     """One panic as a record.
 
@@ -179,6 +182,7 @@ def incident_of(
         batches: How many will be delivered again, and how many will not.
         note: Anything unusual.
         barrier: Barrier kind in use.
+        env_id: Of the environment or model, where there is no report that tells it.
     """
     if report is not None and report.corrupted_steps:
         note = "; ".join(filter(None, (note, f"corrupted snapshots passed over: {list(report.corrupted_steps)}")))
@@ -197,7 +201,7 @@ def incident_of(
         batches_skipped=batches[1],
         rollback_ms=0.0 if report is None else report.host_ms,
         barrier=barrier,
-        env_id=0 if report is None else report.env_id,
+        env_id=env_id if report is None else report.env_id,
         note=note,
     )
 

@@ -23,6 +23,9 @@ from tolaria.drill.show import Show, open_show
 from tolaria.drill.workloads import CannotRun, Workload
 from tolaria.report import logger
 
+STEPS = 600
+"""Of each run, unless `--steps` says otherwise."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
@@ -118,7 +121,9 @@ def run_drill(stage: Stage, audience: Audience, ledger: Path | None = None) -> R
     return Result(stage, clean, unguarded, guarded, reference, result, report)
 
 
-def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_json: bool, out: Path | None) -> int:
+def main(
+    *, workload: str, seed: int, seeds: int, steps: int | None, device: str, as_json: bool, out: Path | None
+) -> int:
     """`tolaria drill`, see `tolaria.cli.Drill` for its arguments.
 
     Returns:
@@ -131,7 +136,10 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
         raise CannotRun(f"--seeds {seeds} is no number of drills: use 1 or more")
     if os.environ.get("TOLARIA_DISABLE", "") not in ("", "0"):
         raise CannotRun("TOLARIA_DISABLE is set, so there would be no governor: unset it")
-    where = open_device(device)
+    where = open_device("cpu" if workload == "cartpole" and device == "auto" else device)
+    if workload == "cartpole":
+        return _cartpole(seed, seeds, steps, where, as_json, out)
+    steps = STEPS if steps is None else steps
     show = open_show(as_json)
     results: list[Result] = []
     with _quiet_log():
@@ -150,6 +158,25 @@ def main(*, workload: str, seed: int, seeds: int, steps: int, device: str, as_js
     if seeds > 1:
         show.seeds([result.report for result in results])
     return 0 if all(result.score.is_good for result in results) else 1
+
+
+def _cartpole(seed: int, seeds: int, steps: int | None, device: torch.device, as_json: bool, out: Path | None) -> int:
+    from tolaria.drill import cartpole_drill  # brings Stable-Baselines3 along
+
+    if not 0 <= seed < 2**31:
+        raise CannotRun(f"--seed {seed} is out of range: use one from 0 to 2^31 - 1")
+    chosen = range(seed, seed + seeds)
+    folders = (out if out is None or seeds == 1 else out / f"seed-{one}" for one in chosen)
+    places = ((folder, _new_ledger(folder)) for folder in folders)
+    with deterministic(device):
+        return cartpole_drill.main(
+            seeds=chosen,
+            rounds=cartpole_drill.ROUNDS if steps is None else steps,
+            device=device,
+            as_json_lines=as_json,
+            folders=places,
+            quiet=_quiet_log,
+        )
 
 
 def open_device(name: str) -> torch.device:
