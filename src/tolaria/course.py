@@ -227,7 +227,7 @@ class Course:
             self._due = None
         verdict = self.verdict
         if panic is not None:
-            self._panic(*panic)
+            self.answer(*panic)
         return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped)
 
     def settle(self, at_the_end: bool) -> None:
@@ -244,7 +244,7 @@ class Course:
         elif panic is None and at_the_end:
             panic = self.catch_up(wait=True)
         if panic is not None:
-            self._panic(*panic)
+            self.answer(*panic)
 
     def _snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
         self._due = None
@@ -315,7 +315,7 @@ class Course:
 
     # ------------------------------------------------------------ rollback and recovery
 
-    def _panic(self, vital: VitalSigns, verdict: Verdict) -> None:
+    def answer(self, vital: VitalSigns, verdict: Verdict) -> None:
         """Roll back, arrange the data, report; then end the run if the retry budget is spent."""
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
