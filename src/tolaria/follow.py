@@ -124,8 +124,8 @@ class FollowingGovernor(TolariaGovernor):
 
         Args:
             loss: Scalar tensor or float, not divided by the number of micro-batches; a sequence for several of them.
-            is_last: No later step will show more (the end of an epoch or of the run): wait for all verdicts. A suspicion
-                that is still open is answered by a rollback and a replay, once; when it returns it is let pass.
+            is_last: No later step will show more (the end of an epoch or of the run): wait for all verdicts. A
+                suspicion that is still open is answered by a rollback and a replay, once; if it returns it passes.
             scaler_skipped: The scaler did not apply this step. None: read from the gradients, if there is a scaler.
             **signs: Further vital signs by name.
 
@@ -149,7 +149,8 @@ class FollowingGovernor(TolariaGovernor):
         return result
 
     def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
-        found, self._gradients = list(self._gradients.values()), {}
+        found = list(self._gradients.values())
+        self._gradients.clear()
         bad = sum(count for _, count, _ in found)
         read = [float(norm) for norm, _, _ in found if norm is not None]
         if scaler_skipped is None:

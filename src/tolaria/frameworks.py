@@ -1,4 +1,4 @@
-"""What all adapters ask before anything else: is the framework there, and is it a version that they were tested with?"""
+"""What all adapters ask before anything else: is the framework there, and in a version they were tested with?"""
 
 from __future__ import annotations
 

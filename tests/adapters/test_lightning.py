@@ -20,7 +20,7 @@ from tolaria.lightning import TolariaCallback
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(num_workers|log_every_n_steps|enable_model_summary|Checkpoint directory|srun).*",
-    "ignore:.*(checkpoint callback|treespec|LeafSpec|isinstance|lr_scheduler.step|val_dataloader|pin_memory|Be aware).*",
+    "ignore:.*(checkpoint callback|LeafSpec|isinstance|lr_scheduler.step|val_dataloader|Be aware).*",
 )
 
 CONFIG = GovernorConfig(cadence=3, probation=2)
@@ -121,15 +121,11 @@ def guard(script: Any = None, config: GovernorConfig = CONFIG) -> TolariaCallbac
 
 
 class Damage:
-    """Multiplies a weight once, after the step of the n-th batch that is trained (replays count)."""
+    """Multiplies the gradients of the first layer, once, before the n-th optimizer step (those of replays count)."""
 
     def __new__(cls, pl: Any, at: int, factor: float = NAN) -> Any:
         class Callback(pl.Callback):
             trained = 0
-
-            def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-                # the closure of the next step: the damage of the former one is in place by now
-                return
 
             def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
                 self.trained += 1

@@ -33,7 +33,7 @@ def follow() -> Iterator[Callable[..., FollowingGovernor]]:
 def train(run: Any, governor: FollowingGovernor, batches: list[Any], fault: Callable[[int], None] | None = None) -> int:
     """What a framework does: fetch, backward, step, schedule. Answers the number of batches it was given."""
     given = 0
-    for given, batch in enumerate(governor.watch(batches), start=1):  # noqa: B007  the last value is the answer
+    for given, batch in enumerate(governor.watch(batches), start=1):
         run.optimizer.zero_grad()
         loss = run.backward(batch)
         governor.gradients_ready(run.optimizer)

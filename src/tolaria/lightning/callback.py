@@ -126,7 +126,8 @@ class TolariaCallback(Callback):
             self._losses.append(loss * trainer.accumulate_grad_batches)  # Lightning has divided it
         if trainer.global_step == self._step_before:
             return  # inside a window
-        losses, self._losses = self._losses, []
+        losses = list(self._losses)
+        self._losses.clear()
         if governor.stepped(loss=losses or None, is_last=progress.is_last_step()).rolled_back:
             progress.take_back(governor.num_again)
             progress.after_batch(governor.num_again)
