@@ -265,6 +265,26 @@ def test_no_rollback_crosses_the_start_of_an_epoch(pl: Any) -> None:
     assert counters(run) == counters(fit(pl, batches()))
 
 
+@pytest.mark.parametrize("at", [9, 30])
+def test_buffers_that_are_not_finite_show_when_the_snapshot_is_taken(pl: Any, at: int) -> None:
+    """Found while Lightning asks for its next batch, after the batch that did it has ended."""
+
+    class Spoil(pl.Callback):
+        trained = 0
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.trained += 1
+            if self.trained == at:
+                pl_module.net[1].running_mean.fill_(NAN)
+
+    clean = fit(pl, batches())
+    callback = guard()
+    run = fit(pl, batches(), [callback, Spoil()])
+    assert state(run) == state(clean)
+    assert counters(run) == counters(clean)
+    assert callback.rollbacks == 1
+
+
 def test_a_run_that_ends_at_a_number_of_steps_is_judged_to_its_end(pl: Any) -> None:
     clean = fit(pl, batches(), max_epochs=-1, max_steps=27)
     callback = guard()
@@ -485,6 +505,12 @@ def test_batches_fetched_inside_of_the_step_are_refused(pl: Any) -> None:
 
     with pytest.warns(UserWarning, match="dataloader_iter"), pytest.raises(UnsupportedState, match="dataloader_iter"):
         fit(pl, batches(), [guard()], module=Module)
+
+
+def test_disabled_it_is_not_there(pl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOLARIA_DISABLE", "1")
+    run = fit(pl, batches(bad=[7]), [guard()])
+    assert frozen(run.lightning_module.state_dict()) == frozen(fit(pl, batches(bad=[7])).lightning_module.state_dict())
 
 
 def test_observing_changes_nothing(pl: Any) -> None:

@@ -365,6 +365,12 @@ def test_several_processes_are_refused() -> None:
         guard().on_train_begin(Arguments(), None, None)
 
 
+def test_disabled_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOLARIA_DISABLE", "1")
+    run, plain = train(samples(bad=[7]), guard()), train(samples(bad=[7]))
+    assert frozen(run.model.state_dict()) == frozen(plain.model.state_dict())  # type: ignore[union-attr]
+
+
 def test_observing_changes_nothing() -> None:
     callback = guard(config=GovernorConfig(mode="observe"))
     run = train(samples(bad=[7]), callback)

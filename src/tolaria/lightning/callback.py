@@ -76,6 +76,7 @@ class TolariaCallback(Callback):
         )
         if self._resumed is not None:
             governor.load_state_dict(self._resumed)
+            self._resumed = None  # a later fit goes on by itself
         governor.register("Lightning's counters and logged values", (progress.read, progress.write))
         for name, model, owner in averages(trainer.callbacks):
             governor.register(name, model)
