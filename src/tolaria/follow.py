@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,23 @@ from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """What `gradients_ready` has read of one optimizer.
+
+    Attributes:
+        norm: L2 norm, unscaled; None where `norms` stands for it, or without gradients.
+        bad: Gradient tensors with a non-finite value.
+        norms: Norms of the single gradients on their devices, to be read late.
+        skipped: Not 0 where the scaler will not apply the step.
+    """
+
+    norm: float | None
+    bad: int
+    norms: Sequence[torch.Tensor]
+    skipped: torch.Tensor | float
+
+
 class FollowingGovernor(TolariaGovernor):
     """Judges steps that somebody else's loop has made, and rolls back, replays or skips as `TolariaGovernor.step` does.
 
@@ -42,7 +59,7 @@ class FollowingGovernor(TolariaGovernor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._gradients: dict[int, tuple[Scalar, int, Sequence[torch.Tensor]]] = {}
+        self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
@@ -90,23 +107,36 @@ class FollowingGovernor(TolariaGovernor):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grads = observe.gradients(parameters)
         key = id(optimizer)
-        scale = self._scale_of(grads)
         if self._keeper.reads_late:
-            norms = observe.norms(grads)
-            self._gradients[key] = (None, 0, norms if scale == 1.0 else [each / scale for each in norms])
+            self._gradients[key] = self._read_late(grads)
             return
         norm, bad = observe.gradient_norm(grads)
         # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
-        bad += self._gradients.get(key, (None, 0, ()))[1]
-        self._gradients[key] = (None if norm is None else norm / scale, bad, ())
+        bad += self._gradients[key].bad if key in self._gradients else 0
+        skipped = float(self._update.scaler is not None and bad > 0)
+        scale = self._scale()
+        self._gradients[key] = _Gradients(
+            norm if norm is None or scale is None else norm / float(scale), bad, (), skipped
+        )
 
-    def _scale_of(self, grads: Sequence[torch.Tensor]) -> float:
-        """What the gradients are multiplied by: the scaler's factor where nobody has unscaled them yet."""
+    def _read_late(self, grads: Sequence[torch.Tensor]) -> _Gradients:
+        norms = observe.norms(grads)
+        if self._update.scaler is None or not norms:
+            return _Gradients(None, 0, norms, 0.0)
+        scale = self._scale()
+        if scale is None:
+            return _Gradients(None, 0, norms, self._update.skipped_by_scaler())
+        # the optimizer will unscale by itself, and skip what is not finite
+        skipped = (~torch.isfinite(observe.total_norm(norms))).float()
+        return _Gradients(None, 0, [each / scale for each in norms], skipped)
+
+    def _scale(self) -> torch.Tensor | None:
+        """What the gradients are multiplied by, a scalar on the device: None where somebody has unscaled them."""
         scaler = self._update.scaler
-        if scaler is None or not grads:
-            return 1.0
+        if scaler is None:
+            return None
         states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in self._update.optimizers]
-        return 1.0 if any(state["stage"].name != "READY" for state in states) else scaler.get_scale()
+        return None if any(state["stage"].name != "READY" for state in states) else scaler._scale
 
     def stepped(
         self,
@@ -151,19 +181,19 @@ class FollowingGovernor(TolariaGovernor):
     def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
         found = list(self._gradients.values())
         self._gradients.clear()
-        bad = sum(count for _, count, _ in found)
-        read = [float(norm) for norm, _, _ in found if norm is not None]
-        if scaler_skipped is None:
-            scaler_skipped = self._update.scaler is not None and bad > 0
+        read = [each.norm for each in found if each.norm is not None]
+        skipped: Scalar = sum((each.skipped for each in found), start=0.0)
+        if scaler_skipped is not None:
+            skipped = float(scaler_skipped)
         step = self._course.completed + 1
         numbers: dict[str, Scalar] = {
             "loss": observe.mean_loss(loss),
             "grad_norm": math.sqrt(sum(norm * norm for norm in read)) if read else None,
-            "nonfinite_gradients": bad,
-            "scaler_skipped": float(scaler_skipped),
+            "nonfinite_gradients": sum(each.bad for each in found),
+            "scaler_skipped": skipped,
         }
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        if norms := [each for _, _, several in found for each in several]:
+        if norms := [norm for each in found for norm in each.norms]:
             lists["gradients"] = norms
         trained = self._keeper.state.roster()[1]
         if step % self.config.check_weights_every == 0:
@@ -175,7 +205,7 @@ class FollowingGovernor(TolariaGovernor):
         return Sent(
             step=step,
             reading=self._readings.send(numbers, lists),
-            skipped=scaler_skipped,
+            skipped=not isinstance(skipped, torch.Tensor) and bool(skipped),
             torn=self._keeper.driver.state.torn,
         )
 

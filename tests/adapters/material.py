@@ -66,3 +66,14 @@ def scripted(script: Mapping[int, tuple[str, int]]) -> Detector[Any]:
         return state, Verdict(Health(health), signs.step, "scripted", signs.step - since)
 
     return Detector(finite.init, update)
+
+
+def recorded(seen: list[VitalSigns]) -> Detector[Any]:
+    """Judges by `non_finite`, and keeps what it was asked about."""
+    inner = non_finite()
+
+    def update(state: Any, signs: VitalSigns) -> tuple[Any, Verdict]:
+        seen.append(signs)
+        return inner.update(state, signs)
+
+    return Detector(inner.init, update)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
-from adapters.material import NAN, batches, frozen, is_finite, scripted, window
+from adapters.material import NAN, batches, frozen, is_finite, recorded, scripted, window
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +40,7 @@ class Run:
         script: Any = None,
         spoil: Any = None,
         config: GovernorConfig = CONFIG,
+        detector: Any = None,
         **kwargs: Any,
     ) -> None:
         for shared in (AcceleratorState, GradientState, PartialState):
@@ -55,7 +56,7 @@ class Run:
         self.governor: AcceleratedGovernor | None = None
         self.steps, self.spoil = 0, spoil or {}
         if guarded:
-            detector = non_finite() if script is None else scripted(script)
+            detector = detector or (non_finite() if script is None else scripted(script))
             self.governor = govern(self.accelerator, config=config, detector=detector)
 
     def train(self, epochs: int = 2) -> Run:
@@ -169,6 +170,15 @@ def test_stateful_loaders_and_bf16() -> None:
 
     clean = plain(batches(dropped=[19]), **settings())
     assert Run(batches(bad=[19]), **settings()).train().state == clean
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_judged_as_it_was_handed_over(accumulate: int) -> None:
+    seen: list[Any] = []
+    run = Run(batches(), accumulate, detector=recorded(seen)).train()
+    assert run.rollbacks == 0
+    assert 0.8 < seen[0].loss < 1.6
+    assert seen[0].grad_norm > 0
 
 
 def test_the_gradient_norm_is_judged() -> None:

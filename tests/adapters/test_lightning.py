@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.material import NAN, batches, frozen, is_finite, scripted, window
+from adapters.material import NAN, batches, frozen, is_finite, recorded, scripted, window
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -415,6 +415,15 @@ def test_bf16(pl: Any) -> None:
     clean = fit(pl, batches(dropped=[7]), precision="bf16-mixed")
     run = fit(pl, batches(bad=[7]), [guard()], precision="bf16-mixed")
     assert state(run) == state(clean)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_judged_as_the_module_answers_it(pl: Any, accumulate: int) -> None:
+    """Lightning divides it by the number of micro-batches; the first of three classes cost 1.1 each."""
+    seen: list[Any] = []
+    fit(pl, batches(), [TolariaCallback(CONFIG, recorded(seen))], accumulate_grad_batches=accumulate)
+    assert 0.8 < seen[0].loss < 1.6
+    assert seen[0].grad_norm > 0
 
 
 # ------------------------------------------------------------ data

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.material import NAN, batches, frozen, is_finite, scripted, window
+from adapters.material import NAN, batches, frozen, is_finite, recorded, scripted, window
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -299,6 +299,17 @@ def test_a_schedule_that_follows_the_evaluation() -> None:
     run = train(samples(), callback, Damage(9), Damage(15), Damage(25), **kwargs)
     assert state(run) == state(clean)
     assert callback.rollbacks == 3
+
+
+@pytest.mark.parametrize("with_trainer", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_loss_is_judged_as_the_model_answers_it(accumulate: int, with_trainer: bool) -> None:
+    """The trainer divides it by the number of micro-batches, and clips gradients to 0.5."""
+    seen: list[Any] = []
+    callback = TolariaCallback(CONFIG, recorded(seen))
+    train(samples(), callback, gradient_accumulation_steps=accumulate, with_trainer=with_trainer, max_grad_norm=0.01)
+    assert 0.8 < seen[0].loss < 1.6
+    assert (seen[0].grad_norm > 0.02) == with_trainer
 
 
 # ------------------------------------------------------------ without a trainer

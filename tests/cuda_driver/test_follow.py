@@ -113,3 +113,40 @@ def test_begin_refuses_what_is_not_finite(late: Any, follow: Any, make_run: Any)
         next(run.model.parameters()).fill_(float("nan"))
     with pytest.raises(SnapshotRejected):
         governor.begin()
+
+
+@pytest.mark.parametrize("unscaled", [True, False])
+@pytest.mark.parametrize("overflows", [True, False])
+def test_an_overflow_that_the_scaler_skips_is_no_incident(
+    unscaled: bool, overflows: bool, late: Any, follow: Any, make_run: Any
+) -> None:
+    """`unscaled`: as the framework hands the gradients over; a fused optimizer unscales them by itself."""
+    late.lag = None
+    run = make_run()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    governor = follow(run, scaler=scaler)
+    governor.begin()
+    loss = torch.nn.functional.cross_entropy(run.model(run.batches[0][0]), run.batches[0][1])
+    scaler.scale(loss).backward()
+    if overflows:
+        run.model[0].weight.grad.fill_(float("inf"))
+    if unscaled:
+        scaler.unscale_(run.optimizer)
+    governor.gradients_ready(run.optimizer)
+    scaler.step(run.optimizer)
+    scaler.update()
+    governor.stepped(loss=loss)
+    assert governor.is_trusted()
+    assert governor.rollbacks == 0
+    assert scaler.get_scale() == (2.0 if overflows else 4.0)
+
+
+def test_an_overflow_without_a_scaler_is_an_incident(late: Any, follow: Any, make_run: Any) -> None:
+    run = make_run()
+    governor = follow(run)
+    governor.begin()
+    loss = run.backward(run.batches[0])
+    run.model[0].weight.grad.fill_(float("inf"))
+    governor.gradients_ready(run.optimizer)
+    governor.stepped(loss=loss)  # the step was not even made
+    assert not governor.is_trusted()
