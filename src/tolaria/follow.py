@@ -154,8 +154,9 @@ class FollowingGovernor(TolariaGovernor):
 
         Args:
             loss: Scalar tensor or float, not divided by the number of micro-batches; a sequence for several of them.
-            is_last: No later step will show more (the end of an epoch or of the run): wait for all verdicts. A
-                suspicion that is still open is answered by a rollback and a replay, once; if it returns it passes.
+            is_last: No later step can be waited for (the end of an epoch or of the run, or a file is to be written):
+                wait for all verdicts. A suspicion that is still open is answered by a rollback and a replay, once; if
+                it returns it passes.
             scaler_skipped: The scaler did not apply this step. None: read from the gradients, if there is a scaler.
             **signs: Further vital signs by name.
 

@@ -178,16 +178,22 @@ def test_an_epoch_that_ends_in_a_short_window(pl: Any, bad: int) -> None:
     assert run.val_check_batch == 10
 
 
-@pytest.mark.parametrize("cadence", [1, 3])
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("bad", [7, 19])
-def test_a_schedule_by_epochs_keeps_step(pl: Any, bad: int, cadence: int) -> None:
+def test_a_schedule_by_epochs_keeps_step(pl: Any, bad: int, by_hand: bool) -> None:
+    """With a snapshot by hand before the last batch no other batch is left to end the epoch."""
+
     def module() -> Any:
         return make_module(pl, epoch_schedule=True)
 
+    class Snap(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if by_hand and batch_idx == 19:
+                callback.governor.snapshot(grads="drop")  # type: ignore[union-attr]
+
     clean = fit(pl, batches(dropped=[bad]), module=module)
-    # cadence 1 and no probation: after the last batch is dropped, no other is left to end the epoch
-    callback = guard(config=GovernorConfig(cadence=cadence, probation=0 if cadence == 1 else 2))
-    run = fit(pl, batches(bad=[bad]), [callback], module=module)
+    callback = guard()
+    run = fit(pl, batches(bad=[bad]), [callback, Snap()], module=module)
     assert state(run) == state(clean)
     assert callback.rollbacks == 4
 
@@ -337,6 +343,19 @@ def test_no_checkpoint_holds_damage(pl: Any, tmp_path: Path, first: bool) -> Non
     assert all(is_finite(file["state_dict"]) for file in files)
     assert all(is_finite(file["optimizer_states"]) for file in files)
     assert files[0]["callbacks"]["TolariaCallback"]["statistics"]["steps"] > 0
+
+
+def test_a_suspicion_is_replayed_before_a_checkpoint_is_written(pl: Any, tmp_path: Path) -> None:
+    def savers(name: str) -> Any:
+        return pl.callbacks.ModelCheckpoint(tmp_path / name, every_n_train_steps=8, save_top_k=-1)
+
+    fit(pl, batches(), [savers("clean")], enable_checkpointing=True)
+    callback = guard({8: ("suspect", 0)})
+    fit(pl, batches(), [callback, savers("run"), Damage(pl, 8, 50.0)], enable_checkpointing=True)
+    assert callback.rollbacks == 1
+    clean, run = saved(tmp_path / "clean"), saved(tmp_path / "run")
+    assert len(clean) == len(run) == 5
+    assert [frozen(file["state_dict"]) for file in run] == [frozen(file["state_dict"]) for file in clean]
 
 
 def test_checkpoints_without_the_callback_hold_damage(pl: Any, tmp_path: Path) -> None:

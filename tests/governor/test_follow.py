@@ -108,7 +108,7 @@ def test_open_suspicion_at_the_end_is_replayed_once_and_then_let_pass(kit: Any, 
 def test_no_rollback_crosses_a_fence(kit: Any, follow: Any) -> None:
     run = kit.Run(batches=20)
     # the panic of the 3rd step after the fence says that the trouble began before it
-    governor = follow(run, detector=kit.scripted({23: ("panic", 15)}))
+    governor = follow(run, detector=kit.scripted({23: ("panic", 19)}))
     train(run, governor, run.batches)
     governor.fence()
     fenced = run.state(with_rng=False)
@@ -126,7 +126,7 @@ def test_no_rollback_crosses_a_fence(kit: Any, follow: Any) -> None:
 
 def test_without_a_fence_the_same_panic_goes_further_back(kit: Any, follow: Any) -> None:
     run = kit.Run(batches=20)
-    governor = follow(run, detector=kit.scripted({23: ("panic", 15)}))
+    governor = follow(run, detector=kit.scripted({23: ("panic", 19)}))
     train(run, governor, run.batches)
     train(run, governor, run.batches[:8])
     assert governor.statistics().steps_lost > 3
@@ -143,11 +143,14 @@ def test_a_fence_over_poisoned_weights_goes_back_first(kit: Any, follow: Any) ->
 
 
 def test_a_fence_with_all_slots_in_probation_finds_room(kit: Any, follow: Any) -> None:
-    run = kit.Run(batches=5)
-    governor = follow(run, config=GovernorConfig(cadence=1, probation=10, slots=12))
+    run = kit.Run(batches=9)
+    # every other step is suspicious, so that probation never ends
+    suspect = {count: "suspect" for count in (2, 4, 6, 8)}
+    governor = follow(run, config=GovernorConfig(cadence=1, probation=2), detector=kit.scripted(suspect))
     train(run, governor, run.batches)
+    assert governor.statistics().snapshots_deferred > 0
     governor.fence()
-    assert governor.execute_rollback().snapshot_step == 5
+    assert governor.execute_rollback().snapshot_step == 9
 
 
 def test_begin_refuses_a_state_that_is_not_finite(kit: Any, follow: Any) -> None:

@@ -129,7 +129,7 @@ class TolariaCallback(Callback):
             return  # inside a window
         losses = list(self._losses)
         self._losses.clear()
-        if governor.stepped(loss=losses or None, is_last=progress.is_last_step()).rolled_back:
+        if governor.stepped(loss=losses or None, is_last=progress.must_be_judged()).rolled_back:
             progress.take_back(governor.num_again)
             progress.after_batch(governor.num_again)
         else:

@@ -101,10 +101,14 @@ class Progress:
     def _loop(self) -> Any:
         return self._trainer.fit_loop.epoch_loop
 
-    def is_last_step(self) -> bool:
-        """Whether no further step follows in this epoch, as far as is known before its batch ends."""
-        loop = self._loop
-        return bool(loop.batch_progress.is_last_batch or loop._is_training_done or self._trainer.should_stop)
+    def must_be_judged(self) -> bool:
+        """Whether the step just made is the last one of its epoch, or a validation or a checkpoint follows it."""
+        loop, trainer = self._loop, self._trainer
+        if loop.batch_progress.is_last_batch or loop._is_training_done or trainer.should_stop:
+            return True
+        every = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+        saves = any(number and trainer.global_step % number == 0 for number in every)
+        return saves or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
     def govern_data(self, governor: FollowingGovernor) -> None:
         """Put `GovernedFetcher` in the place of the fetcher, if it is not there. Lightning may make a new one."""
