@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from adapters.material import NAN, batches, frozen, is_finite, recorded, scripted, window
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -324,6 +325,27 @@ def test_what_was_logged_holds_no_damage(pl: Any, tmp_path: Path, accumulate: in
     assert float(run.progress_bar_metrics["tolaria/rollbacks"]) == 4.0
 
 
+def test_metrics_of_the_module_hold_no_damage(pl: Any) -> None:
+    """Their states are neither parameters nor buffers."""
+
+    class Module(type(make_module(pl))):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric(nan_strategy="disable")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.mean(loss.detach())
+            self.log("mean", self.mean, on_step=False, on_epoch=True)
+            return loss
+
+    clean = fit(pl, batches(dropped=[7]), module=Module)
+    run = fit(pl, batches(bad=[7]), [guard()], module=Module)
+    bare = fit(pl, batches(bad=[7]), module=Module)
+    assert frozen(run.callback_metrics["mean"]) == frozen(clean.callback_metrics["mean"])
+    assert not is_finite(bare.callback_metrics["mean"])
+
+
 def test_what_was_logged_without_the_callback_is_damaged(pl: Any, tmp_path: Path) -> None:
     fit(pl, batches(bad=[7]), logger=pl.loggers.CSVLogger(tmp_path), log_every_n_steps=1)
     assert "nan" in {value for row in rows(tmp_path) for value in row.values()}
@@ -409,6 +431,21 @@ def test_averaged_weights_hold_no_damage(pl: Any, first: bool) -> None:
     run = fit(pl, batches(bad=[7]), [callback, average()] if first else [average(), callback])
     assert frozen(run.lightning_module.state_dict()) == frozen(clean.lightning_module.state_dict())
     assert callback.rollbacks == 4
+
+
+def test_whoever_looks_at_weights_after_a_batch_sees_them_after_the_rollback(pl: Any) -> None:
+    seen: list[bool] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(is_finite(pl_module.state_dict()))
+
+    fit(pl, batches(bad=[7]), [Look(), guard()])  # the governor comes last in the list
+    assert all(seen)
+    assert len(seen) > 40
+    seen.clear()
+    fit(pl, batches(bad=[7]), [Look()])
+    assert not all(seen)
 
 
 def test_averaged_weights_without_the_callback_hold_damage(pl: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics import Metric
 
 from tolaria.errors import UnsupportedState
 from tolaria.follow import FollowingGovernor
@@ -150,12 +151,12 @@ class Progress:
         for key, metric in loop._results.items():
             _write_metric(metric, saved["results"][key])
         for name, metric in self._metrics():
-            _write_metric(metric, saved["metrics"][name])
+            _write_metric(metric, saved["metrics"].get(name, {}))
         for name, values in saved["connector"].items():
             setattr(connector, name, values)
 
     def _metrics(self) -> Iterator[tuple[str, Any]]:
-        return ((name, module) for name, module in self._module.named_modules() if hasattr(module, "_defaults"))
+        return ((name, module) for name, module in self._module.named_modules() if isinstance(module, Metric))
 
     # ------------------------------------------------------------ after a rollback
 
