@@ -21,7 +21,7 @@ def test_lightning_autoencoder() -> None:
     script = example("lightning_autoencoder")
     callback = script["TolariaCallback"]()
     assert math.isnan(script["train"]([]))
-    assert script["train"]([callback]) == pytest.approx(script["train"]([], broken=None), rel=0.05)
+    assert script["train"]([callback]) < 0.08  # 0.0722 without the broken image
     assert callback.rollbacks == 4
 
 
