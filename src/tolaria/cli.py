@@ -36,7 +36,7 @@ class Drill:
     """Number of drills, with consecutive seeds."""
 
     steps: int | None = None
-    """Optimizer steps of each run (600 unless given): 600 or more for gpt, 400 or more for digits; of cartpole rounds of
+    """Optimizer steps of each run (600 unless given): 600 or more for gpt, 400 or more for digits. Of cartpole rounds of
     PPO, 60 or more (140)."""
 
     device: str = "auto"

@@ -244,7 +244,7 @@ class Course:
             self._due = None
         verdict = self.verdict
         if panic is not None:
-            self._panic(*panic)
+            self.answer(*panic)
         return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped, step=sent.step)
 
     def settle(self, at_the_end: bool) -> None:
@@ -264,20 +264,20 @@ class Course:
         elif panic is None and at_the_end:
             panic = self.catch_up(wait=True)
         if panic is not None:
-            self._panic(*panic)
+            self.answer(*panic)
 
     def _reexecute(self) -> None:
         """Run the steps since the last snapshot again, or compare what came of it, if all of them are healthy."""
         panic = self.catch_up(wait=True)
         if panic is not None:
-            self._panic(*panic)
+            self.answer(*panic)
         elif self.verdict.health is Health.HEALTHY:
             step = VitalSigns(step=self.completed)
             verdict, report, rewind = self.again.examine(self.completed)
             if verdict is not None:
                 self.count(panics=1)
                 executions = self.again.pending()
-                if not self._panic(step, verdict, transient=True).note:
+                if not self.answer(step, verdict, transient=True).note:
                     self.again.resume(executions)
             elif report is not None and report.corrupted_steps:
                 found = Verdict(Health.SUSPECT, step.step, "corrupted snapshot")
@@ -355,7 +355,7 @@ class Course:
 
     # ------------------------------------------------------------ rollback and recovery
 
-    def _panic(self, vital: VitalSigns, verdict: Verdict, *, transient: bool = False) -> Rewind:
+    def answer(self, vital: VitalSigns, verdict: Verdict, *, transient: bool = False) -> Rewind:
         """Roll back, arrange the data, report; then end the run if the retry budget is spent. `transient`: replay."""
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
@@ -458,9 +458,8 @@ class Course:
         note: str = "",
     ) -> None:
         """One line in the ledger."""
-        batches = rewind.replayed, rewind.skipped
-        barrier, env_id = self.keeper.ground.barrier.value, self.config.env_id
-        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier, env_id))
+        barrier, batches = self.keeper.ground.barrier.value, (rewind.replayed, rewind.skipped)
+        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier, self.config.env_id))
 
     # ------------------------------------------------------------ counters, resume
 

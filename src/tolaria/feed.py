@@ -136,6 +136,11 @@ class Feed:
             return self._queue[0].index if self._queue else self._next
 
     @property
+    def num_again(self) -> int:
+        """Batches that wait to be delivered again."""
+        return len(self._queue)
+
+    @property
     def capacity(self) -> int:
         """Deliveries kept for replay now."""
         return self._keep if self._keep is not None else self._steps * self._widest

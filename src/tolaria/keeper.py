@@ -320,6 +320,18 @@ class Keeper:
             index = slot.index
             self.driver.change(lambda s: (_with_ring(s, ring.certify(s.ring, index, taken.serial)), None))
 
+    def give_up(self, wanted: Callable[[Slot], bool]) -> None:
+        """Free the slots that fulfil a condition and can be read; nothing goes back to them any more."""
+
+        def change(state: HostState) -> tuple[HostState, None]:
+            slots = state.ring
+            for slot in slots:
+                if slot.phase in ring.READABLE and wanted(slot):
+                    slots = ring.release(slots, slot.index, slot.snapshot)
+            return _with_ring(state, slots), None
+
+        self.driver.change(change)
+
     def advance(self, step: int) -> None:
         """A healthy step: probation of every candidate taken before it goes on, once the last rollback is verified."""
         if self.arrivals.is_unverified:

@@ -18,6 +18,7 @@ Invariants
     * The newest good snapshot (manual or certified) is not either, except a manual one by its manual successor, while a
       certified one stands behind it.
     * A candidate in probation is never claimed for writing.
+    * Only a fence (`follow`) gives all of them up on purpose, for the manual snapshot that it has found finite.
     * A slot with readers (a rollback under way, a transfer out of it) is never claimed.
 """
 

@@ -130,7 +130,7 @@ class Update:
         self._unscale()
         grads = observe.gradients(parameters) if closure is None else []
         norms = observe.norms(grads)
-        skipped = self._skipped_by_scaler()
+        skipped = self.skipped_by_scaler()
         if clip is not None and norms:
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, observe.total_norm(norms).to(dtype))
@@ -144,7 +144,7 @@ class Update:
         self._clear(parameters, is_static)
         return Outcome(loss=value, norms=norms, vetoed=False, stale=is_stale, scaler_skipped=skipped)
 
-    def _skipped_by_scaler(self) -> observe.Scalar:
+    def skipped_by_scaler(self) -> torch.Tensor | float:
         """What the scaler has found in the unscaled gradients: not 0 where it will skip."""
         if self.scaler is None:
             return 0.0

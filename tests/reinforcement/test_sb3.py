@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import stable_baselines3
 import torch
-from adapters.conftest import (
+from reinforcement.conftest import (
     ROUNDS,
     Fault,
     build,

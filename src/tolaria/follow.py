@@ -1,0 +1,275 @@
+"""FOLLOW: a governor for loops that belong to a framework, which steps the optimizer and fetches the batches itself.
+
+An adapter translates the framework's hooks into these calls, in this order:
+
+    begin()                                 once, when training is about to start
+    for batch in watch(...)                 around whatever the framework fetches from
+        gradients_ready(optimizer)          before each optimizer step, gradients complete and not yet clipped
+        ...                                 the framework steps optimizer, scheduler and scaler
+        stepped(loss=..., is_last=...)      after it, before anything is saved, logged or averaged
+    fence()                                 where the framework does what a rollback cannot undo (a new epoch)
+    finish()                                once, at the end
+
+Nothing is vetoed here: a gradient that is not finite reaches the weights, and the rollback takes it back, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from tolaria import observe, ring
+from tolaria.errors import SnapshotRejected
+from tolaria.governor import TolariaGovernor
+from tolaria.observe import Loss, Scalar
+from tolaria.records import Health, StepResult, Verdict, VitalSigns
+from tolaria.shield import Shield
+from tolaria.vitals import EXTRA, Sent
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """What `gradients_ready` has read of one optimizer.
+
+    Attributes:
+        norm: L2 norm, unscaled; None where `norms` stands for it, or without gradients.
+        bad: Gradient tensors with a non-finite value.
+        norms: Norms of the single gradients on their devices, to be read late.
+        skipped: Not 0 where the scaler will not apply the step.
+    """
+
+    norm: float | None
+    bad: int
+    norms: Sequence[torch.Tensor]
+    skipped: torch.Tensor | float
+
+
+class FollowingGovernor(TolariaGovernor):
+    """Judges steps that somebody else's loop has made, and rolls back, replays or skips as `TolariaGovernor.step` does.
+
+    Same arguments, same guarantees; schedulers and scaler are restored and never stepped. Attributes as there.
+
+    Threads: as for `step`, one thread makes the calls of this class.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
+        self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
+
+    # ------------------------------------------------------------ data
+
+    @property
+    def num_again(self) -> int:
+        """Batches that `watch` will deliver again before it asks its loader for more."""
+        return 0 if self.is_disabled else self._feed.num_again
+
+    def is_trusted(self) -> bool:
+        """Whether the newest step is healthy, so that the state may be written to a file. Waits for its verdict."""
+        if not (self.is_disabled or self._closed):
+            self._course.judge_all()
+        return self._course.verdict.health is Health.HEALTHY
+
+    # ------------------------------------------------------------ the loop
+
+    def begin(self) -> None:
+        """Take the first snapshot, unless there is a good one. Call before the first batch, on a clean boundary.
+
+        Raises:
+            SnapshotRejected: The train state is not finite.
+        """
+        if self.is_disabled or self.config.mode == "observe":
+            return
+        self._require_boundary("taking the first snapshot")
+        if ring.newest_good(self._keeper.ring) is None:
+            self._course.take_first()
+
+    def gradients_ready(self, optimizer: Optimizer | None = None) -> None:
+        """Read the gradients that the framework is about to apply; `stepped` judges them.
+
+        Call after the backward (inside a closure too), before the optimizer step and before clipping. Several
+        optimizers: once for each. A scaler's gradients may be unscaled already or not. Without this call, a step is
+        judged by its loss and its weights.
+
+        Args:
+            optimizer: Whose parameters are meant; None: all that are governed.
+        """
+        if self.is_disabled:
+            return
+        if optimizer is None:
+            parameters = self._keeper.state.roster()[0]
+        else:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = observe.gradients(parameters)
+        key = id(optimizer)
+        if self._keeper.reads_late:
+            self._gradients[key] = self._read_late(grads)
+            return
+        norm, bad = observe.gradient_norm(grads)
+        # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
+        bad += self._gradients[key].bad if key in self._gradients else 0
+        skipped = float(self._update.scaler is not None and bad > 0)
+        scale = self._scale()
+        self._gradients[key] = _Gradients(
+            norm if norm is None or scale is None else norm / float(scale), bad, (), skipped
+        )
+
+    def _read_late(self, grads: Sequence[torch.Tensor]) -> _Gradients:
+        norms = observe.norms(grads)
+        if self._update.scaler is None or not norms:
+            return _Gradients(None, 0, norms, 0.0)
+        scale = self._scale()
+        if scale is None:
+            return _Gradients(None, 0, norms, self._update.skipped_by_scaler())
+        # the optimizer will unscale by itself, and skip what is not finite
+        skipped = (~torch.isfinite(observe.total_norm(norms))).float()
+        return _Gradients(None, 0, [each / scale for each in norms], skipped)
+
+    def _scale(self) -> torch.Tensor | None:
+        """What the gradients are multiplied by, a scalar on the device: None where somebody has unscaled them."""
+        scaler = self._update.scaler
+        if scaler is None:
+            return None
+        states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in self._update.optimizers]
+        return None if any(state["stage"].name != "READY" for state in states) else scaler._scale
+
+    def stepped(
+        self,
+        *,
+        loss: Loss = None,
+        is_last: bool = False,
+        scaler_skipped: bool | None = None,
+        **signs: torch.Tensor | float,
+    ) -> StepResult:
+        """Judge an optimizer step that the framework has made; then snapshot, or roll back and arrange the data.
+
+        Call once per optimizer step (or skipped step), right after it and its scheduler. All batches that `watch` has
+        delivered since the last call belong to it. A snapshot that is due is taken when the next batch is asked for, so
+        that it holds whatever the framework does after this call.
+
+        Args:
+            loss: Scalar tensor or float, not divided by the number of micro-batches; a sequence for several of them.
+            is_last: No later step can be waited for (the end of an epoch or of the run, or a file is to be written):
+                wait for all verdicts. A suspicion that is still open is answered by a rollback and a replay, once; if
+                it returns it passes.
+            scaler_skipped: The scaler did not apply this step. None: read from the gradients, if there is a scaler.
+            **signs: Further vital signs by name.
+
+        Returns:
+            As `TolariaGovernor.step`. Where `rolled_back`, `num_again` says how many batches come again; the caller
+            takes the framework's own counters back.
+
+        Raises:
+            RetryBudgetExceeded, NoSnapshot, StateMismatch, UnsupportedState: As for `step`.
+        """
+        if self.is_disabled:
+            return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
+        self._require_boundary("judging a step")
+        sent = self._sent(loss, scaler_skipped, signs)
+        self._course.account(sent)
+        if is_last:
+            self._course.judge_all()
+        result = self._course.conclude(sent)
+        if is_last and not result.rolled_back:
+            result = self._answer_doubt(result)
+        return result
+
+    def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
+        found = list(self._gradients.values())
+        self._gradients.clear()
+        read = [each.norm for each in found if each.norm is not None]
+        skipped: Scalar = sum((each.skipped for each in found), start=0.0)
+        if scaler_skipped is not None:
+            skipped = float(scaler_skipped)
+        step = self._course.completed + 1
+        numbers: dict[str, Scalar] = {
+            "loss": observe.mean_loss(loss),
+            "grad_norm": math.sqrt(sum(norm * norm for norm in read)) if read else None,
+            "nonfinite_gradients": sum(each.bad for each in found),
+            "scaler_skipped": skipped,
+        }
+        lists: dict[str, Sequence[torch.Tensor]] = {}
+        if norms := [norm for each in found for norm in each.norms]:
+            lists["gradients"] = norms
+        trained = self._keeper.state.roster()[1]
+        if step % self.config.check_weights_every == 0:
+            if self._keeper.reads_late:
+                lists["weights"] = observe.norms(trained)
+            else:
+                numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
+        numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}
+        return Sent(
+            step=step,
+            reading=self._readings.send(numbers, lists),
+            skipped=not isinstance(skipped, torch.Tensor) and bool(skipped),
+            torn=self._keeper.driver.state.torn,
+        )
+
+    def _answer_doubt(self, result: StepResult) -> StepResult:
+        """At the end: an open suspicion is a panic the first time. Transient damage does not return on the replay."""
+        verdict, batch = result.verdict, self._feed.upcoming
+        if self.config.mode != "act" or verdict.health is not Health.SUSPECT or batch == self._doubted:
+            return result
+        self._doubted = batch
+        panic = replace(verdict, health=Health.PANIC, reason=f"{verdict.reason}, still open at the end")
+        self._course.answer(VitalSigns(step=verdict.step), panic)
+        return replace(result, verdict=panic, rolled_back=True)
+
+    def finish(self) -> bool:
+        """Wait for all verdicts; a panic among them is answered by a rollback without replay. Call at the end.
+
+        Returns:
+            Whether the state was rolled back.
+        """
+        if self.is_disabled or self._closed:
+            return False
+        self._require_boundary("finishing")
+        if self.config.mode == "observe":
+            self._course.watch_only(wait=True)
+            return False
+        panic = self._course.catch_up(wait=True)
+        if panic is not None:
+            self.execute_rollback(reason=panic[1].reason)
+        return panic is not None
+
+    def fence(self) -> None:
+        """Take a snapshot, and let no later rollback go further back than it.
+
+        Call where the framework has done what a rollback cannot undo or repeat, as between two epochs: validation,
+        schedulers and hooks of the epoch, checkpoints. The snapshot is manual: vouched for by the adapter, after all
+        steps so far have been judged. Gradients that are alive are not in it.
+
+        Raises:
+            SnapshotRejected: The train state is not finite, also after going back to the newest good snapshot.
+        """
+        if self.is_disabled or self.config.mode == "observe":
+            return
+        if ring.newest_good(self._keeper.ring) is None:
+            self.begin()
+            return
+        self.finish()
+        if self._take_fence():
+            return
+        self.execute_rollback(reason="non-finite train state between two epochs")
+        if not self._take_fence():
+            raise SnapshotRejected(
+                f"starting an epoch at step {self._course.completed}",
+                "the train state is not finite after a rollback",
+                "Start from a checkpoint.",
+            )
+
+    def _take_fence(self) -> bool:
+        """A manual snapshot, after which the older ones are given up. False when it is not finite."""
+        with Shield() as shield:
+            # candidates in probation could be busy with all slots, and none of them is needed any more
+            self._keeper.give_up(lambda slot: slot.in_probation)
+            info, found = self._course.take(shield, manual=True, wait=True)
+            poisoned = found is not None and bool(found.nonfinite)
+            serial = info.serial
+            self._keeper.give_up(lambda slot: slot.snapshot == serial if poisoned else slot.snapshot < serial)
+        return not poisoned
