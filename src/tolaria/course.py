@@ -27,7 +27,7 @@ from tolaria.errors import (
 )
 from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
-from tolaria.keeper import Keeper, Target
+from tolaria.keeper import Keeper
 from tolaria.operations import Inspection
 from tolaria.pace import Pace
 from tolaria.records import Health, Journal, Statistics, StepResult, Verdict, VitalSigns
@@ -35,6 +35,7 @@ from tolaria.reexecute import Reexecution
 from tolaria.report import Ledger, RollbackReport, SnapshotInfo, incident_of, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
+from tolaria.target import Target
 from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096

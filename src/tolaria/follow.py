@@ -168,7 +168,8 @@ class FollowingGovernor(TolariaGovernor):
             RetryBudgetExceeded, NoSnapshot, StateMismatch, UnsupportedState: As for `step`.
         """
         if self.is_disabled:
-            return StepResult(verdict=Verdict(Health.HEALTHY, self._course.completed), rolled_back=False, skipped=False)
+            done = self._course.completed
+            return StepResult(verdict=Verdict(Health.HEALTHY, done), rolled_back=False, skipped=False, step=done)
         self._require_boundary("judging a step")
         sent = self._sent(loss, scaler_skipped, signs)
         self._course.account(sent)

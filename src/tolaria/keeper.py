@@ -28,7 +28,6 @@ from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
 from tolaria.errors import (
     BudgetExceeded,
-    NoSnapshot,
     PhaseError,
     SlotsBusy,
     SnapshotRejected,
@@ -43,8 +42,7 @@ from tolaria.shield import Shield
 from tolaria.snapshot import Vault
 from tolaria.state.leaves import Storage, is_page_locked
 from tolaria.state.train_state import TrainState
-
-Target = SnapshotInfo | int | None
+from tolaria.target import Target, chooser
 
 _MOST_ATTEMPTS = 3  # at a rollback that does not read back as its snapshot
 _MOST_DRAINED = 3  # slots of main memory for snapshots that are drained from devices, unless asked for otherwise
@@ -393,7 +391,7 @@ class Keeper:
             read_back=read_back or self.reads_late,
             routine=routine,
         )
-        choose = _chooser(to, generations_back, onset)
+        choose = chooser(to, generations_back, onset)
         done = self._submit(shield, submit(choose=choose, verify_before=verify_before))
         panic_step = completed()
         done, verified = self._verified_now(shield, done, submit)
@@ -454,33 +452,6 @@ class Keeper:
         thread = threading.get_ident()
         found = self.driver.submit(protocol.reinspect(thread, done.slot.index, done.slot.snapshot, self.ground))
         return None if found is None else found.intact, False
-
-
-def _chooser(to: Target, generations_back: int, onset: int | None) -> Callable[[Ring, int | None], Slot | None]:
-    def newest(slots: Ring, before: int | None) -> Slot | None:
-        earlier = tuple(slot for slot in slots if onset is None or slot.completed < onset)
-        slots = earlier if ring.newest_good(earlier, before) is not None else slots
-        chosen = ring.newest_good(slots, before)
-        for _ in range(generations_back):
-            older = None if chosen is None else ring.newest_good(slots, chosen.snapshot)
-            chosen = older or chosen
-        return chosen
-
-    def named(slots: Ring, before: int | None) -> Slot | None:
-        if before is not None:  # the one that was asked for is corrupted: only an older good one will do
-            return ring.newest_good(slots, before)
-        slot = ring.by_step(slots, to) if isinstance(to, int) else ring.by_serial(slots, to.serial if to else -1)
-        if slot is None:
-            held = sorted({s.step for s in slots if s.phase in ring.READABLE})
-            wanted = f"step {to}" if isinstance(to, int) else f"the snapshot of step {to.step if to else None}"
-            raise NoSnapshot(
-                "rolling back",
-                f"{wanted} is not held, held are steps {held}",
-                "Choose one of those, or leave `to` out.",
-            )
-        return slot
-
-    return newest if to is None else named
 
 
 def _with_ring(state: HostState, slots: Ring) -> HostState:
