@@ -36,8 +36,8 @@ class Drill:
     """Number of drills, with consecutive seeds."""
 
     steps: int | None = None
-    """Optimizer steps of each run, 600 unless given: 600 or more for gpt, 400 or more for digits. Of cartpole: rounds of
-    PPO, 60 or more, 140 unless given."""
+    """Optimizer steps of each run, 600 unless given: 600 or more for gpt, 400 or more for digits. For cartpole: rounds
+    of PPO, 60 or more, 140 unless given."""
 
     device: str = "auto"
     """Device to train on; auto takes CUDA where there is any, else the CPU."""

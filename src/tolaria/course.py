@@ -81,13 +81,12 @@ class Course:
         self.verdict = Verdict(Health.HEALTHY, 0)
         self.keeper: Keeper
         self.feed: Feed
-        self.again: Reexecution
 
     def begin(self, keeper: Keeper, feed: Feed) -> None:
         """Take on snapshots and data of the run. Separate from construction: the keeper reads our journal."""
         self.keeper, self.feed = keeper, feed
         self._pace = Pace(self.config.effective_cadence(keeper.lag))
-        every = self.config.reexecute_every if self.config.mode == "act" else 0
+        every = self.config.reexecute_every * (self.config.mode == "act")
         self.again = Reexecution(every, keeper, feed, lambda: self._rewind(range(0)), self.count)
 
     # ------------------------------------------------------------ what a snapshot holds of us
