@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import torch
 
 from tolaria.arena import WIDER, Arena, needs_a_look
 from tolaria.device import Device, DeviceSet, QueuedDevice
+from tolaria.kernels import Tally
 from tolaria.operations import Barrier
 from tolaria.state.leaves import Leaves, finiteness, is_finite
 
@@ -19,15 +19,6 @@ _numbers = itertools.count(1)
 
 Digest = tuple[tuple[str, int], ...]
 """Per device, in order of names: xxh3-128 of main memory, that of `kernels` elsewhere."""
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """Of one device with a queue: where it adds up, where it arrives, and when."""
-
-    total: torch.Tensor  # shape [2], int64, on the device: digest, and 1 if something is not finite
-    row: torch.Tensor  # the same in page-locked memory
-    event: Any = None
 
 
 @dataclass(slots=True, eq=False)
@@ -44,78 +35,82 @@ class Examination:
     digests: dict[str, int] = field(default_factory=dict)
     finite: bool = True
     under_way: bool = False
-    _answers: dict[str, _Answer] = field(default_factory=dict)
+    _tallies: dict[str, Tally] = field(default_factory=dict)
+    _events: dict[str, Any] = field(default_factory=dict)
 
     def reserve(self, names: Iterable[str]) -> None:
         """Take the memory that the answers of these devices need. Page-locks some: no capture may be in progress."""
         wanted = set(names)
-        for name in set(self._answers) - wanted:
-            del self._answers[name]
+        for name in set(self._tallies) - wanted:
+            del self._tallies[name]
         for name in sorted(wanted):
             port = self.devices[name]
-            if port.barrier is not Barrier.HOST and name not in self._answers:
+            if port.barrier is not Barrier.HOST and name not in self._tallies:
                 with port.on_stream():
                     total = torch.zeros(2, dtype=torch.int64, device=name)
-                self._answers[name] = _Answer(total, torch.zeros(2, dtype=torch.int64).pin_memory())
+                self._tallies[name] = Tally(total, torch.zeros(2, dtype=torch.int64).pin_memory())
 
     def begin(self) -> None:
-        """Start from nothing, behind what the devices' own streams were given so far."""
+        """Start from nothing. What is added is launched behind what the devices' own streams were given so far."""
         self.digests.clear()
+        self._events.clear()
         self.finite = self.under_way = True
-        for name, answer in self._answers.items():
-            answer.event = None
-            self.devices[name].enqueue(functools.partial(_clear, answer.total))
+        for tally in self._tallies.values():
+            tally.is_fresh, tally.is_sent = True, False
+            # an answer that never came must not pass for one: no two readings start from the same number
+            tally.row[0], tally.row[1] = -next(_numbers), 1
 
-    def total(self, name: str) -> torch.Tensor:
+    def tally(self, name: str) -> Tally:
         """What readings of that device are added to."""
-        return self._answers[name].total
+        return self._tallies[name]
 
     def send(self) -> None:
-        """Everything of a device has been asked for: let the answers travel."""
-        for name, answer in self._answers.items():
+        """Everything of a device has been asked for: let the answers travel that do not yet."""
+        for name, tally in self._tallies.items():
             port = self.devices[name]
-            # an answer that never came must not pass for one: no two readings start from the same number
-            answer.row[0], answer.row[1] = -next(_numbers), 1
-            port.enqueue(functools.partial(_send, answer.row, answer.total))
-            answer.event = _queued(port).stream_record() if port.barrier is Barrier.CONTEXT else None
+            if not tally.is_sent:
+                port.enqueue(_send(tally))
+            if port.barrier is Barrier.CONTEXT:
+                self._events[name] = _queued(port).stream_record()
 
     def has_arrived(self) -> bool:
         """Whether asking for the answer would not wait."""
-        events = ((name, answer.event) for name, answer in self._answers.items() if answer.event is not None)
-        return all(_queued(self.devices[name]).has_passed(event) for name, event in events)
+        return all(_queued(self.devices[name]).has_passed(event) for name, event in self._events.items())
 
     def wait(self) -> None:
         """Until the answer is there. Who asks again does not wait again."""
         if not self.under_way:
             return
-        for name, answer in self._answers.items():
+        for name in self._tallies:
             port = self.devices[name]
-            if answer.event is not None:
-                _queued(port).host_wait(answer.event)
+            if name in self._events:
+                _queued(port).host_wait(self._events[name])
             elif port.barrier is Barrier.BLOCKING:
                 port.synchronize()
         self.under_way = False
 
     def digest(self) -> Digest:
         """The digest; the answer must be there."""
-        found = {**self.digests, **{name: int(answer.row[0]) for name, answer in self._answers.items()}}
+        found = {**self.digests, **{name: int(tally.row[0]) for name, tally in self._tallies.items()}}
         return tuple(sorted(found.items()))
 
     def is_finite(self) -> bool:
         """Whether all is well; False means: look again, tensor by tensor."""
-        return self.finite and not any(int(answer.row[1]) for answer in self._answers.values())
+        return self.finite and not any(int(tally.row[1]) for tally in self._tallies.values())
 
 
 def _queued(port: Device) -> QueuedDevice:
     return cast("QueuedDevice", port)
 
 
-def _clear(total: torch.Tensor) -> None:
-    total.zero_()
+def _send(tally: Tally) -> Callable[[], None]:
+    before, behind = tally.adding(last=True)
 
+    def send() -> None:
+        for launch in (*before, *behind):
+            launch()
 
-def _send(row: torch.Tensor, total: torch.Tensor) -> None:
-    row.copy_(total, non_blocking=True)
+    return send
 
 
 def host_is_finite(arena: Arena, leaves: Leaves, device: torch.device) -> bool:

@@ -191,6 +191,35 @@ _VIEWS = {
 }
 
 
+class Tally:
+    """Where the readings of one device add up, and where the answer arrives.
+
+    Attributes:
+        total: shape [2], int64, on the device: the digest, and 1 if something is not finite.
+        row: The same in page-locked memory.
+        is_fresh: Nothing has been added since it was begun, so `total` still has to be cleared.
+        is_sent: The answer is on its way to `row`.
+    """
+
+    def __init__(self, total: torch.Tensor, row: torch.Tensor) -> None:
+        self.total, self.row = total, row
+        self.is_fresh = self.is_sent = False
+
+    def adding(self, *, last: bool = False) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+        """What has to be launched together with something that adds: before it, and behind it. Once per launch."""
+        before, behind = [self.clear] if self.is_fresh else [], [self.send] if last else []
+        self.is_fresh, self.is_sent = False, self.is_sent or last
+        return before, behind
+
+    def clear(self) -> None:
+        """Launch: forget what was added."""
+        self.total.zero_()
+
+    def send(self) -> None:
+        """Launch: let the answer travel."""
+        self.row.copy_(self.total, non_blocking=True)
+
+
 class Sweep:
     """Pairs of equally large blocks on one device. The table of addresses is laid once and used any number of times.
 

@@ -7,13 +7,13 @@ main memory.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
 
 from tolaria.device import Device, HostDevice
-from tolaria.kernels import Finite, Side, Sweep
+from tolaria.kernels import Finite, Side, Sweep, Tally
 from tolaria.operations import Barrier
 from tolaria.state.leaves import finiteness
 
@@ -21,8 +21,7 @@ from tolaria.state.leaves import finiteness
 class Route(Protocol):
     """Copies and readings of one device and one part. What is asked for is enqueued where the device has a queue.
 
-    An answer has shape [2], int64: the digest is added to the first number, the second becomes 1 if something is not
-    finite that ought to be. Main memory takes no answers: it is read by `Vault` as a whole.
+    Readings are added to a `Tally`. Main memory takes none: it is read by `Vault` as a whole.
     """
 
     reads_while_copying: bool
@@ -34,14 +33,14 @@ class Route(Protocol):
     is_compiled: bool | None
     """Whether a kernel of ours does the work; None where none is needed."""
 
-    def capture(self, answer: torch.Tensor | None) -> None:
+    def capture(self, tally: Tally | None) -> None:
         """Live storages -> slot."""
 
     def restore(self) -> None:
         """Slot -> live storages."""
 
-    def read(self, side: Side, answer: torch.Tensor) -> None:
-        """Read one side."""
+    def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
+        """Read one side; with `last` the answer travels right behind it."""
 
     def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
         """Whether it would be laid the same way again."""
@@ -58,13 +57,13 @@ class HostRoute:
     def __init__(self, port: HostDevice, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
         self._port, self._live, self._held = port, live, held
 
-    def capture(self, answer: torch.Tensor | None) -> None:
+    def capture(self, tally: Tally | None) -> None:
         self._port.copy(self._held, self._live)
 
     def restore(self) -> None:
         self._port.copy(self._live, self._held)
 
-    def read(self, side: Side, answer: torch.Tensor) -> None:
+    def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
         raise NotImplementedError  # never asked: see the class of the answers
 
     def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
@@ -103,10 +102,15 @@ class DeviceRoute:
     def _swept(self) -> Sequence[torch.Tensor] | None:
         return self._held
 
-    def capture(self, answer: torch.Tensor | None) -> None:
-        sweep, doubtful, taken = self._sweep, self._doubtful, answer if self.reads_while_copying else None
+    def capture(self, tally: Tally | None) -> None:
+        sweep, doubtful = self._sweep, self._doubtful
+        answer = None if tally is None else tally.total
+        taken = answer if self.reads_while_copying else None
+        before = _before(tally)
 
         def copy() -> None:
+            for launch in before:
+                launch()
             sweep.run(Side.LIVE, copy=True, answer=taken)
             if answer is not None:
                 _doubt(doubtful, answer)
@@ -121,11 +125,16 @@ class DeviceRoute:
 
         self._port.enqueue(copy)
 
-    def read(self, side: Side, answer: torch.Tensor) -> None:
-        sweep = self._sweep
+    def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
+        sweep, answer = self._sweep, tally.total
+        before, behind = tally.adding(last=last)
 
         def read() -> None:
+            for launch in before:
+                launch()
             sweep.run(side, copy=False, answer=answer)
+            for launch in behind:
+                launch()
 
         self._port.enqueue(read)
 
@@ -155,10 +164,14 @@ class TransferRoute(DeviceRoute):
     def _swept(self) -> Sequence[torch.Tensor] | None:
         return None
 
-    def capture(self, answer: torch.Tensor | None) -> None:
+    def capture(self, tally: Tally | None) -> None:
         sweep, doubtful, live, held = self._sweep, self._doubtful, self._live, self._held
+        answer = None if tally is None else tally.total
+        before = _before(tally)
 
         def copy() -> None:
+            for launch in before:
+                launch()
             if answer is not None:
                 sweep.run(Side.LIVE, copy=False, answer=answer)
                 _doubt(doubtful, answer)
@@ -196,6 +209,10 @@ def transfer(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
     """Copy flat uint8 tensors pairwise between an accelerator and page-locked memory, on the current stream."""
     for destination, source in zip(destinations, sources, strict=True):
         destination.copy_(source, non_blocking=True)
+
+
+def _before(tally: Tally | None) -> list[Callable[[], None]]:
+    return [] if tally is None else tally.adding()[0]
 
 
 def _doubt(doubtful: Sequence[torch.Tensor], answer: torch.Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 Handler = Any
 
 _NUMBERS = tuple(int(number) for number in signal.valid_signals())  # asking takes longer than a small rollback
+# what is under `signal.getsignal`: asked for every signal at every submission, and enums are slow
+_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 
 
 class Shield:
@@ -30,7 +32,7 @@ class Shield:
         if threading.current_thread() is threading.main_thread():
             try:
                 for number in _NUMBERS:
-                    handler = signal.getsignal(number)
+                    handler = _handler_of(number)
                     if callable(handler):
                         self._held[number] = handler
                         signal.signal(number, self._note)
@@ -55,7 +57,7 @@ class Shield:
                 signal.signal(number, self._held[number])
             except BaseException as error:
                 raised = raised or error
-            if signal.getsignal(number) != self._note:
+            if _handler_of(number) != self._note:
                 del self._held[number]
         if raised is not None:
             raise raised

@@ -280,7 +280,7 @@ class Vault:
             route.restore()
         else:
             host = self.devices[op.device].barrier is Barrier.HOST
-            route.capture(None if host else slot.first.total(op.device))
+            route.capture(None if host else slot.first.tally(op.device))
 
     @torch.inference_mode(False)
     def transfer(self, op: Transfer) -> Events:
@@ -351,7 +351,7 @@ class Vault:
         """Complete the first reading. What the copies have not read in passing is read now."""
         for (name, _), route in slot.routes.items():
             if self.devices[name].barrier is not Barrier.HOST and not route.reads_while_copying:
-                route.read(Side.HELD, slot.first.total(name))
+                route.read(Side.HELD, slot.first.tally(name))
         slot.first.send()
 
     def is_examined(self, index: int) -> bool:
@@ -372,7 +372,7 @@ class Vault:
             slot.restored.begin()
         for (name, part), route in slot.routes.items():
             if part is op.part and self.devices[name].barrier is not Barrier.HOST:
-                route.read(Side.LIVE, slot.restored.total(name))
+                route.read(Side.LIVE, slot.restored.tally(name), last=part is parts[-1])
         if op.part is parts[-1]:
             for device in held.flat:
                 if self.devices[str(device)].barrier is Barrier.HOST:
@@ -438,7 +438,7 @@ class Vault:
             slot.again.begin()
             for (name, _), route in slot.routes.items():
                 if self.devices[name].barrier is not Barrier.HOST:
-                    route.read(Side.HELD, slot.again.total(name))
+                    route.read(Side.HELD, slot.again.tally(name))
             slot.again.send()
             slot.again.wait()
             for name, number in slot.again.digest():

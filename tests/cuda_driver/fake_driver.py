@@ -30,7 +30,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tolaria.kernels import Sweep
+from tolaria.kernels import Sweep, Tally
 
 MAIN = 0
 GLOBAL, RELAXED = 0, 2
@@ -124,6 +124,8 @@ def _reachable(value: Any) -> Iterator[torch.Tensor]:
         yield from _reachable((value.func, *value.args, *value.keywords.values()))
     elif isinstance(value, Sweep):
         yield from (*value._live, *value._held)
+    elif isinstance(getattr(value, "__self__", None), Tally):
+        yield from (value.__self__.total, value.__self__.row)
     else:
         for cell in getattr(value, "__closure__", None) or ():
             yield from _reachable(cell.cell_contents)

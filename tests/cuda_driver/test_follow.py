@@ -18,7 +18,8 @@ def follow(late: Any) -> Iterator[Callable[..., FollowingGovernor]]:
     made: list[FollowingGovernor] = []
 
     def make(run: Any, **parts: Any) -> FollowingGovernor:
-        config = GovernorConfig(cadence=4, probation=4, keep_batches=64)
+        # draining waits for the device on a thread of its own
+        config = GovernorConfig(cadence=4, probation=4, keep_batches=64, host_slots=0, scrub_every=0)
         made.append(
             FollowingGovernor(
                 run.model, run.optimizer, scheduler=run.scheduler, config=config, detector=non_finite(), **parts

@@ -224,7 +224,7 @@ def test_wait_for_staged_and_sealed(late, govern):
     governor = govern(nn.Linear(3, 3))
     info = governor.snapshot()
     assert info.state == "staged"
-    assert late.pending(late.own()) == 4  # clear, copy, read, send
+    assert late.pending(late.own()) == 3  # copy, read, send
     assert info.wait() is info
     assert (info.state, late.pending(late.own())) == ("staged", 2)  # the reading goes on
     assert info.wait("sealed").state == "sealed"
@@ -599,7 +599,7 @@ def test_while_another_thread_captures_steps_go_on_and_snapshots_wait(late, gove
 def test_closing_waits_for_copies_under_way(late, govern, run):
     governor = govern(run.model, run.optimizer)
     governor.snapshot()
-    assert late.pending(late.own()) == 6
+    assert late.pending(late.own()) == 5
     governor.close()
     assert late.pending(late.own()) == 0
 
@@ -609,7 +609,7 @@ def test_a_dropped_governor_waits_for_copies_under_way_and_frees_its_slots(late,
     governor.snapshot()
     flat = weakref.ref(governor._keeper.vault.slots[0].arena.flat[torch.device("cpu")])
     stream = late.own()
-    assert late.pending(stream) == 6
+    assert late.pending(stream) == 5
     del governor
     gc.collect()
     assert late.pending(stream) == 0
@@ -634,9 +634,9 @@ def test_each_governor_waits_for_its_own_work_only(late, govern):
     before = weights(two)
     first.snapshot()
     second.snapshot()
-    assert [late.pending(stream) for stream in streams] == [4, 4]
+    assert [late.pending(stream) for stream in streams] == [3, 3]
     first.close()
-    assert [late.pending(stream) for stream in streams] == [0, 4]
+    assert [late.pending(stream) for stream in streams] == [0, 3]
     with second.using(), torch.no_grad():
         two.weight.fill_(3)
     second.execute_rollback()
