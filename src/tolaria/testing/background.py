@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tolaria import ring
-from tolaria.operations import Barrier, HostWait, Inspect, ReadLive, Transfer
+from tolaria.operations import Barrier, CaptureHost, HostWait, Inspect, ReadLive, Transfer
 from tolaria.protocol import Ground, RolledBack, drain, reinspect_restored, rollback
 from tolaria.ring import Tier
 from tolaria.testing.programs import (
@@ -193,7 +193,16 @@ _DRAINING = (
         options=BUSY,
     ),
     Scenario(
-        "draining into a slot that was given up",
+        "draining into a slot of a snapshot that failed",
+        "A snapshot of the host tier fails when its copies are ordered but not made, and its slot is drained into.",
+        lambda b: [governor(tried(take(0, b))), governor(drained(1, b))],
+        both(_slots_hold_what_they_say, _first_is_held),
+        QUEUES,
+        held=Held(free=0, modelled=True, host=1),
+        options={"tier": Tier.HOST, "may_fail": ((0, CaptureHost),), **BUSY},
+    ),
+    Scenario(
+        "draining into a slot that was dropped",
         "A rollback drops a snapshot of the host tier whose copies have not been made, and its slot is drained into.",
         _left_slot,
         both(_slots_hold_what_they_say, _first_is_held),
