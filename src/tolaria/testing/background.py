@@ -35,7 +35,7 @@ from tolaria.testing.scenarios import QUEUES, Held, Scenario, Thread, governor, 
 from tolaria.testing.world import VARIABLES, Program, World
 
 BUSY = {"may_raise": ("SlotsBusy",)}
-BUFFER = ("b0", "p0")
+BUFFER, PINNED = ("b0", "p0"), ("p0", "h0")
 
 
 def read_back(thread: int, barrier: Barrier, choose: Callable[..., Any] = ring.newest_good) -> Program:
@@ -136,6 +136,13 @@ _READ_BACK = (
         lambda b: [user(writer(0, "N", "A")), governor(read_back(1, b))],
         both(uniform("S", "N"), undisturbed, rolled_back(1)),
         options={"may_fail": ((1, ReadLive),)},
+    ),
+    Scenario(
+        "reading back page-locked memory",
+        "What the host restored it also reads back, before a step can begin.",
+        lambda b: [user(writer(0, "N", "A", variables=PINNED)), governor(read_back(1, b))],
+        both(uniform("S", "N"), undisturbed),
+        variables=PINNED,
     ),
     Scenario(
         "reading back beside an unregistered writer",
