@@ -118,6 +118,33 @@ def skipping(program: Program, wanted: Callable[[Any], bool], number: int | None
     return run
 
 
+def unfollowed(program: Program, first: Any, late: type[Any]) -> Program:
+    """The same program without the operations of one kind that directly follow `first`. They answer None."""
+
+    def run() -> Iterator[Any]:
+        inner: Any = program()
+        last: Any = None
+        try:
+            op = next(inner)
+            while True:
+                if last == first and isinstance(op, late):
+                    op = inner.send(None)
+                    continue
+                last = op
+                try:
+                    result = yield op
+                except Exception as error:
+                    op = inner.throw(error)
+                else:
+                    op = inner.send(result)
+        except StopIteration as end:
+            return end.value
+        finally:
+            dispose(inner)
+
+    return run
+
+
 def changing(label: str, function: Callable[[Any, HostState], Any]) -> Callable[[Any], Any]:
     """For `altered`: a `Change` of that label is made by ``function(op, state)`` instead."""
 

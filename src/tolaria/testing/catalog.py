@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from tolaria import ring
 from tolaria.operations import Barrier, CaptureHost, Check, ContextRecord, Copy, RestoreHost
+from tolaria.testing.background import BACKGROUND
 from tolaria.testing.programs import (
     FOREIGN,
     FORWARD,
@@ -447,6 +448,7 @@ _CAPTURES = (
 
 
 SCENARIOS: dict[str, Scenario] = {
-    scenario.name: scenario for scenario in (*_ROLLBACKS, *_SNAPSHOTS, *_beside_queued_work(), *_READINGS, *_CAPTURES)
+    scenario.name: scenario
+    for scenario in (*_ROLLBACKS, *_SNAPSHOTS, *_beside_queued_work(), *_READINGS, *_CAPTURES, *BACKGROUND)
 }
 """By name, in the order of the table."""

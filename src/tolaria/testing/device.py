@@ -1,7 +1,7 @@
 """The simulated device: streams as FIFO queues, events as counts, memory as cells, captures, allocation and reuse.
 
 Every function takes a `World` and answers the next one. An item of a queue is a plain tuple, its first entry one of
-``write``, ``read``, ``wait``, ``capture``, ``restore``, ``examine``, ``compare`` and ``gate``.
+``write``, ``read``, ``wait``, ``capture``, ``restore``, ``examine``, ``look``, ``transfer`` and ``gate``.
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ from tolaria.operations import (
     Inspection,
     Part,
     Places,
+    ReadLive,
     Reserve,
     RestoreHost,
     StreamRecord,
     StreamWait,
     Survey,
     Synchronize,
+    Transfer,
 )
+from tolaria.ring import Tier
 from tolaria.testing.world import (
     HOST,
     OWN,
     QUEUED,
+    SECOND,
     Allocate,
     CaptureBegins,
     CaptureEnds,
     Close,
-    Compare,
     Faults,
     Fused,
     Handover,
@@ -49,7 +52,6 @@ from tolaria.testing.world import (
     Record,
     Replay,
     Version,
-    Wait,
     WaitFor,
     World,
     at,
@@ -63,11 +65,13 @@ class SimulatedDevice:
     """What operations do to a world.
 
     Args:
-        streams: Names, the governor's own last; empty on a machine without queues.
+        streams: Names, the governor's own last, its second one behind them if there is one; empty on a machine without
+            queues.
         homes: The stream on which each thread launches, empty for none.
         variables: Names of the variables.
         faults: Mutants.
         with_readings: Digests are modelled.
+        tier: Where snapshots are taken to.
     """
 
     def __init__(
@@ -77,8 +81,9 @@ class SimulatedDevice:
         variables: tuple[str, ...],
         faults: Faults,
         with_readings: bool,
+        tier: Tier = Tier.HOST,
     ) -> None:
-        self.streams, self.homes, self.variables = streams, homes, variables
+        self.streams, self.homes, self.variables, self.tier = streams, homes, variables, tier
         self.faults, self.with_readings = faults, with_readings
         self._number = {stream: number for number, stream in enumerate(streams)}
 
@@ -121,8 +126,13 @@ class SimulatedDevice:
             serial, values = world.readings[reading]
             entry = (serial, (*values, world.slots[slot][index]))
             return world._replace(readings=at(world.readings, reading, entry))
-        _, slot, index, cell = item
-        return world._replace(disturbed=world.disturbed or world.slots[slot][index] != world.cells[cell])
+        if kind == "transfer":
+            _, source, target, index = item
+            value = world.slots[source][index]
+            return world._replace(slots=at(world.slots, target, at(world.slots[target], index, value)))
+        _, number, index, cell = item
+        found = (*world.lives[number], (index, world.cells[cell]))
+        return world._replace(lives=at(world.lives, number, found))
 
     def enqueue(self, world: World, stream: str, *items: Item) -> World:
         """Hand work to a stream; without streams it is done at once."""
@@ -139,10 +149,13 @@ class SimulatedDevice:
     # ------------------------------------------------------------ what threads ask for
 
     def spoils(self, world: World, thread: int, op: Any) -> bool:
-        """Any barrier invalidates every capture in progress, and so does waiting inside one for outside work."""
+        """Any barrier invalidates every capture in progress, and so does waiting inside one for outside work.
+
+        So does taking page-locked memory, and a transfer where its caller waits for the device.
+        """
         if not world.captures:
             return False
-        if isinstance(op, ContextRecord | ContextWait | Synchronize):
+        if isinstance(op, ContextRecord | ContextWait | Synchronize | Reserve | Transfer):
             return True
         return isinstance(op, CallerWait) and self.faults.careless and world.is_capturing(thread)
 
@@ -150,18 +163,14 @@ class SimulatedDevice:
         """The world after an operation and its answer; None while it has to wait."""
         if isinstance(op, Survey | Check | Reserve | CaptureHost | RestoreHost | Copy | Examine | Inspect):
             return self._vault(world, thread, op)
-        if isinstance(op, Synchronize | HostWait | Wait):
+        if isinstance(op, Synchronize | HostWait):
             return (world, None) if self._may_go_on(world, op) else None
         if isinstance(op, ContextRecord | StreamRecord | ContextWait | StreamWait | CallerWait | Record | WaitFor):
             return self._order(world, thread, op)
         return self._user(world, thread, op)
 
-    def _may_go_on(self, world: World, op: Synchronize | HostWait | Wait) -> bool:
-        if isinstance(op, Synchronize):
-            return not any(world.queues)
-        if isinstance(op, Wait):
-            return not self.streams or not world.queues[self._number[OWN]]
-        return self._is_over(world, op.event)
+    def _may_go_on(self, world: World, op: Synchronize | HostWait) -> bool:
+        return not any(world.queues) if isinstance(op, Synchronize) else self._is_over(world, op.event)
 
     def _order(self, world: World, thread: int, op: Any) -> Answer:
         after, answer = world, None
@@ -188,15 +197,10 @@ class SimulatedDevice:
                 after = world._replace(surveyed=at(world.surveyed, thread, world.where))
             pinned = any(variable[0] == "h" for variable in self.variables)
             hosts = (HOST,) if pinned else ()
-            answer = Places((QUEUED,), hosts, pinned) if self.streams else Places(host=(QUEUED, *hosts))
+            queued, here = ((QUEUED,), hosts) if self.streams else ((), (QUEUED, *hosts))
+            answer = Places(queued, here, pinned and bool(queued), tier=self.tier)
         elif isinstance(op, Reserve):
-            after = world._replace(
-                layouts=at(world.layouts, op.slot, world.surveyed[thread]), surveyed=at(world.surveyed, thread, ())
-            )
-            if self.with_readings:
-                after = after._replace(
-                    examined=at(world.examined, op.slot, -1), digests=at(world.digests, op.slot, None)
-                )
+            after = self._reserve(world, thread, op)
         elif isinstance(op, CaptureHost | RestoreHost | Copy):
             after = self.note(world, thread, op)
             if isinstance(op, RestoreHost):
@@ -209,6 +213,47 @@ class SimulatedDevice:
         else:
             answer = Inspection()
         return after, answer
+
+    def _reserve(self, world: World, thread: int, op: Reserve) -> World:
+        layout = world.surveyed[thread] if op.like is None else world.layouts[op.like]
+        after = world._replace(layouts=at(world.layouts, op.slot, layout))
+        if op.like is None:
+            after = after._replace(surveyed=at(world.surveyed, thread, ()))
+        if not self.with_readings:
+            return after
+        return after._replace(examined=at(world.examined, op.slot, -1), digests=at(world.digests, op.slot, None))
+
+    def transfer(self, world: World, op: Transfer) -> tuple[World, Any]:
+        """Enqueue a transfer; the target takes over the digest. Answers its end; none: its caller waits for it."""
+        items = tuple(("transfer", op.source, op.target, index) for index in range(len(self.variables)))
+        after = world
+        if self.with_readings:
+            after = world._replace(digests=at(world.digests, op.target, world.digests[op.source]))
+        if SECOND not in self._number:
+            return self.enqueue(after, OWN, *items), ()
+        first, second = self._number[OWN], self._number[SECOND]
+        if not self.faults.overtaking:
+            after = self.enqueue(after, SECOND, ("wait", ((first, world.launched[first]),)))
+        after = self.enqueue(after, SECOND, *items)
+        return after, ((QUEUED, ((second, after.launched[second]),)),)
+
+    def looks(self, world: World, op: ReadLive) -> tuple[Items, Items]:
+        """What a reading of restored storages reads: what is enqueued, and what its caller reads, all of it at last."""
+        letters = {Part.BUFFERS: "b", Part.REST: "p"}[op.part] if self.streams else ""
+        last = "" if op.part is Part.BUFFERS else ("h" if self.streams else "bph")
+        number, layout = world.restored[op.slot], world.layouts[op.slot] or world.where
+        queued, here = (
+            tuple(("look", number, i, layout[i]) for i, variable in enumerate(self.variables) if variable[0] in wanted)
+            for wanted in (letters, last)
+        )
+        return queued, here
+
+    def begin_looking(self, world: World, op: ReadLive) -> World:
+        """The first part of a reading begins it; what is enqueued of this part is."""
+        after = world
+        if op.part is Part.BUFFERS:
+            after = world._replace(lives=(*world.lives, ()), restored=at(world.restored, op.slot, len(world.lives)))
+        return self.enqueue(after, OWN, *self.looks(after, op)[0]) if self.streams else after
 
     def note(self, world: World, thread: int, op: Copy | CaptureHost | RestoreHost) -> World:
         """Remember which snapshot a thread takes."""
@@ -231,11 +276,11 @@ class SimulatedDevice:
         serial = world.host.ring[op.slot].snapshot
         return tuple(("capture", op.slot, index, layout[index], serial) for index in wanted)
 
-    def read(self, world: World, slot: int, serial: int) -> World:
-        """Begin a reading; with streams, enqueue all of it."""
+    def read(self, world: World, slot: int, serial: int, here: bool = False) -> World:
+        """Begin a reading; with streams, enqueue all of it, unless its caller reads main memory."""
         reading = len(world.readings)
         after = world._replace(readings=(*world.readings, (serial, ())))
-        if not self.streams:
+        if not self.streams or here:
             return after
         return self.enqueue(after, OWN, *(("examine", reading, slot, index) for index in range(len(self.variables))))
 
@@ -287,10 +332,6 @@ class SimulatedDevice:
             after = self.enqueue(world, op.stream, ("gate",))
         elif isinstance(op, Open):
             after = world._replace(open=True)
-        elif isinstance(op, Compare):
-            layout = world.layouts[op.slot]
-            items = tuple(("compare", op.slot, index, cell) for index, cell in enumerate(layout))
-            after = self.enqueue(world, OWN, *items)
         else:
             raise AssertionError(f"the simulation has no answer to {op}")
         return after, answer

@@ -26,7 +26,8 @@ _HEAD = """# Schedules
 Written by `python -m tolaria.testing.golden docs` from what the model checker finds; a test compares. What it means,
 and what lies outside of it, is told in [proof.md](proof.md). `tolaria verify --replay TOKEN` shows a schedule again.
 
-In a picture, rows are threads (`T0`, `T1` ...) and streams (`A`, `B`, and `R`, the governor's own); columns are steps.
+In a picture, rows are threads (`T0`, `T1` ...) and streams (`A`, `B`, and the governor's own, `R` and `Q`); columns
+are steps.
 Values: O is in memory at the start, S in the snapshot, N and M come from optimizer steps.
 """
 

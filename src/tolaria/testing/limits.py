@@ -1,58 +1,25 @@
 """What the protocol does not cover: programs whose violation is known, so that it can be shown.
 
 An unregistered writer launches without asking the gate. It cannot be kept out by anything that works on the device. It
-is noticed if its write lands before a comparison of the live state with the slot reads that byte.
+is noticed if its write is there when that byte is read back; see `background` for what holds of all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tolaria.operations import Barrier, Change, ContextRecord, StreamWait, Synchronize
+from tolaria.operations import Barrier
+from tolaria.testing.background import read_back
 from tolaria.testing.explorer import IsGood
 from tolaria.testing.programs import is_uniform, roll_back, writer
 from tolaria.testing.scenarios import EVERY, Scenario, governor, user
-from tolaria.testing.simulator import Machine, dispose
-from tolaria.testing.world import QUEUED, Compare, Program, Wait, World
-
-
-def comparing(program: Program, barrier: Barrier) -> Program:
-    """A rollback that compares the live state with its slot before it commits, behind what was launched until then."""
-
-    def compare() -> Iterator[Any]:
-        if barrier is Barrier.CONTEXT:
-            event = yield ContextRecord(QUEUED)
-            yield StreamWait(QUEUED, event)
-        elif barrier is Barrier.BLOCKING:
-            yield Synchronize(QUEUED)
-        yield Compare(0)
-        yield Wait()
-
-    def run() -> Iterator[Any]:
-        inner: Any = program()
-        try:
-            op = next(inner)
-            while True:
-                if isinstance(op, Change) and op.label == "commit":
-                    yield from compare()
-                try:
-                    result = yield op
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            return end.value
-        finally:
-            dispose(inner)
-
-    return run
+from tolaria.testing.simulator import Machine
+from tolaria.testing.world import World
 
 
 def excluded_or_noticed(world: World) -> bool:
-    """The state is whole, or the comparison has found that it is not what was restored."""
+    """The state is whole, or the rollback was told that it is not what was restored."""
     return is_uniform(world.memory) or world.disturbed
 
 
@@ -85,13 +52,10 @@ class Limit:
         return self.scenario.machine(barrier)
 
 
-def _unregistered(name: str, says: str, compares: bool) -> Limit:
+def _unregistered(name: str, says: str, reads_back: bool) -> Limit:
     def threads(barrier: Barrier) -> list[Any]:
-        rollback = roll_back(1, barrier)
-        return [
-            user(writer(0, "N", "B", gated=False), "B"),
-            governor(comparing(rollback, barrier) if compares else rollback),
-        ]
+        rollback = read_back(1, barrier) if reads_back else roll_back(1, barrier)
+        return [user(writer(0, "N", "B", gated=False), "B"), governor(rollback)]
 
     return Limit(name, says, Scenario(name, says, threads, excluded_or_noticed, EVERY))
 
@@ -103,8 +67,8 @@ LIMITS: dict[str, Limit] = {
             "an unregistered writer", "A step of a thread that asks nobody, beside a rollback: torn, unnoticed.", False
         ),
         _unregistered(
-            "an unregistered writer, compared",
-            "The same with a comparison before the commit: a write that lands after the comparison has read its byte.",
+            "an unregistered writer, read back",
+            "The same beside a rollback that reads back what it restored: a write that lands after its byte was read.",
             True,
         ),
     )

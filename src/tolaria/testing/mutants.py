@@ -5,7 +5,7 @@ A mutant changes what the shipped generators ask for, or how it is performed; ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tolaria import ring
@@ -27,54 +27,13 @@ from tolaria.operations import (
 )
 from tolaria.ring import Slot, SlotPhase
 from tolaria.testing.alter import altered, asking, blind_to_captures, changing, delayed, skipping, ungated
-from tolaria.testing.catalog import SCENARIOS
-from tolaria.testing.explorer import IsGood
+from tolaria.testing.background_mutants import BACKGROUND
+from tolaria.testing.edges import EdgeMutant, dropping, mutant, without_change
 from tolaria.testing.scenarios import CONTEXT_ONLY, QUEUES, Faults, Removal, alters
-from tolaria.testing.simulator import Machine
 from tolaria.testing.world import Program
 
 HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
 FIRST, LAST = 0, 1  # of the two times that a blocking submission waits for the device
-
-
-@dataclass(frozen=True, slots=True)
-class EdgeMutant:
-    """One edge taken away.
-
-    Attributes:
-        name: Unique; the edge.
-        says: What is missing, in one sentence.
-        scenario: The program that shows it.
-        removal: What is changed.
-        barriers: With which it is tried.
-        kinds: How the violation may begin.
-    """
-
-    name: str
-    says: str
-    scenario: str
-    removal: Removal
-    barriers: tuple[Barrier, ...]
-    kinds: tuple[str, ...] = ("torn",)
-
-    def machine(self, barrier: Barrier) -> Machine:
-        """The scenario without the edge."""
-        return SCENARIOS[self.scenario].machine(barrier, self.removal)
-
-    @property
-    def is_good(self) -> IsGood:
-        """What the scenario asks of every end."""
-        return SCENARIOS[self.scenario].is_good
-
-
-def dropping(*kinds: type[Any]) -> Removal:
-    """Operations of some kinds are not performed."""
-    return Removal(drop=lambda op: isinstance(op, kinds))
-
-
-def without_change(*labels: str) -> Removal:
-    """Changes of the host state that never happen."""
-    return Removal(drop=lambda op: isinstance(op, Change) and op.label in labels)
 
 
 def without_wait(number: int) -> Removal:
@@ -186,34 +145,26 @@ def _queues_like_any_other(op: Any) -> Any:
     return Await(op.label, function, op.timeout_s)
 
 
-def _mutant(
-    name: str, says: str, scenario: str, removal: Removal, *barriers: Barrier, kinds: tuple[str, ...] = ("torn",)
-) -> EdgeMutant:
-    return EdgeMutant(name, says, scenario, removal, barriers, kinds)
-
-
 _EXCLUSIVE = Removal(drop=_is_exclusive)
 _DELAYS = Removal(governs=lambda program: delayed(program, RestoreHost, _is_commit))
 _BARRIERS_AND_GATE = [
-    _mutant("pre barrier", "No event covers the work of before.", "one writer", dropping(ContextRecord), CONTEXT),
-    _mutant("pre barrier (the copies' wait)", "R does not wait for it.", "one writer", dropping(StreamWait), CONTEXT),
-    _mutant("pre barrier (blocking)", "No wait before the copies.", "one writer", without_wait(FIRST), BLOCKING),
-    _mutant("post barrier", "Nobody waits for the copies.", "one writer", dropping(ContextWait), CONTEXT),
-    _mutant("post barrier (reader)", "Nobody waits for them.", "one reader", dropping(ContextWait), CONTEXT),
-    _mutant("post barrier (blocking)", "No wait after the copies.", "one writer", without_wait(LAST), BLOCKING),
-    _mutant("gate, shared side", "Steps ask nobody.", "one writer", Removal(uses=alters(ungated)), *Barrier),
-    _mutant(
+    mutant("pre barrier", "No event covers the work of before.", "one writer", dropping(ContextRecord), CONTEXT),
+    mutant("pre barrier (the copies' wait)", "R does not wait for it.", "one writer", dropping(StreamWait), CONTEXT),
+    mutant("pre barrier (blocking)", "No wait before the copies.", "one writer", without_wait(FIRST), BLOCKING),
+    mutant("post barrier", "Nobody waits for the copies.", "one writer", dropping(ContextWait), CONTEXT),
+    mutant("post barrier (reader)", "Nobody waits for them.", "one reader", dropping(ContextWait), CONTEXT),
+    mutant("post barrier (blocking)", "No wait after the copies.", "one writer", without_wait(LAST), BLOCKING),
+    mutant("gate, shared side", "Steps ask nobody.", "one writer", Removal(uses=alters(ungated)), *Barrier),
+    mutant(
         "gate, shared side (one launch)",
         "A fused step slips between the two barriers.",
         "one fused writer",
         Removal(uses=alters(ungated)),
         *QUEUES,
     ),
-    _mutant(
-        "gate, shared side (reader)", "Forwards ask nobody.", "one reader", Removal(uses=alters(ungated)), *Barrier
-    ),
-    _mutant("gate, exclusive side", "A rollback waits for nobody.", "one writer", _EXCLUSIVE, *Barrier),
-    _mutant(
+    mutant("gate, shared side (reader)", "Forwards ask nobody.", "one reader", Removal(uses=alters(ungated)), *Barrier),
+    mutant("gate, exclusive side", "A rollback waits for nobody.", "one writer", _EXCLUSIVE, *Barrier),
+    mutant(
         "gate, exclusive side (snapshot)",
         "A snapshot waits for nobody.",
         "a snapshot and the next step",
@@ -221,7 +172,7 @@ _BARRIERS_AND_GATE = [
         HOST,
         CONTEXT,
     ),
-    _mutant(
+    mutant(
         "gate, two owners",
         "A rollback does not ask whether a snapshot is being taken.",
         "a rollback during a snapshot",
@@ -229,7 +180,7 @@ _BARRIERS_AND_GATE = [
         HOST,
         kinds=("torn", "left behind", "raised"),
     ),
-    _mutant(
+    mutant(
         "gate, opened again",
         "The gate stays closed after a submission.",
         "one writer",
@@ -237,7 +188,7 @@ _BARRIERS_AND_GATE = [
         *Barrier,
         kinds=("deadlock", "left behind"),
     ),
-    _mutant(
+    mutant(
         "gate, sections of autograd",
         "An engine thread queues behind a rollback that waits for the section that waits for it.",
         "an engine thread",
@@ -245,22 +196,22 @@ _BARRIERS_AND_GATE = [
         *Barrier,
         kinds=("deadlock",),
     ),
-    _mutant("host state inside the barrier", "Loaded behind it.", "an extra: rollback", _DELAYS, *QUEUES),
-    _mutant(
+    mutant("host state inside the barrier", "Loaded behind it.", "an extra: rollback", _DELAYS, *QUEUES),
+    mutant(
         "host state before `done`",
         "What `state_dict` clones is read behind the end of the copies.",
         "an extra: snapshot",
         Removal(governs=lambda program: delayed(program, CaptureHost, _is_publish)),
         *QUEUES,
     ),
-    _mutant(
+    mutant(
         "transfers of page-locked memory",
         "The host does not wait for them.",
         "page-locked memory: rollback",
         dropping(HostWait),
         CONTEXT,
     ),
-    _mutant(
+    mutant(
         "transfers of page-locked memory (snapshot)",
         "The host does not wait for them.",
         "page-locked memory: snapshot",
@@ -280,32 +231,32 @@ _STAGED = Removal(
 _GRANTED = Removal(governs=alters(changing("choose a snapshot", _taken_for_granted)))
 _NEXT_STEP, _REUSE = "a snapshot and the next step", "slot reuse"
 _SLOTS = [
-    _mutant(
+    mutant(
         "forwards wait for the copies of buffers",
         "They do not.",
         "a snapshot of buffers",
         dropping(CallerWait),
         CONTEXT,
     ),
-    _mutant("writers wait for `done`", "They do not.", _NEXT_STEP, dropping(CallerWait), CONTEXT),
-    _mutant(
+    mutant("writers wait for `done`", "They do not.", _NEXT_STEP, dropping(CallerWait), CONTEXT),
+    mutant(
         "writers on any stream wait for `done`",
         "They do not.",
         "a snapshot and a writer on any stream",
         dropping(ContextWait),
         CONTEXT,
     ),
-    _mutant(
+    mutant(
         "slot rotation", "One slot for all.", "a rollback during a snapshot", _ROTATION, *Barrier, kinds=("raised",)
     ),
-    _mutant(
+    mutant(
         "slot rotation (certified)",
         "The last good snapshot is overwritten.",
         "three snapshots for three slots",
         _ROTATION,
         HOST,
     ),
-    _mutant(
+    mutant(
         "publish after the copies",
         "A slot may be chosen before its copies are ordered.",
         "a manual snapshot beside a verified rollback",
@@ -313,14 +264,14 @@ _SLOTS = [
         *Barrier,
         kinds=("misread", "torn"),
     ),
-    _mutant(
+    mutant(
         "publish after seal",
         "An automatic snapshot is a target before it was found finite.",
         "a snapshot that is not finite",
         _STAGED,
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "read behind the copies",
         "A slot is read later.",
         _REUSE,
@@ -328,7 +279,7 @@ _SLOTS = [
         CONTEXT,
         kinds=("misread",),
     ),
-    _mutant(
+    mutant(
         "slot held while read",
         "Not pinned.",
         _REUSE,
@@ -336,7 +287,7 @@ _SLOTS = [
         CONTEXT,
         kinds=("misread",),
     ),
-    _mutant(
+    mutant(
         "serial number of a slot",
         "`seal` settles whatever the slot holds by now.",
         "sealing beside a rollback",
@@ -344,8 +295,8 @@ _SLOTS = [
         CONTEXT,
         kinds=("misread",),
     ),
-    _mutant("choice made again", "A dropped choice is restored.", "a dropped choice", _GRANTED, *Barrier),
-    _mutant(
+    mutant("choice made again", "A dropped choice is restored.", "a dropped choice", _GRANTED, *Barrier),
+    mutant(
         "slot given up after a failure",
         "It stays claimed for ever.",
         "a snapshot that fails",
@@ -353,14 +304,14 @@ _SLOTS = [
         *Barrier,
         kinds=("left behind",),
     ),
-    _mutant(
+    mutant(
         "digest check",
         "Every digest is right.",
         "a corrupted snapshot",
         Removal(faults=Faults(trusting=True)),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "newer snapshots dropped",
         "A rollback keeps snapshots of the future it gave up.",
         "a rollback after one that went further back",
@@ -372,14 +323,14 @@ _SLOTS = [
 
 _STRADDLING = "a forward that straddles a rollback"
 _TRAIN_STATE = [
-    _mutant(
+    mutant(
         "validation",
         "Bytes go back to memory that no parameter lives in any more.",
         "moved storage",
         Removal(faults=Faults(blind=True)),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "validation (freed storage)",
         "Bytes go back to memory that belongs to somebody else by now.",
         "storage freed beside a rollback",
@@ -387,42 +338,42 @@ _TRAIN_STATE = [
         *Barrier,
         kinds=("overwritten",),
     ),
-    _mutant(
+    mutant(
         "references until done",
         "Memory under a copy is given to somebody else.",
         "storage freed under a copy",
         Removal(faults=Faults(unreferenced=True)),
         CONTEXT,
     ),
-    _mutant(
+    mutant(
         "version bump",
         "A backward over a graph from before a rollback reads restored weights.",
         "a backward over an old graph",
         Removal(faults=Faults(unbumped=True)),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "epoch",
         "Gradients of before are taken for gradients of now.",
         _STRADDLING,
         Removal(governs=alters(changing("commit", _without_epoch))),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "gradients forgotten before they are dropped",
         "A backward that ends in between is forgotten, its gradients are not.",
         _STRADDLING,
         Removal(governs=alters(changing("commit", _forgets_at_commit))),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "torn step marked",
         "A step that raises half-way leaves no trace.",
         "an exception inside a step",
         without_change("mark the step as torn"),
         *Barrier,
     ),
-    _mutant(
+    mutant(
         "torn rollback marked",
         "A rollback that fails half-way leaves no trace.",
         "a rollback that fails",
@@ -440,8 +391,8 @@ _BY_HAND, _AUTOMATIC = "a rollback by hand during a capture", "an automatic roll
 _BEGINS, _OUTLIVES = "a capture that begins under the copies", "a section that outlives its capture"
 _CARELESS = Removal(faults=Faults(careless=True))
 _CAPTURES = [
-    _mutant("capture guard", "A rollback does not ask.", _BY_HAND, _BLIND, *QUEUES, kinds=_SPOILED),
-    _mutant(
+    mutant("capture guard", "A rollback does not ask.", _BY_HAND, _BLIND, *QUEUES, kinds=_SPOILED),
+    mutant(
         "capture guard (snapshot)",
         "A snapshot does not ask.",
         "a snapshot during a capture",
@@ -449,7 +400,7 @@ _CAPTURES = [
         *QUEUES,
         kinds=_SPOILED,
     ),
-    _mutant(
+    mutant(
         "capture guard, second look",
         "A rollback asks when it is announced only.",
         "a capture inside an open section",
@@ -457,7 +408,7 @@ _CAPTURES = [
         *QUEUES,
         kinds=_SPOILED,
     ),
-    _mutant(
+    mutant(
         "capture waits for a submission",
         "It begins while one is under way.",
         _AUTOMATIC,
@@ -465,7 +416,7 @@ _CAPTURES = [
         *QUEUES,
         kinds=_SPOILED,
     ),
-    _mutant(
+    mutant(
         "sections of a capture",
         "They queue behind the rollback that waits for the capture.",
         _AUTOMATIC,
@@ -473,13 +424,13 @@ _CAPTURES = [
         *QUEUES,
         kinds=("deadlock",),
     ),
-    _mutant("replay waits for copies", "Nor does its capture.", _BEGINS, dropping(CallerWait), *CONTEXT_ONLY),
-    _mutant("capture waits for copies", "It does not.", _OUTLIVES, dropping(CallerWait), *CONTEXT_ONLY),
-    _mutant("no wait inside a capture", "A device waits there.", _BEGINS, _CARELESS, *CONTEXT_ONLY, kinds=_SPOILED),
+    mutant("replay waits for copies", "Nor does its capture.", _BEGINS, dropping(CallerWait), *CONTEXT_ONLY),
+    mutant("capture waits for copies", "It does not.", _OUTLIVES, dropping(CallerWait), *CONTEXT_ONLY),
+    mutant("no wait inside a capture", "A device waits there.", _BEGINS, _CARELESS, *CONTEXT_ONLY, kinds=_SPOILED),
 ]
 
 
 MUTANTS: dict[str, EdgeMutant] = {
-    mutant.name: mutant for mutant in (*_BARRIERS_AND_GATE, *_SLOTS, *_TRAIN_STATE, *_CAPTURES)
+    one.name: one for one in (*_BARRIERS_AND_GATE, *_SLOTS, *_TRAIN_STATE, *_CAPTURES, *BACKGROUND)
 }
 """By name, in the order of the table."""

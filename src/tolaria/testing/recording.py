@@ -15,15 +15,17 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     HostWait,
+    ReadLive,
     RestoreHost,
     StreamRecord,
     StreamWait,
     Synchronize,
+    Transfer,
 )
 from tolaria.testing import timeline
 from tolaria.testing.races import Ledger, Race, Range
 from tolaria.testing.simulator import Machine
-from tolaria.testing.world import HOST, OWN, Fused, Handover, Launch, Record, Step, WaitFor, World
+from tolaria.testing.world import HOST, OWN, SECOND, Fused, Handover, Launch, Record, Step, WaitFor, World
 
 _BYTES = 8  # of a variable, so that ranges are what they are on a device
 _GATE = ("submissions", "sections")
@@ -62,8 +64,37 @@ def _tell(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
             _tell_access(ledger, machine, thread, "", items, step)
         else:
             _tell_access(ledger, machine, thread, OWN, items, step)
+    elif isinstance(op, ReadLive):
+        _tell_reading(ledger, machine, before, step)
+    elif isinstance(op, Transfer):
+        _tell_transfer(ledger, machine, before, step)
     else:
         _tell_order(ledger, machine, before, step)
+
+
+def _tell_reading(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
+    """Of restored storages: what is enqueued by the first step of it, the rest by its caller, part by part."""
+    done = before.partial[int(step.actor[1:])]
+    queued, here = machine.device.looks(step.after, step.op)
+    if not done and queued:
+        _tell_access(ledger, machine, step.actor, OWN, queued, step)
+    elif done:
+        _tell_access(ledger, machine, step.actor, "", here[done - 1 : done], step)
+
+
+def _tell_transfer(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
+    op, number = step.op, int(step.actor[1:])
+    if before.partial[number]:
+        ledger.synchronized(step.actor)
+        return
+    stream = SECOND if SECOND in machine.streams else OWN
+    if stream == SECOND and not machine.faults.overtaking:
+        ledger.recorded(("transfer", op), OWN)
+        ledger.waited(stream, ("transfer", op))
+    items = [("transfer", op.source, op.target, index) for index in range(len(machine.variables))]
+    _tell_access(ledger, machine, step.actor, stream, items, step)
+    for _, event in step.after.progress[number].history[-1] if stream == SECOND else ():
+        ledger.recorded((event,), stream)
 
 
 def _tell_order(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
@@ -111,6 +142,11 @@ def _tell_access(
         kind = item[0]
         if kind in ("write", "read"):
             (writes if kind == "write" else reads).append(("memory", item[1] * _BYTES, _BYTES))
+        elif kind == "look":
+            reads.append(("memory", item[3] * _BYTES, _BYTES))
+        elif kind == "transfer":
+            reads.append((f"slot {item[1]}", item[3] * _BYTES, _BYTES))
+            writes.append((f"slot {item[2]}", item[3] * _BYTES, _BYTES))
         else:
             _, slot, index, cell = item[:4]
             live: Range = ("memory", cell * _BYTES, _BYTES)

@@ -80,9 +80,11 @@ class Held:
     """What the slots hold at the start.
 
     Attributes:
-        snapshots: One letter for each: the oldest is certified, later ones are manual.
+        snapshots: One letter for each: the oldest ones are certified, later ones are manual.
         digests: Other letters than those: bytes that have changed since they were sealed.
         free: Empty slots besides.
+        certified: How many of the snapshots are, from the oldest on.
+        host: Empty slots of the host tier; the others are of the device tier then. None: there is one tier only.
         modelled: Readings are modelled. Without, they are performed at once and find nothing.
     """
 
@@ -90,23 +92,27 @@ class Held:
     digests: tuple[str, ...] = ()
     free: int = 2
     modelled: bool = False
+    certified: int = 1
+    host: int = 0
 
     def options(self, width: int) -> dict[str, Any]:
         """For `Machine`, with `width` variables."""
-        count = len(self.snapshots) + self.free
-        slots = ring.empty_ring(count)
+        count, free = len(self.snapshots) + self.free, self.free + self.host
+        tier = ring.Tier.DEVICE if self.host else ring.Tier.HOST
+        slots = ring.empty_ring(self.host, count) if self.host else ring.empty_ring(count)
         for serial in range(len(self.snapshots)):
-            slots, index = ring.claim(slots, serial, serial, serial > 0) or (slots, -1)
-            slots = ring.seal(ring.publish(slots, index), index, serial)
-            slots = slots if serial else ring.certify(slots, index, serial)
-        contents = tuple((value,) * width for value in (*self.snapshots, *"-" * self.free))
+            slots, index = ring.claim(slots, serial, serial, serial >= self.certified, tier) or (slots, -1)
+            slots = ring.seal(ring.publish(slots, index, completed=serial), index, serial)
+            slots = slots if serial >= self.certified else ring.certify(slots, index, serial)
+        contents = tuple((value,) * width for value in (*self.snapshots, *"-" * free))
         found: dict[str, Any] = {
             "initial": HostState(ring=slots, next_snapshot=len(self.snapshots)),
             "slots": contents,
+            "tier": tier,
         }
         if self.modelled:
             taken = tuple((value,) * width for value in self.digests or self.snapshots)
-            found["digests"] = (*taken, *((UNSEALED,) * self.free))
+            found["digests"] = (*taken, *((UNSEALED,) * free))
         return found
 
 
@@ -145,8 +151,8 @@ class Scenario:
             faults=removal.faults,
             variables=self.variables,
             reduced=reduced,
-            **self.held.options(len(self.variables)),
-            **self.options,
+            second=barrier is Barrier.CONTEXT and bool(self.held.host),
+            **{**self.held.options(len(self.variables)), **self.options},
         )
 
     def bounds(self, barrier: Barrier) -> str:

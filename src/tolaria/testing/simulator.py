@@ -33,15 +33,19 @@ from tolaria.operations import (
     HostState,
     Inspect,
     Inspection,
+    ReadLive,
     Reserve,
     RestoreHost,
     Survey,
+    Transfer,
 )
+from tolaria.ring import Tier
 from tolaria.testing.device import SimulatedDevice
 from tolaria.testing.world import (
     HOST,
     NO_FAULTS,
     OWN,
+    SECOND,
     VARIABLES,
     Ended,
     Faults,
@@ -86,6 +90,8 @@ class Machine:
         may_raise: Names of the errors with which a thread may end.
         may_time_out: Threads that may give up while they wait.
         may_fail: (thread, kind of operation) that may fail, once in a run.
+        tier: Where snapshots are taken to.
+        second: The governor has a second stream of its own, on which transfers run; else their caller waits for them.
         reduced: Take quiet steps at once, see above.
     """
 
@@ -104,18 +110,21 @@ class Machine:
         may_raise: tuple[str, ...] = (),
         may_time_out: tuple[int, ...] = (),
         may_fail: tuple[tuple[int, type[Any]], ...] = (),
+        tier: Tier = Tier.HOST,
+        second: bool = False,
         reduced: bool = True,
     ) -> None:
         self.programs, self.faults = programs, faults
         self.drop: Mutant = drop if drop is not None else lambda op: False
         self.homes = homes
-        self.streams = (*dict.fromkeys(filter(None, homes)), OWN) if homes is not None else ()
+        own = (OWN, SECOND) if second else (OWN,)
+        self.streams = (*dict.fromkeys(filter(None, homes)), *own) if homes is not None else ()
         self.initial = initial if initial is not None else HostState(ring=good_ring(len(slots)), next_snapshot=1)
         self.slots, self.variables, self.spare, self.digests = slots, variables, spare, digests
         self.versions = versions
         self.may_raise, self.may_time_out, self.may_fail = may_raise, may_time_out, may_fail
         self.reduced = reduced
-        self.device = SimulatedDevice(self.streams, homes or (), variables, faults, digests is not None)
+        self.device = SimulatedDevice(self.streams, homes or (), variables, faults, digests is not None, tier)
         self._states: dict[HostState, Shared] = {}
 
     # ------------------------------------------------------------ beginning and end
@@ -139,6 +148,7 @@ class Machine:
             where=home,
             layouts=tuple(home if slot.snapshot >= 0 else () for slot in self.initial.ring),
             surveyed=((),) * threads,
+            restored=(-1,) * len(self.slots),
         )
         if self.digests is None:
             return start
@@ -185,9 +195,13 @@ class Machine:
         return (*open_gate, *world.host.captures, *world.captures, *slots)
 
     def _read_right(self, world: World) -> bool:
-        """Every reading found what its snapshot holds, and every sealed slot has the digest of what it holds."""
+        """Every reading found what its snapshot holds, and every sealed slot has the digest of what it holds.
+
+        A reading is complete, unless an operation has failed.
+        """
         read = all(
-            serial < 0 or {(serial, *pair) for pair in zip(self.variables, values, strict=True)} <= world.held
+            serial < 0
+            or {(serial, *pair) for pair in zip(self.variables, values, strict=not world.failed)} <= world.held
             for serial, values in world.readings
         )
         return read and all(
@@ -226,7 +240,7 @@ class Machine:
         if isinstance(op, Reserve):
             return self.digests is None and not self.spare
         if isinstance(op, Examine | Inspect):
-            return self.digests is None
+            return self.digests is None and not (isinstance(op, Inspect) and op.live)
         return isinstance(op, Handover) and not self.streams
 
     # ------------------------------------------------------------ host
@@ -250,6 +264,10 @@ class Machine:
             yield Step(actor, op, "recorded", self.sent(self.device.recorded(world, thread, op), thread, None))
         elif isinstance(op, Fused) and not self.streams:
             yield from self._fused_here(world, thread, op)
+        elif isinstance(op, ReadLive):
+            yield self._read_live(world, thread, op)
+        elif isinstance(op, Inspect) and op.live:
+            yield from self._inspect_live(world, thread, op)
         elif isinstance(op, Inspect) and self.digests is not None:
             yield from self._inspect(world, thread, op)
         elif isinstance(op, Check) and world.layouts[op.slot] != world.where and not self.faults.blind:
@@ -257,6 +275,8 @@ class Machine:
             yield Step(actor, op, "raises StateMismatch", self.sent(world, thread, Thrown(error)))
         elif self.device.spoils(world, thread, op):
             yield Step(actor, op, "", world._replace(spoiled=type(op).__name__))
+        elif isinstance(op, Transfer):
+            yield from self._transfer(world, thread, op)
         else:
             answer = self.device.call(world, thread, op)
             if answer is not None:
@@ -313,14 +333,52 @@ class Machine:
             after = self.sent(after._replace(partial=at(after.partial, thread, 0)), thread, None)
         yield Step(f"T{thread}", launch, "", after)
 
-    def _inspect(self, world: World, thread: int, op: Inspect) -> Iterator[Step]:
-        """Take over the reading that is under way, or begin one; wait until it is complete; compare."""
+    def _read_live(self, world: World, thread: int, op: ReadLive) -> Step:
+        """What has a queue is enqueued; main memory is read by the caller, one variable after the other."""
+        here, done = self.device.looks(world, op)[1], world.partial[thread]
+        after = self.device.apply(world, here[done - 1]) if done else self.device.begin_looking(world, op)
+        note = self.variables[here[done - 1][2]] if done else ""
+        if done < len(here):
+            return Step(f"T{thread}", op, note, after._replace(partial=at(after.partial, thread, done + 1)))
+        return Step(
+            f"T{thread}", op, note, self.sent(after._replace(partial=at(after.partial, thread, 0)), thread, None)
+        )
+
+    def _inspect_live(self, world: World, thread: int, op: Inspect) -> Iterator[Step]:
+        """Wait until everything was read back; compare with the digest, or with the slot where none is modelled."""
+        found = world.lives[world.restored[op.slot]]
+        if len(found) < sum(variable[0] != "x" for variable in self.variables):
+            return
+        known = (self.digests is not None and world.digests[op.slot]) or world.slots[op.slot]
+        intact = self.faults.trusting or all(known[index] == value for index, value in found)
+        after = world._replace(disturbed=world.disturbed or not intact)
+        note = "as restored" if intact else "not as restored"
+        yield Step(f"T{thread}", op, note, self.sent(after, thread, Inspection((), intact)))
+
+    def _transfer(self, world: World, thread: int, op: Transfer) -> Iterator[Step]:
+        """Enqueue it. Where the governor has no second stream, its caller waits for the device."""
         actor = f"T{thread}"
+        if not world.partial[thread]:
+            after, events = self.device.transfer(world, op)
+            if events:
+                yield Step(actor, op, "", self.sent(after, thread, events))
+            else:
+                yield Step(actor, op, "begins", after._replace(partial=at(after.partial, thread, 1)))
+        elif not any(world.queues):
+            after = world._replace(partial=at(world.partial, thread, 0))
+            yield Step(actor, op, "ends", self.sent(after, thread, ()))
+
+    def _inspect(self, world: World, thread: int, op: Inspect) -> Iterator[Step]:
+        """Take over the reading that is under way, or begin one; wait until it is complete; compare.
+
+        What a transfer brought to main memory (`at_rest`) is read by the caller.
+        """
+        actor, resting = f"T{thread}", op.at_rest and not op.again
         if not world.partial[thread]:
             index, after = world.examined[op.slot], world._replace(examined=at(world.examined, op.slot, -1))
             if index < 0:
                 slot = world.host.ring[op.slot]
-                index, after = len(world.readings), self.device.read(after, op.slot, slot.snapshot)
+                index, after = len(world.readings), self.device.read(after, op.slot, slot.snapshot, here=resting)
             yield Step(actor, op, "begins", after._replace(partial=at(after.partial, thread, index + 1)))
             return
         index = world.partial[thread] - 1
@@ -333,7 +391,7 @@ class Machine:
             intact = known in (None, values) or self.faults.trusting
             poisoned = ("p",) if "X" in values else ()  # X stands for a value that is not finite
             yield Step(actor, op, "ends", self.sent(after, thread, Inspection(poisoned, intact)))
-        elif not self.streams:
+        elif not self.streams or resting:
             micro = ("examine", index, op.slot, len(values))
             yield Step(actor, op, self.variables[len(values)], self.device.apply(world, micro))
 

@@ -18,19 +18,20 @@ from tolaria.operations import (
     HostWait,
     Inspect,
     Part,
+    ReadLive,
     Reserve,
     RestoreHost,
     StreamRecord,
     StreamWait,
     Survey,
     Synchronize,
+    Transfer,
 )
 from tolaria.testing.world import (
     Allocate,
     CaptureBegins,
     CaptureEnds,
     Close,
-    Compare,
     Ended,
     Fused,
     Handover,
@@ -41,7 +42,6 @@ from tolaria.testing.world import (
     Replay,
     Step,
     Version,
-    Wait,
     WaitFor,
 )
 
@@ -55,6 +55,7 @@ _PLAIN: dict[type[Any], str] = {
     Check: "compare the layout with slot {op.slot}",
     Examine: "enqueue the reading of slot {op.slot}",
     Inspect: "read slot {op.slot}",
+    Transfer: "copy slot {op.source} into slot {op.target} on a second stream",
     ContextRecord: "record an event that covers all streams",
     ContextWait: "all streams wait for an event",
     StreamRecord: "record an event on R",
@@ -71,8 +72,6 @@ _PLAIN: dict[type[Any], str] = {
     Reassign: "put other memory behind {op.variable}, holding {op.value}",
     Allocate: "allocate memory and fill it with {op.value} on {op.stream}",
     Version: "look at the version counters",
-    Compare: "enqueue a comparison of the live state with slot {op.slot}",
-    Wait: "wait for R",
     Close: "hold {op.stream} back",
     Open: "let held streams go on",
 }
@@ -119,6 +118,10 @@ def _of_thread(op: Any) -> str:
         part = "buffers" if op.part is Part.BUFFERS else "the rest"
         where = "" if op.device == "dev" else " (host memory)"
         return f"copy {part}, slot {op.slot}: {op.direction.value}{where}"
+    if isinstance(op, ReadLive):
+        return f"read back {'buffers' if op.part is Part.BUFFERS else 'the rest'}, as restored from slot {op.slot}"
+    if isinstance(op, Inspect) and op.live:
+        return f"compare what was read back with slot {op.slot}"
     return _PLAIN[type(op)].format(op=op)
 
 
@@ -138,4 +141,6 @@ def _of_stream(item: tuple[Any, ...], step: Step) -> str:
         return f"runs: copy slot {item[1]} back into cell {item[3]}, value {step.after.cells[item[3]]}"
     if kind == "examine":
         return f"runs: read slot {item[2]}, value {step.after.readings[item[1]][1][-1]}"
-    return f"runs: compare cell {item[3]} with slot {item[1]}"
+    if kind == "transfer":
+        return f"runs: copy slot {item[1]} into slot {item[2]}, value {step.after.slots[item[2]][item[3]]}"
+    return f"runs: read back cell {item[3]}, finds {step.after.cells[item[3]]}"

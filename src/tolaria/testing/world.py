@@ -13,6 +13,7 @@ from tolaria.operations import HostState
 
 VARIABLES = ("p0", "p1")
 OWN = "R"  # the governor's own stream
+SECOND = "Q"  # and its second one, for transfers from the device tier into the host tier
 QUEUED, HOST = "dev", "cpu"
 
 # ---------------------------------------------------------------- what programs may yield besides operations
@@ -86,16 +87,6 @@ class Allocate(NamedTuple):
 
 class Version(NamedTuple):
     """Answers the version counter of the parameters, which autograd compares with the one it saved."""
-
-
-class Compare(NamedTuple):
-    """Compare the live variables with a slot on the governor's stream; a difference is noted in `World.disturbed`."""
-
-    slot: int
-
-
-class Wait(NamedTuple):
-    """The host waits until the governor's stream is idle."""
 
 
 class Close(NamedTuple):
@@ -172,7 +163,9 @@ class World(NamedTuple):
         layouts: Per slot, the cells that it is a copy of, which it refers to.
         users: (cell, value) of memory that the user has allocated.
         version: Times that a rollback has bumped version counters.
-        disturbed: A comparison has found a difference.
+        lives: What each reading of restored storages has found so far: (number of a variable, value).
+        restored: Per slot, which of `lives` is of a rollback to it; -1 for none.
+        disturbed: A rollback was told that what it restored is not what was read back.
         open: Whether held streams may go on.
         failed: An operation has failed: after so many of its parts, and one; 0 if none has.
     """
@@ -201,6 +194,8 @@ class World(NamedTuple):
     free: tuple[int, ...] = ()
     users: tuple[tuple[int, str], ...] = ()
     version: int = 0
+    lives: tuple[tuple[tuple[int, str], ...], ...] = ()
+    restored: tuple[int, ...] = ()
     disturbed: bool = False
     open: bool = False
     failed: int = 0
@@ -274,6 +269,7 @@ class Faults:
         unreferenced: Nobody holds on to the memory that copies read and write.
         blind: `Check` finds that everything fits.
         trusting: `Inspect` finds every digest right.
+        overtaking: The second stream does not wait for the first one.
     """
 
     careless: bool = False
@@ -281,6 +277,7 @@ class Faults:
     unreferenced: bool = False
     blind: bool = False
     trusting: bool = False
+    overtaking: bool = False
 
 
 NO_FAULTS = Faults()
