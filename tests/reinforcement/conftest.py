@@ -155,7 +155,7 @@ def learn(model: Any, steps: int, callback: Any = None) -> str:
     """Learn; the digest afterwards, or how it died."""
     try:
         model.learn(steps, callback=callback)
-    except ValueError as error:  # a distribution refuses NaN
+    except (ValueError, RuntimeError) as error:  # a distribution refuses NaN, or torch does
         return f"died: {str(error).splitlines()[0]}"
     return digest(model)
 

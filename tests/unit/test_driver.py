@@ -5,7 +5,18 @@ from types import SimpleNamespace
 from tolaria.driver import Driver
 from tolaria.operations import HostState, Synchronize
 
-VAULT = ("survey", "reserve", "capture_host", "check", "examine", "inspect", "restore_host", "copy")
+VAULT = (
+    "survey",
+    "reserve",
+    "capture_host",
+    "check",
+    "examine",
+    "inspect",
+    "restore_host",
+    "copy",
+    "read_live",
+    "transfer",
+)
 
 
 def test_a_blocking_barrier_waits_for_the_device_that_it_names():
