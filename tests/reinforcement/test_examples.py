@@ -35,5 +35,5 @@ def test_a_single_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_the_same_file_unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     # by the distribution; by torch where another package has told distributions not to look
-    with pytest.raises((ValueError, RuntimeError), match="logits|probability"):
+    with pytest.raises((ValueError, RuntimeError), match=r"logits|probability"):
         run("ppo_single_file.py", "--updates", "10", "--unguarded", monkeypatch=monkeypatch)
