@@ -75,10 +75,6 @@ class _AtOnce:
 
     def transfer(self, work: Callable[[], None]) -> Any:
         work()
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        raise NotImplementedError
 
     def on_stream(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -166,6 +162,11 @@ class BlockingDevice(_AtOnce):
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def transfer(self, work: Callable[[], None]) -> Any:
+        """Call `work` and wait for the device: what it moves is there when this returns."""
+        work()
+        self.synchronize()
 
     def synchronize(self) -> None:
         """`torch.accelerator.synchronize`: covers every stream of this process on the device."""

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import torch
 
 from tolaria.device import Device, HostDevice
+from tolaria.errors import TolariaInternalError
 from tolaria.kernels import Finite, Side, Sweep, Tally
 from tolaria.operations import Barrier
 from tolaria.state.leaves import finiteness
@@ -64,7 +65,9 @@ class HostRoute:
         self._port.copy(self._live, self._held)
 
     def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
-        raise NotImplementedError  # never asked: see the class of the answers
+        raise TolariaInternalError(
+            "reading a slot", "main memory was asked for a tally, expected no", "Please report this."
+        )
 
     def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
         return False  # costs nothing to lay anew

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tolaria import device as device_module
-from tolaria.device import CpuDevice, DeviceSet
+from tolaria.device import BlockingDevice, CpuDevice, DeviceSet
 from tolaria.errors import UnsupportedState
 from tolaria.operations import Barrier
 
@@ -54,3 +54,10 @@ def test_devices_are_opened_by_name_with_their_barrier():
 def test_an_unknown_device_is_refused_by_name():
     with pytest.raises(UnsupportedState, match="meta"):
         DeviceSet().open([torch.device("meta")])
+
+
+def test_a_blocking_device_waits_for_a_transfer(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: done.append(f"waited for {where}"))
+    assert BlockingDevice("cuda:1").transfer(lambda: done.append("moved")) is None
+    assert done == ["moved", "waited for cuda:1"]
