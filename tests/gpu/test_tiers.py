@@ -205,9 +205,9 @@ def test_a_writer_that_nobody_knows_is_noticed_when_it_lands_before_the_reading(
     stream, read = torch.cuda.Stream(), DeviceRoute.read
     with Gate() as gate:
 
-        def held(route, side, answer):
+        def held(route, side, tally, **how):
             gate.close(torch.cuda.ExternalStream(int(route._port._stream)))
-            read(route, side, answer)
+            read(route, side, tally, **how)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DeviceRoute, "read", held)
