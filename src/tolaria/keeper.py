@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import time
 from collections import deque
@@ -43,6 +44,8 @@ from tolaria.snapshot import Vault
 from tolaria.state.leaves import Storage, is_page_locked
 from tolaria.state.train_state import TrainState
 from tolaria.target import Target, chooser
+
+logger = logging.getLogger("tolaria")
 
 _MOST_ATTEMPTS = 3  # at a rollback that does not read back as its snapshot
 _MOST_DRAINED = 3  # slots of main memory for snapshots that are drained from devices, unless asked for otherwise
@@ -411,6 +414,11 @@ class Keeper:
 
     def _submit(self, shield: Shield, rollback: Protocol) -> RolledBack:
         done: RolledBack = self.driver.submit(rollback, shield)
+        if done.unread is not None:
+            logger.warning(
+                "the rollback to step %s was made, but what it restored could not be read back: %s: %s",
+                *(done.slot.step, type(done.unread).__name__, done.unread),
+            )
         if done.read_back and self.reads_late:
             self.arrivals.expect_read_back(done)
         return done
@@ -443,7 +451,7 @@ class Keeper:
 
     def _verify(self, done: RolledBack, verified: bool | None) -> tuple[bool | None, bool]:
         """Whether what was restored is the snapshot (None: nobody can tell now); if not, whether it was disturbed."""
-        if verified is not None or not self.sections.is_open:
+        if verified is not None or done.unread is not None or not self.sections.is_open:
             return verified, False
         if done.read_back:
             seen = self.arrivals.judge(done)

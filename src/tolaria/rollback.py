@@ -42,6 +42,7 @@ class RolledBack:
     done: Events = ()  # when everything else that it had to do for this rollback was done
     read_back: bool = False  # what was restored is read once more:
     read: Events = ()  # until then
+    unread: Exception | None = None  # why it could not be
 
 
 def rollback(
@@ -161,6 +162,7 @@ def rollback(
         wrote = True
         alive = False
         read_until: tuple[Events, ...] = ()
+        unread: Exception | None = None
         try:
             for part in Part:
                 yield from copies(target.index, places, part, Direction.RESTORE)
@@ -170,15 +172,16 @@ def rollback(
             yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))
             alive = yield RestoreHost(target.index, reset)
             if read_back and ground.barrier is not Barrier.CONTEXT:
-                read_back, _ = yield from _read_back(target.index, None)
+                unread, _ = yield from _read_back(target.index, None)
         finally:
             done: Events = yield from post_barrier(ground, places)
         if read_back and ground.barrier is Barrier.CONTEXT:
-            read_back, read_until = yield from _read_back(target.index, places)
+            unread, read_until = yield from _read_back(target.index, places)
         epoch = yield Change("commit", lambda s: commit(s, target.snapshot))
         corrupted_steps = tuple(slot.step for slot in corrupted)
         read_events = read_until[2] if read_until else ()
-        return RolledBack(target, epoch, corrupted_steps, waited_s, began, copied, done, read_back, read_events)
+        is_read = read_back and unread is None
+        return RolledBack(target, epoch, corrupted_steps, waited_s, began, copied, done, is_read, read_events, unread)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
             yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
@@ -200,9 +203,9 @@ def rollback(
 def _read_back(slot: int, places: Places | None) -> Protocol:
     """Read what was restored. With queues: behind the post barrier, so that readers go on at once; writers wait lazily.
 
-    Answers whether it could be done, and three ends: until then buffers may not be written, until then nothing may, and
-    then the reading is there. Should writers come that wait for nobody, everything waits. A failure (out of memory)
-    is none of the rollback, which stays unverified.
+    Answers why it could not be done, if so, and three ends: until then buffers may not be written, until then nothing
+    may, and then the reading is there. Should writers come that wait for nobody, everything waits. A failure (out of
+    memory) is none of the rollback, which stays unverified.
     """
     ends: list[Events] = []
     try:
@@ -211,9 +214,9 @@ def _read_back(slot: int, places: Places | None) -> Protocol:
             ends.append(() if places is None else (yield from record(places)))
         if places is not None and places.unguarded:
             yield from wait_everywhere(ends[-1])
-            return True, ((), (), ends[-1])
+            return None, ((), (), ends[-1])
     except DeviceLost:
         raise
-    except Exception:
-        return False, ()
-    return True, (ends[0], ends[-1], ends[-1])
+    except Exception as error:
+        return error, ()
+    return None, (ends[0], ends[-1], ends[-1])

@@ -6,13 +6,14 @@ import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import tolaria.course
 from tolaria import BudgetExceeded, GovernorConfig, RollbackDisturbed, TolariaGovernor
-from tolaria.operations import Copy, Direction, Op
+from tolaria.operations import Copy, Direction, Op, ReadLive
 from tolaria.ring import SlotPhase
 
 Govern = Callable[..., TolariaGovernor]
@@ -177,6 +178,17 @@ def test_unless_it_is_read_back_nobody_notices(govern: Govern, kit: Any) -> None
     report = governor.execute_rollback().wait()
     assert report.verified  # of the snapshot itself
     assert run.state() != states[4]
+
+
+def test_a_reading_that_fails_leaves_the_rollback_unverified_and_says_so(govern: Govern, kit: Any, caplog: Any) -> None:
+    run, governor, states = train(kit, govern, 7)
+    governor._keeper.driver._table[ReadLive] = fail = mock.Mock(side_effect=MemoryError("no room to read"))
+    with caplog.at_level(logging.WARNING, logger="tolaria"):
+        report = governor.execute_rollback(verify="after").wait()
+    assert (report.success, report.status, report.verified) == (True, "done", None)
+    assert run.state() == states[4]
+    assert caplog.text.count("could not be read back: MemoryError: no room to read") == 1
+    assert fail.call_count == 1
 
 
 def test_a_writer_that_does_not_stop_ends_it(govern: Govern, kit: Any) -> None:
