@@ -211,7 +211,7 @@ def test_a_rollback_to_the_snapshot_that_is_being_drained_keeps_it(late, govern,
     assert set(held(governor, serial)) == {Tier.DEVICE, Tier.HOST}
 
 
-def test_a_capture_in_progress_delays_draining(late, govern):
+def test_a_capture_in_progress_delays_draining(late, govern, monkeypatch):
     model = weights(1)
     governor = govern(model, **SETTINGS)
     serial = certified(governor, model, 1)
@@ -220,7 +220,16 @@ def test_a_capture_in_progress_delays_draining(late, govern):
     late.finish()
     late.clear()
     late.capturing.add(-1)
+    waits, wait = threading.Event(), driver._changed.wait
+
+    def seen(timeout=None):
+        waits.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(driver._changed, "wait", seen)
     governor._keeper.backlog.tend(0, 1)
+    governor._keeper.backlog._work.add_done_callback(lambda _: waits.set())
+    assert waits.wait(60)
     assert not governor._keeper.backlog._work.done()  # it waits for the end of the capture
     assert late.calls == []
     late.capturing.clear()
@@ -236,11 +245,27 @@ def test_closing_waits_for_a_transfer_under_way(late, govern, monkeypatch):
     halted.begin(governor)
     second = governor._keeper.devices["cpu"]._second
     assert late.pending(second) == 1
-    closer = threading.Thread(target=governor.close)
+    joins, ended, join = threading.Event(), threading.Event(), threading.Thread.join
+
+    def seen(thread, timeout=None):
+        if thread.name.startswith("tolaria-backlog"):
+            joins.set()
+        return join(thread, timeout)
+
+    def close():
+        try:
+            governor.close()
+        finally:
+            ended.set()
+            joins.set()
+
+    monkeypatch.setattr(threading.Thread, "join", seen)
+    closer = threading.Thread(target=close)
     closer.start()
+    assert joins.wait(60)
+    assert not ended.is_set()
     halted.may_go.set()
-    closer.join(60)
-    assert not closer.is_alive()
+    assert ended.wait(60)
     assert late.pending(second) == 0
     assert late.contexts[0].retained == 0
 
@@ -280,16 +305,19 @@ def test_damage_in_main_memory_is_met_when_there_is_no_other_copy(damage, late, 
     assert all_are(model.weight, 77)  # nothing was written
 
 
-def test_damage_in_both_tiers_leads_to_an_older_snapshot(late, govern):
+@pytest.mark.parametrize("tiers", [(Tier.DEVICE, Tier.HOST), (Tier.DEVICE,)], ids=["both", "one"])
+def test_damage_in_both_tiers_leads_to_an_older_snapshot(tiers, late, govern):
     model = weights(1)
-    governor = govern(model, **{**SETTINGS, "host_slots": 0})
-    older = certified(governor, model, 1)
-    newer = certified(governor, model, 2)
+    governor = govern(model, **SETTINGS)
+    older, newer = certified(governor, model, 1), certified(governor, model, 2)
+    drain(governor)
+    assert set(held(governor, newer)) == {Tier.DEVICE, Tier.HOST}
     late.finish()
-    flip(governor, held(governor, newer)[Tier.DEVICE])
+    for tier in tiers:
+        flip(governor, held(governor, newer)[tier])
     report = governor.execute_rollback(verify="before").wait()
-    assert report.corrupted_steps == (0,)
-    assert all_are(model.weight, 1)
+    assert report.corrupted_steps == (0,) * len(tiers)
+    assert all_are(model.weight, 1 if len(tiers) == 2 else 2)
     assert held(governor, older) != {}
 
 
