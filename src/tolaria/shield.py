@@ -12,8 +12,8 @@ from typing import Any
 Handler = Any
 
 _NUMBERS = tuple(int(number) for number in signal.valid_signals())  # asking takes longer than a small rollback
-# what is under `signal.getsignal`: asked for every signal at every submission, and enums are slow
-_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+# what is under `signal.getsignal` in CPython: asked for every signal at every submission, and enums are slow
+_handler_of: Callable[[int], Any] = getattr(getattr(signal, "_signal", signal), "getsignal", signal.getsignal)
 
 
 class Shield:
