@@ -2,8 +2,8 @@
 
     python benchmarks/neighbours.py [--models 8] [--steps 60] [--every 20] [--rounds 3]
 
-First table: as many models as asked for, each with a governor, a stream and a thread of its own; one of them panics every
-so many steps. Time per step of the others, by events on their own streams, without its panics and with them. No batch
+First table: as many models as asked for, each with a governor, a stream and a thread of its own; one of them panics
+every so many steps. Time per step of the others, by events on their own streams, without its panics and with them. No batch
 comes again, so the work is the same in all columns. Each figure is the median of the rounds, which take turns.
 
 Second table: one rollback of a model that has so much work queued on its stream. How long a neighbour, whose stream is
@@ -19,9 +19,7 @@ import statistics
 import threading
 from typing import Literal
 
-os.environ.setdefault(
-    "CUDA_DEVICE_MAX_CONNECTIONS", "32"
-)  # fewer hardware queues would make neighbours wait by accident
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with fewer, neighbours wait by accident
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
@@ -63,15 +61,13 @@ def slowdown(models: int, steps: int, every: int, rounds: int) -> None:
                 if turn:  # the first one loads kernels and fills the allocator's caches
                     taken[barrier, panics].append(ms)
                 rollbacks[barrier] = count if panics else rollbacks.get(barrier, 0)
-    print(
-        f"{'barrier':>10} {'rollbacks':>10} {'ms/step alone':>14} {'with panics':>12} {'slower by':>10}   spread alone"
-    )
+    heads = ("barrier", "rollbacks", "ms without", "ms with", "slower by", "spread")
+    print(" ".join(f"{head:>10}" for head in heads))
     for barrier in BARRIERS:
         alone, beside = (statistics.median(taken[barrier, panics]) for panics in (False, True))
         spread = max(taken[barrier, False]) / min(taken[barrier, False]) - 1
-        print(
-            f"{barrier:>10} {rollbacks[barrier]:>10} {alone:>14.3f} {beside:>12.3f} {beside / alone - 1:>10.1%}   {spread:.1%}"
-        )
+        figures = f"{alone:>10.3f} {beside:>10.3f} {beside / alone - 1:>10.1%} {spread:>10.1%}"
+        print(f"{barrier:>10} {rollbacks[barrier]:>10} {figures}")
     print()
 
 
@@ -126,17 +122,15 @@ def make_model() -> tuple[nn.Module, torch.optim.Optimizer]:
 def stall(trials: int = 15) -> None:
     """How long one rollback of a busy model holds an idle neighbour up."""
     cycles = _cycles_per_ms()
-    print(
-        f"{'queued work, ms':>16} {'none':>8} " + " ".join(f"{barrier:>8}" for barrier in BARRIERS) + "   (ms, median)"
-    )
+    print(" ".join(f"{head:>10}" for head in ("queued ms", "none", *BARRIERS)) + "   (ms, median)")
     for queued_ms in (0, 5, 20):
         waits = [waited(None, int(queued_ms * cycles), trials)]
         waits += [waited(barrier, int(queued_ms * cycles), trials) for barrier in BARRIERS]
-        print(f"{queued_ms:>16} " + " ".join(f"{ms:>8.3f}" for ms in waits))
+        print(f"{queued_ms:>10} " + " ".join(f"{ms:>10.3f}" for ms in waits))
 
 
 def waited(barrier: Barrier | None, cycles: int, trials: int) -> float:
-    """Median milliseconds that a neighbour's stream takes over one tiny kernel, begun before the rollback was asked for."""
+    """Median milliseconds that a neighbour takes over one tiny kernel, from just before the rollback is asked for."""
     mine, neighbour = torch.cuda.Stream(), torch.cuda.Stream()
     model = nn.Linear(WIDTH, WIDTH).cuda()
     config = GovernorConfig(barrier=barrier or "context", rng="keep")
