@@ -3,8 +3,8 @@
     python benchmarks/neighbours.py [--models 8] [--steps 60] [--every 20] [--rounds 3]
 
 First table: as many models as asked for, each with a governor, a stream and a thread of its own; one of them panics
-every so many steps. Time per step of the others, by events on their own streams, without its panics and with them. No batch
-comes again, so the work is the same in all columns. Each figure is the median of the rounds, which take turns.
+every so many steps. Time per step of the others, by events on their own streams, without its panics and with them.
+No batch comes again, so the work is the same in all columns. Each figure is the median of the rounds, which take turns.
 
 Second table: one rollback of a model that has so much work queued on its stream. How long a neighbour, whose stream is
 idle, then waits for one tiny kernel; without a rollback it is the column `none`.
