@@ -24,7 +24,7 @@ from tolaria.frameworks import require
 from tolaria.judge import Detector
 from tolaria.records import StepResult
 
-require(("accelerate",), ("1.15",), "accelerate")
+require(("accelerate",), ("1.14", "1.15"), "accelerate")
 
 _ANNOUNCEMENT = "end_of_dataloader"
 

@@ -14,27 +14,35 @@ from tolaria.errors import CaptureInProgress
 from tolaria.gate import ThreadId
 from tolaria.operations import (
     Await,
+    CallerStreams,
     CallerWait,
     Change,
     ContextWait,
     Events,
     HostState,
     HostWait,
+    KnownWait,
     Protocol,
     SectionKind,
+    Streams,
 )
 
 # ---------------------------------------------------------------- sections
 
 
-def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout_s: float | None = None) -> Protocol:
+def open_section(
+    thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout_s: float | None = None, named: Streams = ()
+) -> Protocol:
     """Open a section for `thread`; what it launches waits for copies that still read what the section may write.
+
+    With the `streams` barrier the streams that it launches on become known: those that are current on the calling
+    thread, and those that are `named`.
 
     Returns:
         The epoch in which the section runs.
     """
 
-    def enter(state: HostState) -> tuple[HostState, tuple[int, Events, _Wait]] | None:
+    def enter(state: HostState) -> tuple[HostState, tuple[int, Events, _Wait, bool]] | None:
         # a submission that waits for a capture to end keeps nobody out: the capture's own sections would wait for it
         entered = gate.enter_section(state.gate, thread, in_autograd or bool(state.captures))
         if entered is None:
@@ -45,12 +53,16 @@ def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout
             SectionKind.WRITE: state.all_done,
             SectionKind.FOREIGN: state.all_done,
         }[kind]
-        wait = _how_to_wait(state, thread, kind) if pending else _Wait.CALLER
-        ordering = state.ordering + (wait is _Wait.CONTEXT)
-        return replace(state, gate=entered, ordering=ordering), (state.epoch, pending, wait)
+        joins = _joins(state, thread)
+        wait = _how_to_wait(state, thread, kind, joins and bool(named)) if pending or joins else _Wait.CALLER
+        ordering = state.ordering + (wait is _Wait.ALL)
+        return replace(state, gate=entered, ordering=ordering), (state.epoch, pending, wait, joins)
 
-    (epoch, pending, wait), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
-    if wait is _Wait.CONTEXT:
+    (epoch, pending, wait, joins), _ = yield Await(f"open a {kind.value} section", enter, timeout_s)
+    if joins:
+        yield from _join(pending, wait, named)
+        return epoch
+    if wait is _Wait.ALL:
         yield from _order_everything(pending)
     for device, event in pending:
         if wait is _Wait.CALLER:
@@ -63,16 +75,73 @@ def open_section(thread: ThreadId, kind: SectionKind, in_autograd: bool, timeout
 class _Wait(Enum):
     """Who waits for the copies of a snapshot."""
 
-    CALLER = "the caller's current stream"
-    CONTEXT = "every stream"
+    CALLER = "the streams of the section"
+    ALL = "every stream"  # `streams`: that is known
     HOST = "the host"
 
 
-def _how_to_wait(state: HostState, thread: ThreadId, kind: SectionKind) -> _Wait:
-    if kind is not SectionKind.FOREIGN or any(capturing == thread for _, capturing in state.captures):
+def _how_to_wait(state: HostState, thread: ThreadId, kind: SectionKind, named: bool) -> _Wait:
+    if not (named or kind is SectionKind.FOREIGN) or any(capturing == thread for _, capturing in state.captures):
         return _Wait.CALLER
     # it may launch on streams that we do not know. A context-wide wait would invalidate the capture of another thread
-    return _Wait.HOST if state.captures else _Wait.CONTEXT
+    return _Wait.HOST if state.captures else _Wait.ALL
+
+
+def _joins(state: HostState, thread: ThreadId) -> bool:
+    """Whether the streams of a section become known.
+
+    Not inside a capture, which has waited before it began: nothing is executed there. Not inside a submission of the
+    same thread either, whose streams are the governor's own.
+    """
+    if state.streams is None or state.gate.owner == thread:
+        return False
+    return not any(capturing == thread for _, capturing in state.captures)
+
+
+def known_streams(besides: Streams = ()) -> Protocol:
+    """The streams that are known now, and from now on those `besides`. To be asked with the gate held exclusively."""
+
+    def look(state: HostState) -> tuple[HostState, Streams]:
+        after = _with_streams(state, besides)
+        return after, after.streams or ()
+
+    return (yield Change("which streams are known", look))
+
+
+def wait_known(streams: Streams, events: Events) -> Protocol:
+    """Make all later work of some streams wait for the events. None of them may be capturing."""
+    for device, stream in streams:
+        for _, event in events:
+            yield KnownWait(device, stream, event)
+
+
+def _join(pending: Events, wait: _Wait, named: Streams = ()) -> Protocol:
+    """Let the streams of an open section wait for what they have to wait for, then make them known.
+
+    In this order: the section keeps submissions out, and what is known has waited for every one of before. `latest` is
+    behind whatever else may be pending.
+    """
+    try:
+        here: Streams = yield CallerStreams()
+        mine = tuple(dict.fromkeys((*here, *named)))
+        known, latest = yield Change("what is known", lambda s: (s, (s.streams or (), s.latest)))
+        new = tuple(stream for stream in mine if stream not in known)
+        if wait is _Wait.HOST:
+            for device, event in latest if new else pending:
+                yield HostWait(device, event)
+        else:
+            old = known if wait is _Wait.ALL else tuple(stream for stream in mine if stream in known)
+            yield from wait_known(old, pending)
+            yield from wait_known(new, latest)
+        if new:
+            yield Change("streams become known", lambda s: (_with_streams(s, new), None))
+    finally:
+        if wait is _Wait.ALL:
+            yield Change("all have waited", lambda s: (replace(s, ordering=s.ordering - 1), None))
+
+
+def _with_streams(state: HostState, new: Streams) -> HostState:
+    return replace(state, streams=tuple(dict.fromkeys((*(state.streams or ()), *new))))
 
 
 def wait_everywhere(events: Events) -> Protocol:
@@ -112,14 +181,17 @@ def begin_capture(thread: ThreadId, token: int, in_autograd: bool, timeout_s: fl
     waiting for work outside of a capture invalidates it.
     """
 
-    def enter(state: HostState) -> tuple[HostState, Events] | None:
+    def enter(state: HostState) -> tuple[HostState, tuple[Events, bool]] | None:
         # behind a submission that waits for sections, unless that submission waits for this very thread
         if state.ordering or gate.enter_section(state.gate, thread, in_autograd or bool(state.captures)) is None:
             return None
-        return replace(state, captures=(*state.captures, (token, thread))), state.all_done
+        return replace(state, captures=(*state.captures, (token, thread))), (state.all_done, _joins(state, thread))
 
-    pending, _ = yield Await("begin a graph capture", enter, timeout_s)
+    (pending, joins), _ = yield Await("begin a graph capture", enter, timeout_s)
     try:
+        if joins:
+            yield from _join(pending, _Wait.CALLER)
+            return
         for device, event in pending:
             yield CallerWait(device, event)
     except BaseException:

@@ -13,7 +13,7 @@ from tolaria import protocol, ring
 from tolaria.barriers import Ground
 from tolaria.driver import Driver
 from tolaria.errors import CaptureInProgress, DeviceLost, QuiesceTimeout
-from tolaria.operations import Barrier, HostState, Inspection
+from tolaria.operations import HostState, Inspection
 from tolaria.protocol import RolledBack, Taken
 from tolaria.report import logger
 from tolaria.ring import Slot
@@ -154,7 +154,7 @@ class Arrivals:
             done = self._restored[0]
             held = ring.by_serial(self._driver.state.ring, done.slot.snapshot) is not None
             postponed = bool(self._driver.state.captures) or not self._vault.is_read_back(done.slot.index)
-            if held and not wait and self._ground.barrier is Barrier.CONTEXT and postponed:
+            if held and not wait and self._ground.barrier.has_events and postponed:
                 return None
             self._restored.clear()
             return self.judge(done)
@@ -162,7 +162,7 @@ class Arrivals:
     def judge(self, done: RolledBack, shield: Shield | None = None) -> ReadBack | None:
         """Compare what was read back with the snapshot. None when its slot has moved on, so that nobody can tell."""
         thread, slot = threading.get_ident(), done.slot
-        if self._ground.barrier is Barrier.CONTEXT and done is not self._newest:
+        if self._ground.barrier.has_events and done is not self._newest:
             return None
         try:
             found = self._driver.submit(

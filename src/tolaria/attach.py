@@ -28,7 +28,7 @@ from torch.utils import _pytree
 from tolaria import capture, gradients
 from tolaria.driver import Driver
 from tolaria.errors import StaleGradients, UsageError
-from tolaria.operations import SectionKind
+from tolaria.operations import SectionKind, Streams
 from tolaria.state.train_state import TrainState
 
 
@@ -69,15 +69,20 @@ class Sections:
     # ------------------------------------------------------------ sections
 
     @contextmanager
-    def section(self, kind: SectionKind) -> Generator[int]:
-        """A section of the calling thread; yields its epoch. A write that raises marks the train state as torn."""
+    def section(self, kind: SectionKind, named: Streams = ()) -> Generator[int]:
+        """A section of the calling thread; yields its epoch. A write that raises marks the train state as torn.
+
+        Args:
+            kind: What it may write.
+            named: With the `streams` barrier: streams that it launches on, besides the caller's current ones.
+        """
         depth = self._driver.depth()
         outermost = depth == 0 and current_backward() == -1
         if outermost:
             self._at_boundary(False)
         opened = False
         try:
-            epoch = self._driver.open_section(kind, current_backward() != -1, self._timeout_s)
+            epoch = self._driver.open_section(kind, current_backward() != -1, self._timeout_s, named)
             opened = True
             yield epoch
         except BaseException:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from tolaria.admission import wait_everywhere
+from tolaria.admission import known_streams, wait_everywhere, wait_known
 from tolaria.operations import (
     Barrier,
+    CallerStreams,
+    Change,
     ContextRecord,
     Copy,
     Direction,
     Events,
     HostWait,
+    KnownRecord,
     Part,
     Places,
     Protocol,
     StreamRecord,
+    Streams,
     StreamWait,
     Synchronize,
+    TransferRecord,
 )
 
 
@@ -42,14 +47,23 @@ class Ground:
 
 
 def pre_barrier(ground: Ground, places: Places) -> Protocol:
-    """Order everything launched so far, on any stream of any device, before the governor's copies."""
+    """Order everything launched so far, on any (`streams`: any known) stream of any device, before our copies."""
     if ground.barrier is Barrier.BLOCKING:
         for device in places.queued:
             yield Synchronize(device)
-    elif ground.barrier is Barrier.CONTEXT:
+    elif ground.barrier.has_events:
         events = []
-        for device in places.queued:
-            events.append((device, (yield ContextRecord(device))))
+        if ground.barrier is Barrier.STREAMS:
+            here: Streams = yield CallerStreams()  # what the caller has launched himself is meant as well
+            for device, stream in (yield from known_streams(here)):
+                events.append((device, (yield KnownRecord(device, stream))))
+            for device in places.queued:
+                # one that was given up may still be writing to its slot
+                transferred = yield TransferRecord(device)
+                events += [(device, transferred)] if transferred is not None else []
+        else:
+            for device in places.queued:
+                events.append((device, (yield ContextRecord(device))))
         # a tensor of one device may be written by work of another: every copy stream waits for all of them
         for device in places.queued:
             for _, event in events:
@@ -62,16 +76,26 @@ def pre_barrier(ground: Ground, places: Places) -> Protocol:
 def post_barrier(ground: Ground, places: Places) -> Protocol:
     """Order the governor's work before everything launched from now on, on any stream of any device.
 
-    Answers the events at which that work ends.
+    With `streams`: on any known stream, and on any other as soon as it becomes known. Answers the events at which that
+    work ends.
     """
     if ground.barrier is Barrier.BLOCKING:
         for device in places.queued:
             yield Synchronize(device)
-    if ground.barrier is not Barrier.CONTEXT:
+    if not ground.barrier.has_events:
         return ()
     events: Events = yield from record(places)
-    yield from wait_everywhere(events)
+    yield from order_behind(ground, events)
     return events
+
+
+def order_behind(ground: Ground, events: Events) -> Protocol:
+    """Everything launched from now on waits for the events. No graph capture may be in progress."""
+    if ground.barrier is Barrier.STREAMS:
+        yield Change("streams that become known wait", lambda s: (replace(s, latest=events), None))
+        yield from wait_known((yield from known_streams()), events)
+    else:
+        yield from wait_everywhere(events)
 
 
 def copies_done(ground: Ground, places: Places) -> Protocol:
@@ -79,7 +103,7 @@ def copies_done(ground: Ground, places: Places) -> Protocol:
     if ground.barrier is Barrier.BLOCKING:
         for device in places.queued:
             yield Synchronize(device)
-    if ground.barrier is not Barrier.CONTEXT:
+    if not ground.barrier.has_events:
         return ()
     return (yield from record(places))
 

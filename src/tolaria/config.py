@@ -13,7 +13,7 @@ from tolaria.errors import InvalidConfig
 RngPolicy = Literal["restore", "fork", "keep"]
 Mode = Literal["act", "observe"]
 OnVeto = Literal["rollback", "keep"]
-BarrierChoice = Literal["context", "blocking"]
+BarrierChoice = Literal["context", "streams", "blocking"]
 
 
 MOST_OUTSTANDING = 24
@@ -54,8 +54,10 @@ class GovernorConfig:
         retry_window: Length of that window, in optimizer steps.
         cool_lr: Factor on the learning rate after the second incident within 1,000 steps; 1.0 leaves it alone.
         cool_steps: Steps over which the learning rate returns to its schedule, linearly.
-        barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events) or
-            ``"blocking"``. None: the best there is. Without effect for a train state on the CPU.
+        barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events),
+            ``"streams"`` (only the known streams of this model: neighbours on the device do not wait; see
+            docs/environments.md for what it cannot cover) or ``"blocking"``. None: ``"context"`` if there is such a
+            thing, else ``"blocking"``. Without effect for a train state on the CPU.
         gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
         ledger: Path of a JSON-lines file, one line per incident; None writes none.
         on_incident: Called with each `Incident` on the thread that rolled back; errors in it are logged, not raised.
@@ -95,7 +97,7 @@ class GovernorConfig:
         self._choice("mode", ("act", "observe"))
         self._choice("rng", ("restore", "fork", "keep", None))
         self._choice("on_veto", ("rollback", "keep"))
-        self._choice("barrier", ("context", "blocking", None))
+        self._choice("barrier", ("context", "streams", "blocking", None))
         self._choice("tier", ("device", "host", None))
         for name in ("check_weights_every", "max_retries", "retry_window", "cool_steps"):
             self._at_least(name, 1)

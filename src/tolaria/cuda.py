@@ -117,14 +117,13 @@ class ContextDevice:
         name: ``"cuda:0"``.
         driver: The module `cuda.bindings.driver`, or a stand-in with the functions used here.
         streams: torch's notion of streams, or a stand-in.
+        barrier: `context`; or `streams`, where the protocol orders stream by stream instead.
 
     Threads: any, whatever device or context is current on it.
     """
 
-    barrier = Barrier.CONTEXT
-
-    def __init__(self, name: str, driver: Any, streams: Streams) -> None:
-        self.name, self._driver, self._streams = name, driver, streams
+    def __init__(self, name: str, driver: Any, streams: Streams, barrier: Barrier = Barrier.CONTEXT) -> None:
+        self.name, self._driver, self._streams, self.barrier = name, driver, streams, barrier
         self.index = torch.device(name).index or 0
         self._free: deque[Any] = deque()
         self._device = self._call("cuDeviceGet", self.index)
@@ -177,6 +176,22 @@ class ContextDevice:
             with self._current():
                 self._call("cuStreamWaitEvent", self._streams.current(self.index), event.handle, 0)
 
+    def caller_stream(self) -> int:
+        """Handle of the caller's current stream; 0 is the default stream of the primary context."""
+        return self._streams.current(self.index)
+
+    def known_record(self, stream: int) -> Event:
+        """An event that covers the work of that stream so far. It must not be capturing."""
+        event = self._event()
+        with self._current(self._context):
+            self._call("cuEventRecord", event.handle, stream)
+        return event
+
+    def known_wait(self, stream: int, event: Event) -> None:
+        """Later work of that stream waits for the event. It must not be capturing."""
+        with self._current(self._context):
+            self._call("cuStreamWaitEvent", stream, event.handle, 0)
+
     def host_wait(self, event: Event) -> None:
         """Block the host until the event has passed. Leaves captures of other threads alone."""
         with self._relaxed():
@@ -204,6 +219,15 @@ class ContextDevice:
             event = self._event()
             self._call("cuEventRecord", event.handle, self._second)
         return event
+
+    def transfer_record(self) -> Event | None:
+        """An event that covers the transfers so far; None before the first."""
+        with self._transferring:
+            if self._second is None:
+                return None
+            event = self._event()
+            self._call("cuEventRecord", event.handle, self._second)
+            return event
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Call `work`; everything it launches on this device goes to the governor's own stream."""

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from tolaria.cuda import ContextDevice, TorchStreams, find_driver
-from tolaria.errors import CaptureInProgress, UnsupportedState
-from tolaria.operations import Barrier
+from tolaria.errors import CaptureInProgress, UnsupportedState, UsageError
+from tolaria.operations import Barrier, Streams
 
 _LARGE_COPY_BYTES = 16 * 2**20
 _JOB_BYTES = 8 * 2**20
@@ -61,6 +61,10 @@ class QueuedDevice(Device, Protocol):
     def stream_record(self) -> Any: ...
     def stream_wait(self, event: Any) -> None: ...
     def caller_wait(self, event: Any) -> None: ...
+    def caller_stream(self) -> Any: ...
+    def known_record(self, stream: Any) -> Any: ...
+    def known_wait(self, stream: Any, event: Any) -> None: ...
+    def transfer_record(self) -> Any: ...
     def host_wait(self, event: Any) -> None: ...
     def mark(self) -> Any: ...
     def has_passed(self, event: Any) -> bool: ...
@@ -177,7 +181,7 @@ class DeviceSet(dict[str, Device]):
     """The ports of one train state by name, all of them under one barrier. Grows as state appears on further devices.
 
     Args:
-        wanted: ``"context"``, ``"blocking"``, or None for the best that this machine has.
+        wanted: ``"context"``, ``"streams"``, ``"blocking"``, or None for the best that this machine has.
 
     Attributes:
         reason: Why the barrier is not `context`; empty where it is, and on a CPU.
@@ -206,6 +210,29 @@ class DeviceSet(dict[str, Device]):
         for name in sorted({str(device) for device in devices} - set(self)):
             self[name] = self._open(name)
 
+    def named(self, streams: Iterable[Any]) -> Streams:
+        """What the `streams` barrier calls the streams that a section names; nothing with any other barrier.
+
+        Args:
+            streams: `torch.cuda.Stream`, each of a governed device.
+
+        Raises:
+            UsageError: One is something else, or of another device.
+        """
+        if self.barrier is not Barrier.STREAMS:
+            return ()
+        found = []
+        for stream in streams:
+            name, handle = str(getattr(stream, "device", None)), getattr(stream, "cuda_stream", None)
+            if handle is None or name not in self:
+                raise UsageError(
+                    "opening a section",
+                    f"{stream!r} was named, expected CUDA streams of {', '.join(self)}",
+                    "Name the streams that launch on governed tensors.",
+                )
+            found.append((name, handle))
+        return tuple(found)
+
     def _open(self, name: str) -> Device:
         kind = torch.device(name).type
         if kind == "cpu":
@@ -221,7 +248,10 @@ class DeviceSet(dict[str, Device]):
         if kind == "cuda" and torch.cuda.is_current_stream_capturing():
             raise CaptureInProgress("attaching the governor", "the current stream captures a graph", "Attach before.")
         self._choose(kind)
-        return BlockingDevice(name) if self._driver is None else ContextDevice(name, self._driver, TorchStreams())
+        if self._driver is None:
+            return BlockingDevice(name)
+        chosen = Barrier.STREAMS if self._wanted == "streams" else Barrier.CONTEXT
+        return ContextDevice(name, self._driver, TorchStreams(), chosen)
 
     def _choose(self, kind: str) -> None:
         """Once for all devices: a barrier is as good as its weakest part."""
@@ -232,9 +262,9 @@ class DeviceSet(dict[str, Device]):
                 self._driver, self.reason = find_driver()
             else:
                 self.reason = f"{kind} has no context-wide events"
-        if self._wanted == "context" and self._driver is None:
+        if self._wanted in ("context", "streams") and self._driver is None:
             raise UnsupportedState(
                 "attaching the governor",
-                f'barrier="context" was asked for, but {self.reason}',
+                f'barrier="{self._wanted}" was asked for, but {self.reason}',
                 "Leave the barrier to the governor, or mend that.",
             )

@@ -17,6 +17,7 @@ from tolaria.device import Device, QueuedDevice
 from tolaria.errors import QuiesceTimeout, TolariaInternalError
 from tolaria.operations import (
     Await,
+    CallerStreams,
     CallerWait,
     CaptureHost,
     Change,
@@ -29,6 +30,8 @@ from tolaria.operations import (
     HostState,
     HostWait,
     Inspect,
+    KnownRecord,
+    KnownWait,
     Op,
     Protocol,
     ReadLive,
@@ -36,10 +39,12 @@ from tolaria.operations import (
     RestoreHost,
     SectionKind,
     StreamRecord,
+    Streams,
     StreamWait,
     Survey,
     Synchronize,
     Transfer,
+    TransferRecord,
 )
 from tolaria.protocol import drive
 from tolaria.shield import Shield
@@ -62,7 +67,10 @@ class Driver:
         self._changed = threading.Condition(threading.Lock())
 
         def queued(device: DeviceName) -> QueuedDevice:
-            return cast("QueuedDevice", devices[device])  # only the context barrier yields these
+            return cast("QueuedDevice", devices[device])  # only barriers with events yield these
+
+        def caller_streams(_: CallerStreams) -> Streams:
+            return tuple((name, queued(name).caller_stream()) for name in devices if devices[name].barrier.has_events)
 
         self._table: dict[type[Any], Callable[[Any], Any]] = {
             Change: self._change,
@@ -81,6 +89,10 @@ class Driver:
             StreamRecord: lambda op: queued(op.device).stream_record(),
             StreamWait: lambda op: queued(op.device).stream_wait(op.event),
             CallerWait: lambda op: queued(op.device).caller_wait(op.event),
+            CallerStreams: caller_streams,
+            KnownRecord: lambda op: queued(op.device).known_record(op.stream),
+            KnownWait: lambda op: queued(op.device).known_wait(op.stream, op.event),
+            TransferRecord: lambda op: queued(op.device).transfer_record(),
             HostWait: lambda op: queued(op.device).host_wait(op.event),
             Synchronize: lambda op: devices[op.device].synchronize(),
         }
@@ -101,9 +113,9 @@ class Driver:
         """Apply one atomic change outside of a protocol."""
         return self._change(Change("change", function))
 
-    def open_section(self, kind: SectionKind, in_autograd: bool, timeout_s: float) -> int:
+    def open_section(self, kind: SectionKind, in_autograd: bool, timeout_s: float, named: Streams = ()) -> int:
         """Open a section for the calling thread; returns the epoch. Pair with `close_section` in a `finally`."""
-        epoch: int = drive(open_section(threading.get_ident(), kind, in_autograd, timeout_s), self.perform)
+        epoch: int = drive(open_section(threading.get_ident(), kind, in_autograd, timeout_s, named), self.perform)
         return epoch
 
     def depth(self) -> int:

@@ -70,7 +70,7 @@ class Examination:
             port = self.devices[name]
             if not tally.is_sent:
                 port.enqueue(_send(tally))
-            if port.barrier is Barrier.CONTEXT:
+            if port.barrier.has_events:
                 self._events[name] = _queued(port).stream_record()
 
     def has_arrived(self) -> bool:

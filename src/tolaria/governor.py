@@ -368,22 +368,24 @@ class TolariaGovernor:
         return report
 
     @contextlib.contextmanager
-    def using(self, write: bool = True, streams: Any = None) -> Generator[None]:
+    def using(self, write: bool = True, streams: Iterable[Any] = ()) -> Generator[None]:
         """A section for what the governor cannot see: other threads, custom kernels, entry points besides `forward`.
 
         Args:
             write: The section writes governed memory, on any stream (all of them wait for copies that still read it);
                 False: it only reads.
-            streams: Reserved for the ``streams`` barrier; not handled yet.
+            streams: With the ``streams`` barrier: CUDA streams that the section launches on, besides the caller's
+                current ones. They are known from now on and must live as long as the governor. Every other barrier
+                covers them anyway.
+
+        Raises:
+            UsageError: A stream is of a device that holds nothing governed.
         """
-        if streams is not None:
-            raise UnsupportedState(
-                "opening a section", "streams were named, which is not handled yet", "Leave them out."
-            )
         if self.is_disabled or self._closed or self.config.mode == "observe":
             yield
             return
-        with self._keeper.sections.section(SectionKind.FOREIGN if write else SectionKind.READ):
+        named = self._keeper.devices.named(streams)
+        with self._keeper.sections.section(SectionKind.FOREIGN if write else SectionKind.READ, named):
             yield
 
     # ------------------------------------------------------------ facts
@@ -424,7 +426,8 @@ class TolariaGovernor:
             update = self._update
             return TrainState(self.model, update.optimizers, update.schedulers, update.scaler).digest()
         self._require_boundary("taking a digest")
-        return self._keeper.state.digest()
+        with self.using(write=False):
+            return self._keeper.state.digest()
 
     def state_dict(self) -> dict[str, Any]:
         """Detectors, counters and retry budget as plain values, for a checkpoint. Snapshots are not part of it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +48,7 @@ class GovernorGroup:
         *,
         env_id: int | None = None,
         generator: torch.Generator | None = None,
+        streams: Iterable[Any] = (),
         **options: Any,
     ) -> TolariaGovernor:
         """Govern one more model.
@@ -57,6 +58,8 @@ class GovernorGroup:
             optimizer: The same.
             env_id: Its number; the next free one unless given.
             generator: From which this environment draws; it rolls back with the model.
+            streams: With ``barrier="streams"``: the CUDA streams that work on this model, as far as they are known now.
+                Those that open a section later are found by themselves.
             **options: Further arguments of `TolariaGovernor`, without `config`.
 
         Raises:
@@ -71,6 +74,8 @@ class GovernorGroup:
             self._require_apart(governor, doing)
             if generator is not None:
                 governor.register("generator", generator)
+            with governor.using(write=False, streams=streams):
+                pass
         except BaseException:
             governor.close()
             raise

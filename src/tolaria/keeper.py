@@ -107,7 +107,8 @@ class Keeper:
         slots, room = _layout(config, self.lag, bool(self.accelerators))
         self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal)
         self.vault.lay_plan(survey)  # an estimate: optimizer state does not exist yet, and comes on top
-        self.driver = Driver(HostState(ring=slots), self.vault, devices)
+        known = () if devices.barrier is Barrier.STREAMS else None
+        self.driver = Driver(HostState(ring=slots, streams=known), self.vault, devices)
         self.arrivals = Arrivals(self.driver, self.vault, self.ground)
         self.backlog = Backlog(
             self.driver,
@@ -125,12 +126,12 @@ class Keeper:
     @property
     def reads_late(self) -> bool:
         """Whether digests, finite checks and vital signs arrive after the call that asked for them."""
-        return self.ground.barrier is Barrier.CONTEXT
+        return self.ground.barrier.has_events
 
     @property
     def clocks(self) -> dict[str, Clock]:
         """The devices that numbers can be sent from without waiting."""
-        return {name: cast("Clock", port) for name, port in self.devices.items() if port.barrier is Barrier.CONTEXT}
+        return {name: cast("Clock", port) for name, port in self.devices.items() if port.barrier.has_events}
 
     @property
     def ring(self) -> Ring:

@@ -16,6 +16,8 @@ from tolaria.ring import Ring, Tier
 DeviceName = str
 Event = Any
 Events = tuple[tuple[DeviceName, Event], ...]
+Stream = Any  # what the driver calls it
+Streams = tuple[tuple[DeviceName, Stream], ...]
 
 
 class Barrier(Enum):
@@ -24,6 +26,12 @@ class Barrier(Enum):
     HOST = "host"  # CPU: operators run in their caller, so the gate alone orders them
     BLOCKING = "blocking"  # device synchronise on both sides, under the gate
     CONTEXT = "context"  # context-wide events on both sides; the host never waits
+    STREAMS = "streams"  # events of the known streams on both sides; the host never waits, nor do other streams
+
+    @property
+    def has_events(self) -> bool:
+        """Whether the host never waits: what a device does is ordered, and asked for, by events."""
+        return self in (Barrier.CONTEXT, Barrier.STREAMS)
 
 
 class Part(Enum):
@@ -90,6 +98,9 @@ class HostState:
         running: Backward passes in progress, as (token, epoch of their forward).
         grad_epoch: Oldest epoch whose gradients have been accumulated since the last optimizer step; None without any.
         torn: A write section raised half-way, so the train state may be half updated; only a rollback clears this.
+        streams: With the `streams` barrier: the known streams, in order of appearance. None with any other.
+        latest: With the `streams` barrier: where the governor's work ends so far. A stream that becomes known waits for
+            it, since no barrier of before has made it wait.
     """
 
     gate: GateState = field(default_factory=GateState)
@@ -103,6 +114,8 @@ class HostState:
     running: tuple[tuple[int, int], ...] = ()
     grad_epoch: int | None = None
     torn: bool = False
+    streams: Streams | None = None
+    latest: Events = ()
 
 
 # ---------------------------------------------------------------- operations
@@ -271,6 +284,35 @@ class CallerWait:
 
 
 @dataclass(frozen=True, slots=True)
+class CallerStreams:
+    """Answers the calling thread's current stream of every device, as `Streams`."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecord:
+    """Record an event that covers the work of one stream so far. Answers the event."""
+
+    device: DeviceName
+    stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class KnownWait:
+    """Make all later work of one stream wait for an event."""
+
+    device: DeviceName
+    stream: Stream
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRecord:
+    """Record an event that covers the governor's transfers so far. Answers the event; None before the first."""
+
+    device: DeviceName
+
+
+@dataclass(frozen=True, slots=True)
 class HostWait:
     """Block the host until an event has passed: page-locked host memory may be under transfer until then."""
 
@@ -303,6 +345,10 @@ Op = (
     | StreamRecord
     | StreamWait
     | CallerWait
+    | CallerStreams
+    | KnownRecord
+    | KnownWait
+    | TransferRecord
     | HostWait
     | Synchronize
 )

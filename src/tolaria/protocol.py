@@ -35,8 +35,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
-from tolaria.admission import announce, enter_exclusive, leave_exclusive, wait_everywhere
-from tolaria.barriers import Ground, copies, copies_done, pre_barrier, record
+from tolaria.admission import announce, enter_exclusive, leave_exclusive
+from tolaria.barriers import Ground, copies, copies_done, order_behind, pre_barrier, record
 from tolaria.errors import PhaseError, SlotsBusy
 from tolaria.gate import ThreadId
 from tolaria.operations import (
@@ -132,7 +132,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         yield from pre_barrier(ground, places)
         # behind the barrier: memory of the governor's stream may have been in the hands of the user's objects
         yield Reserve(slot)
-        began: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from record(places))
+        began: Events = () if not ground.barrier.has_events else (yield from record(places))
         yield from copies(slot, places, Part.BUFFERS, Direction.CAPTURE)
         buffers_done = yield from copies_done(ground, places)
         yield from copies(slot, places, Part.REST, Direction.CAPTURE)
@@ -141,9 +141,9 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         all_done: Events = yield from copies_done(ground, places)
         pending = (buffers_done, all_done)
         if places.unguarded:
-            yield from wait_everywhere(all_done)
+            yield from order_behind(ground, all_done)
             pending = ((), ())
-        if ground.barrier is Barrier.CONTEXT:
+        if ground.barrier.has_events:
             # behind the copies and before anything that may overwrite the slot; `seal` asks for the answer later
             yield Examine(slot)
         taken_at = counted if step is None else step
@@ -157,6 +157,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
                     ring=ring.publish(s.ring, slot, taken_at, -1 if counted is None else counted),
                     buffers_done=pending[0],
                     all_done=pending[1],
+                    latest=all_done if ground.barrier is Barrier.STREAMS else (),
                 ),
                 None,
             ),

@@ -235,10 +235,14 @@ def fingerprint(keeper: Keeper) -> str:
 
     keeper.driver.perform(Await("compare: wait for graph captures", enter, keeper.ground.gate_timeout_s))
     try:
-        for port in keeper.devices.values():
+        for name, port in keeper.devices.items():
             if port.barrier is Barrier.CONTEXT:
                 queued = cast("QueuedDevice", port)
                 queued.host_wait(queued.context_record())
+            elif port.barrier is Barrier.STREAMS:
+                queued = cast("QueuedDevice", port)
+                for _, stream in filter(lambda known: known[0] == name, keeper.driver.state.streams or ()):
+                    queued.host_wait(queued.known_record(stream))
             else:
                 port.synchronize()
         return keeper.state.digest()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tolaria import ring
-from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive, wait_everywhere
-from tolaria.barriers import Ground, copies, post_barrier, pre_barrier, record
+from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive
+from tolaria.barriers import Ground, copies, order_behind, post_barrier, pre_barrier, record
 from tolaria.errors import DeviceLost, NoSnapshot, RollbackFailed, SnapshotRejected
 from tolaria.gate import ThreadId
 from tolaria.operations import (
-    Barrier,
     Change,
     Check,
     Direction,
@@ -112,6 +111,7 @@ def rollback(
         after = replace(state, ring=slots, epoch=epoch, grad_epoch=oldest, torn=False)
         if read_until:
             after = replace(after, buffers_done=read_until[0], all_done=read_until[1])
+            after = replace(after, latest=read_until[2] if after.streams is not None else ())
         return after, epoch
 
     def may_run(state: HostState) -> tuple[HostState, None]:
@@ -158,7 +158,7 @@ def rollback(
         places: Places = yield Check(target.index)
         # the copies below run on the stream that filled the slot, so they are ordered behind its `done` by themselves
         yield from pre_barrier(ground, places)
-        began: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from record(places))
+        began: Events = () if not ground.barrier.has_events else (yield from record(places))
         wrote = True
         alive = False
         read_until: tuple[Events, ...] = ()
@@ -166,17 +166,17 @@ def rollback(
         try:
             for part in Part:
                 yield from copies(target.index, places, part, Direction.RESTORE)
-            copied: Events = () if ground.barrier is not Barrier.CONTEXT else (yield from record(places))
+            copied: Events = () if not ground.barrier.has_events else (yield from record(places))
             # before the post barrier: gradients zeroed in place and what an extra loads are device work too
             # before they are dropped: a backward that ends afterwards leaves others. Running ones are not forgotten
             yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))
             alive = yield RestoreHost(target.index, reset)
-            if read_back and ground.barrier is not Barrier.CONTEXT:
-                unread, _ = yield from _read_back(target.index, None)
+            if read_back and not ground.barrier.has_events:
+                unread, _ = yield from _read_back(target.index, None, ground)
         finally:
             done: Events = yield from post_barrier(ground, places)
-        if read_back and ground.barrier is Barrier.CONTEXT:
-            unread, read_until = yield from _read_back(target.index, places)
+        if read_back and ground.barrier.has_events:
+            unread, read_until = yield from _read_back(target.index, places, ground)
         epoch = yield Change("commit", lambda s: commit(s, target.snapshot))
         corrupted_steps = tuple(slot.step for slot in corrupted)
         read_events = read_until[2] if read_until else ()
@@ -200,7 +200,7 @@ def rollback(
             yield leave_exclusive(thread)
 
 
-def _read_back(slot: int, places: Places | None) -> Protocol:
+def _read_back(slot: int, places: Places | None, ground: Ground) -> Protocol:
     """Read what was restored. With queues: behind the post barrier, so that readers go on at once; writers wait lazily.
 
     Answers why it could not be done, if so, and three ends: until then buffers may not be written, until then nothing
@@ -213,7 +213,7 @@ def _read_back(slot: int, places: Places | None) -> Protocol:
             yield ReadLive(slot, part)
             ends.append(() if places is None else (yield from record(places)))
         if places is not None and places.unguarded:
-            yield from wait_everywhere(ends[-1])
+            yield from order_behind(ground, ends[-1])
             return None, ((), (), ends[-1])
     except DeviceLost:
         raise

@@ -403,7 +403,7 @@ class Vault:
         """Take over the first reading, if that has not been done; make it, where it was not enqueued."""
         if slot.digest is not None:
             return
-        if self.devices.barrier is not Barrier.CONTEXT:
+        if not self.devices.barrier.has_events:
             self._examine(slot)
         first = slot.first
         for device in held.flat:

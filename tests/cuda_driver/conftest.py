@@ -23,6 +23,7 @@ from tolaria import GovernorConfig, TolariaGovernor, observe
 from tolaria.cuda import ContextDevice
 from tolaria.device import DeviceSet
 from tolaria.judge import non_finite
+from tolaria.operations import Barrier
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,11 @@ def late(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    monkeypatch.setattr(
-        DeviceSet, "_open", lambda self, name: ContextDevice(name, machine.driver, machine.streams), raising=True
-    )
+    def opened(self: DeviceSet, name: str) -> ContextDevice:
+        barrier = Barrier.STREAMS if self._wanted == "streams" else Barrier.CONTEXT
+        return ContextDevice(name, machine.driver, machine.streams, barrier)
+
+    monkeypatch.setattr(DeviceSet, "_open", opened, raising=True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     empty_like = torch.empty_like
 

@@ -83,7 +83,7 @@ def test_captured_gradients_are_those_of_the_snapshot(protected, late, govern, m
         run.backward(run.batches[1])
         before = [parameter.grad.clone() for parameter in run.model.parameters()]
         if not protected:
-            monkeypatch.setattr("tolaria.protocol.wait_everywhere", lambda *_: iter(()))
+            monkeypatch.setattr("tolaria.protocol.order_behind", lambda *_: iter(()))
         governor.snapshot(grads="capture")
         monkeypatch.undo() if not protected else None
         run.backward(run.batches[2])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from tolaria.operations import Barrier
 from tolaria.testing.timeline import draw
 from tolaria.testing.world import Outcome
+
+BARRIERS = (Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT)
+"""Those of programs that are written here. `streams` wants to know what is current where: it runs in the catalog."""
 
 
 def assert_sound(found: Outcome, more_than: int) -> None:

@@ -4,7 +4,7 @@ import functools
 from dataclasses import replace
 
 import pytest
-from protocol.outcomes import assert_caught, assert_sound
+from protocol.outcomes import BARRIERS, assert_caught, assert_sound
 
 from tolaria import gate, ring
 from tolaria.admission import close_section, open_section
@@ -66,7 +66,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_nothing_is_torn(name, barrier):
     programs, where, is_good = PROGRAMS[name]
@@ -74,7 +74,7 @@ def test_nothing_is_torn(name, barrier):
     assert_sound(found, 20)
 
 
-@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 @pytest.mark.parametrize("drop", [None, ContextWait, Synchronize])
 def test_the_reduction_loses_no_end(barrier, drop):
     """Neither of the shipped protocol nor of a broken one: every end of the full search is found."""
@@ -91,13 +91,13 @@ def test_the_reduction_loses_no_end(barrier, drop):
     assert 20 < reduced.states < full.states
 
 
-@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 def test_a_snapshot_beside_a_step_is_never_torn(barrier):
     found = explorer.explore(Machine([writer(0, "N", "A"), take(1, barrier)], homes(barrier, "A", "")), slots_uniform)
     assert_sound(found, 20)
 
 
-@pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 def test_a_snapshot_and_a_rollback_at_once(barrier):
     """Whichever comes first, memory and every readable slot end uniform, and nobody is left waiting."""
 

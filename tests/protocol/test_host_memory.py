@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from protocol.outcomes import assert_caught, assert_sound
+from protocol.outcomes import BARRIERS, assert_caught, assert_sound
 
 from tolaria.operations import Barrier, CaptureHost, Change, Examine, HostWait, RestoreHost, Synchronize
 from tolaria.testing import explorer
@@ -26,7 +26,7 @@ BLOCKING, CONTEXT = Barrier.BLOCKING, Barrier.CONTEXT
 PINNED, EXTRA, BUFFER = ("p0", "h0"), ("p0", "x0"), ("b0", "p0")
 
 barriers = pytest.mark.parametrize("barrier", [BLOCKING, CONTEXT], ids=lambda b: b.value)
-every = pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+every = pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 everywhere = pytest.mark.parametrize("variables", [PINNED, EXTRA, BUFFER], ids=lambda v: v[1] + v[0])
 
 step = functools.partial(writer, 0, "N", "A")

@@ -4,7 +4,7 @@ import functools
 from dataclasses import replace
 
 import pytest
-from protocol.outcomes import assert_caught, assert_sound
+from protocol.outcomes import BARRIERS, assert_caught, assert_sound
 
 from tolaria import ring
 from tolaria.operations import Barrier, Change, Examine, HostState
@@ -30,7 +30,7 @@ BLOCKING, CONTEXT = Barrier.BLOCKING, Barrier.CONTEXT
 BUSY = ("SlotsBusy",)
 UNSEALED = None
 
-barriers = pytest.mark.parametrize("barrier", list(Barrier), ids=lambda b: b.value)
+barriers = pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
 queued = pytest.mark.parametrize("barrier", [BLOCKING, CONTEXT], ids=lambda b: b.value)
 
 

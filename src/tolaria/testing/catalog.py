@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from tolaria import ring
 from tolaria.operations import Barrier, CaptureHost, Check, ContextRecord, Copy, RestoreHost
 from tolaria.testing.background import BACKGROUND
+from tolaria.testing.known import KNOWN
 from tolaria.testing.programs import (
     FOREIGN,
     FORWARD,
@@ -22,6 +23,7 @@ from tolaria.testing.programs import (
     backward_over_an_old_graph,
     both,
     captured,
+    current,
     failing_step,
     first_snapshot_is_kept,
     freed_or_held,
@@ -72,6 +74,11 @@ def with_an_engine(barrier: Barrier) -> list[Thread]:
     ]
 
 
+def _named(barrier: Barrier, *streams: str) -> tuple[str, ...]:
+    """The streams that a section has to name: all of them, where only known ones are ordered."""
+    return streams if barrier is Barrier.STREAMS else ()
+
+
 verified = functools.partial(roll_back, verify_before=True)
 step = functools.partial(writer, 0, "N", "A")
 
@@ -114,7 +121,7 @@ _ROLLBACKS = (
         "a writer and a reader on two streams",
         "A step, then a forward on another stream behind an event.",
         lambda b: [
-            user(in_turn(step(), handover("A", "B"), reader(0, "B"))),
+            user(in_turn(step(), handover("A", "B"), current("B", reader(0, "B")))),
             Thread(roll_back(1, b), governs=True),
             user(in_turn(), "B"),
         ],
@@ -210,7 +217,7 @@ _SNAPSHOTS = (
         "a snapshot and a writer on any stream",
         "A section that may launch on any stream waits for the copies on all of them.",
         lambda b: [
-            user(section(0, FOREIGN, writes("N", "B")), "A"),
+            user(section(0, FOREIGN, writes("N", "B"), named=_named(b, "B")), "A"),
             governor(take(1, b)),
             user(in_turn(), "B"),
         ],
@@ -276,7 +283,7 @@ def _beside_queued_work() -> Iterator[Scenario]:
             f"{name}: rollback",
             "A step, then a forward on another stream.",
             lambda b, v=variables: [
-                user(in_turn(step(variables=v), handover("A", "B"), reader(0, "B", variables=v))),
+                user(in_turn(step(variables=v), handover("A", "B"), current("B", reader(0, "B", variables=v)))),
                 governor(roll_back(1, b)),
                 user(in_turn(), "B"),
             ],
@@ -449,6 +456,6 @@ _CAPTURES = (
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
-    for scenario in (*_ROLLBACKS, *_SNAPSHOTS, *_beside_queued_work(), *_READINGS, *_CAPTURES, *BACKGROUND)
+    for scenario in (*_ROLLBACKS, *_SNAPSHOTS, *_beside_queued_work(), *_READINGS, *_CAPTURES, *BACKGROUND, *KNOWN)
 }
 """By name, in the order of the table."""

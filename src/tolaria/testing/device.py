@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tolaria.operations import (
+    CallerStreams,
     CallerWait,
     CaptureHost,
     Check,
@@ -21,6 +22,8 @@ from tolaria.operations import (
     HostWait,
     Inspect,
     Inspection,
+    KnownRecord,
+    KnownWait,
     Part,
     Places,
     ReadLive,
@@ -31,6 +34,7 @@ from tolaria.operations import (
     Survey,
     Synchronize,
     Transfer,
+    TransferRecord,
 )
 from tolaria.ring import Tier
 from tolaria.testing.world import (
@@ -59,6 +63,20 @@ from tolaria.testing.world import (
 
 Item = tuple[Any, ...]
 Answer = tuple[World, Any] | None
+
+_ORDERS = (
+    CallerStreams
+    | ContextRecord
+    | StreamRecord
+    | KnownRecord
+    | ContextWait
+    | StreamWait
+    | KnownWait
+    | CallerWait
+    | TransferRecord
+    | Record
+    | WaitFor
+)
 
 
 class SimulatedDevice:
@@ -151,12 +169,15 @@ class SimulatedDevice:
     def spoils(self, world: World, thread: int, op: Any) -> bool:
         """Any barrier invalidates every capture in progress, and so does waiting inside one for outside work.
 
-        So does taking page-locked memory, and a transfer where its caller waits for the device.
+        So does taking page-locked memory, and a transfer where its caller waits for the device. What concerns one
+        stream only invalidates the capture of that stream.
         """
         if not world.captures:
             return False
         if isinstance(op, ContextRecord | ContextWait | Synchronize | Reserve | Transfer):
             return True
+        if isinstance(op, KnownRecord | KnownWait):
+            return any(self.homes[capturing] == op.stream for capturing, _, _ in world.captures)
         return isinstance(op, CallerWait) and self.faults.careless and world.is_capturing(thread)
 
     def call(self, world: World, thread: int, op: Any) -> Answer:
@@ -165,7 +186,7 @@ class SimulatedDevice:
             return self._vault(world, thread, op)
         if isinstance(op, Synchronize | HostWait):
             return (world, None) if self._may_go_on(world, op) else None
-        if isinstance(op, ContextRecord | StreamRecord | ContextWait | StreamWait | CallerWait | Record | WaitFor):
+        if isinstance(op, _ORDERS):
             return self._order(world, thread, op)
         return self._user(world, thread, op)
 
@@ -174,16 +195,21 @@ class SimulatedDevice:
 
     def _order(self, world: World, thread: int, op: Any) -> Answer:
         after, answer = world, None
-        if isinstance(op, ContextRecord):
+        if isinstance(op, TransferRecord):
+            number = self._number.get(SECOND)
+            answer = None if number is None else ((number, world.launched[number]),)
+        elif isinstance(op, CallerStreams):
+            answer = ((QUEUED, self.homes[thread]),) if self.homes[thread] else ()
+        elif isinstance(op, ContextRecord):
             answer = tuple(enumerate(world.launched))
-        elif isinstance(op, StreamRecord | Record):
-            number = self._number[op.stream if isinstance(op, Record) else OWN]
+        elif isinstance(op, StreamRecord | Record | KnownRecord):
+            number = self._number[OWN if isinstance(op, StreamRecord) else op.stream]
             answer = ((number, world.launched[number]),)
         elif isinstance(op, ContextWait):
             for stream in self.streams:
                 after = self.enqueue(after, stream, ("wait", op.event or ()))
-        elif isinstance(op, StreamWait | WaitFor):
-            after = self.enqueue(world, op.stream if isinstance(op, WaitFor) else OWN, ("wait", op.event or ()))
+        elif isinstance(op, StreamWait | WaitFor | KnownWait):
+            after = self.enqueue(world, OWN if isinstance(op, StreamWait) else op.stream, ("wait", op.event or ()))
         elif self.homes and self.homes[thread] and not world.is_capturing(thread):
             after = self.enqueue(world, self.homes[thread], ("wait", op.event))
         return after, answer

@@ -17,6 +17,7 @@ from tolaria.testing.catalog import SCENARIOS
 from tolaria.testing.checks import Check
 from tolaria.testing.limits import LIMITS
 from tolaria.testing.mutants import MUTANTS
+from tolaria.testing.scenarios import STREAMS_ONLY
 from tolaria.testing.world import Outcome
 
 Found = Sequence[tuple[Check, Outcome]]
@@ -139,8 +140,9 @@ def _picture(check: Check, outcome: Outcome) -> str:
 
 
 def limits_part(found: Found) -> str:
-    """For docs/guarantees.md: the writer that nobody knows, with the `context` barrier."""
+    """For docs/guarantees.md: the writer that nobody knows, with the `context` barrier where it has one."""
     shown = [(check, outcome) for check, outcome in found if check.barrier.value == "context"]
+    shown += [(check, outcome) for check, outcome in found if LIMITS[check.name].barriers == STREAMS_ONLY]
     return "\n".join(f"{LIMITS[check.name].says}\n\n{_picture(check, outcome)}" for check, outcome in shown)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from tolaria.operations import Barrier
 from tolaria.testing.background import read_back
 from tolaria.testing.explorer import IsGood
-from tolaria.testing.programs import is_uniform, roll_back, writer
-from tolaria.testing.scenarios import EVERY, Scenario, governor, user
+from tolaria.testing.programs import FOREIGN, in_turn, is_uniform, roll_back, section, writer, writes
+from tolaria.testing.scenarios import EVERY, STREAMS_ONLY, Scenario, governor, user
 from tolaria.testing.simulator import Machine
 from tolaria.testing.world import World
 
@@ -60,6 +60,13 @@ def _unregistered(name: str, says: str, reads_back: bool) -> Limit:
     return Limit(name, says, Scenario(name, says, threads, excluded_or_noticed, EVERY))
 
 
+def _unnamed(name: str, says: str) -> Limit:
+    def threads(barrier: Barrier) -> list[Any]:
+        return [user(section(0, FOREIGN, writes("N", "B"))), governor(read_back(1, barrier)), user(in_turn(), "B")]
+
+    return Limit(name, says, Scenario(name, says, threads, excluded_or_noticed, STREAMS_ONLY))
+
+
 LIMITS: dict[str, Limit] = {
     limit.name: limit
     for limit in (
@@ -70,6 +77,11 @@ LIMITS: dict[str, Limit] = {
             "an unregistered writer, read back",
             "The same beside a rollback that reads back what it restored: a write that lands after its byte was read.",
             True,
+        ),
+        _unnamed(
+            "a stream that nobody named",
+            "With the `streams` barrier: a section that launches on another stream than the current one, and does not "
+            "name it, beside a rollback that reads back what it restored.",
         ),
     )
 }

@@ -29,6 +29,7 @@ from tolaria.ring import Slot, SlotPhase
 from tolaria.testing.alter import altered, asking, blind_to_captures, changing, delayed, skipping, ungated
 from tolaria.testing.background_mutants import BACKGROUND
 from tolaria.testing.edges import EdgeMutant, dropping, mutant, without_change
+from tolaria.testing.known_mutants import KNOWN
 from tolaria.testing.scenarios import CONTEXT_ONLY, QUEUES, Faults, Removal, alters
 from tolaria.testing.world import Program
 
@@ -310,6 +311,7 @@ _SLOTS = [
         "a corrupted snapshot",
         Removal(faults=Faults(trusting=True)),
         *Barrier,
+        kinds=("torn", "misread"),
     ),
     mutant(
         "newer snapshots dropped",
@@ -431,6 +433,6 @@ _CAPTURES = [
 
 
 MUTANTS: dict[str, EdgeMutant] = {
-    one.name: one for one in (*_BARRIERS_AND_GATE, *_SLOTS, *_TRAIN_STATE, *_CAPTURES, *BACKGROUND)
+    one.name: one for one in (*_BARRIERS_AND_GATE, *_SLOTS, *_TRAIN_STATE, *_CAPTURES, *BACKGROUND, *KNOWN)
 }
 """By name, in the order of the table."""

@@ -9,9 +9,10 @@ from typing import Any
 
 from tolaria import gradients, ring
 from tolaria.admission import begin_capture, close_section, end_capture, open_section
-from tolaria.operations import Await, Barrier, Change, SectionKind
+from tolaria.operations import Await, Barrier, CallerStreams, Change, SectionKind
 from tolaria.protocol import Ground, rollback, seal, snapshot
 from tolaria.testing.world import (
+    QUEUED,
     VARIABLES,
     Allocate,
     CaptureBegins,
@@ -31,11 +32,13 @@ READ, FORWARD, WRITE, FOREIGN = SectionKind.READ, SectionKind.FORWARD, SectionKi
 # ---------------------------------------------------------------- users
 
 
-def section(thread: int, kind: SectionKind, *inside: Program, in_autograd: bool = False) -> Program:
-    """Programs inside a section."""
+def section(
+    thread: int, kind: SectionKind, *inside: Program, in_autograd: bool = False, named: tuple[str, ...] = ()
+) -> Program:
+    """Programs inside a section, with streams that it names."""
 
     def program() -> Iterator[Any]:
-        yield from open_section(thread, kind, in_autograd)
+        yield from open_section(thread, kind, in_autograd, None, tuple((QUEUED, stream) for stream in named))
         for one in inside:
             yield from one()
         yield from close_section(thread, 0)
@@ -75,6 +78,22 @@ def reader(thread: int, stream: str = "", gated: bool = True, variables: tuple[s
     """A forward of one launch per variable, inside a forward section unless `gated` is off."""
     launches = reads(stream, variables)
     return section(thread, FORWARD, launches) if gated else launches
+
+
+def current(stream: str, program: Program) -> Program:
+    """A program while another stream is the thread's current one, as inside ``with torch.cuda.stream(...)``."""
+
+    def run() -> Iterator[Any]:
+        inner: Any = program()
+        answer: Any = None
+        try:
+            while True:
+                op = inner.send(answer)
+                answer = ((QUEUED, stream),) if isinstance(op, CallerStreams) else (yield op)
+        except StopIteration as end:
+            return end.value
+
+    return run
 
 
 def in_turn(*programs: Program) -> Program:

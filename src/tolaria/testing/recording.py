@@ -15,12 +15,15 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     HostWait,
+    KnownRecord,
+    KnownWait,
     ReadLive,
     RestoreHost,
     StreamRecord,
     StreamWait,
     Synchronize,
     Transfer,
+    TransferRecord,
 )
 from tolaria.testing import timeline
 from tolaria.testing.races import Ledger, Race, Range
@@ -102,12 +105,15 @@ def _tell_order(ledger: Ledger, machine: Machine, before: World, step: Step) -> 
     answer = step.after.progress[number].history[-1:]
     if isinstance(op, ContextRecord):
         ledger.recorded_all(answer)
-    elif isinstance(op, StreamRecord | Record):
-        ledger.recorded(answer, op.stream if isinstance(op, Record) else OWN)
+    elif isinstance(op, StreamRecord | Record | KnownRecord):
+        ledger.recorded(answer, OWN if isinstance(op, StreamRecord) else op.stream)
+    elif isinstance(op, TransferRecord):
+        if SECOND in machine.streams:
+            ledger.recorded(answer, SECOND)
     elif isinstance(op, ContextWait):
         ledger.waited_all((op.event,))
-    elif isinstance(op, StreamWait | WaitFor):
-        ledger.waited(op.stream if isinstance(op, WaitFor) else OWN, (op.event,))
+    elif isinstance(op, StreamWait | WaitFor | KnownWait):
+        ledger.waited(OWN if isinstance(op, StreamWait) else op.stream, (op.event,))
     elif isinstance(op, CallerWait) and machine.homes and machine.homes[number] and not before.is_capturing(number):
         ledger.waited(machine.homes[number], (op.event,))
     elif isinstance(op, HostWait):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tolaria import ring
@@ -18,8 +18,10 @@ from tolaria.testing.simulator import Machine
 from tolaria.testing.world import NO_FAULTS, VARIABLES, Faults, Mutant, Program, World
 
 EVERY = tuple(Barrier)
-QUEUES = (Barrier.BLOCKING, Barrier.CONTEXT)
+QUEUES = (Barrier.BLOCKING, Barrier.CONTEXT, Barrier.STREAMS)
+EVENTS = (Barrier.CONTEXT, Barrier.STREAMS)
 CONTEXT_ONLY = (Barrier.CONTEXT,)
+STREAMS_ONLY = (Barrier.STREAMS,)
 UNSEALED = None
 
 
@@ -144,6 +146,9 @@ class Scenario:
         """The machine to explore."""
         threads = self.threads(barrier)
         programs = [_changed(thread, removal) for thread in threads]
+        held = self.held.options(len(self.variables))
+        if barrier is Barrier.STREAMS:
+            held["initial"] = replace(held["initial"], streams=())
         return Machine(
             programs,
             None if barrier is Barrier.HOST else tuple(thread.stream for thread in threads),
@@ -151,8 +156,8 @@ class Scenario:
             faults=removal.faults,
             variables=self.variables,
             reduced=reduced,
-            second=barrier is Barrier.CONTEXT and bool(self.held.host),
-            **{**self.held.options(len(self.variables)), **self.options},
+            second=barrier.has_events and bool(self.held.host),
+            **{**held, **self.options},
         )
 
     def bounds(self, barrier: Barrier) -> str:

@@ -25,6 +25,7 @@ from tolaria.errors import QuiesceTimeout, StateMismatch
 from tolaria.gate import GateState
 from tolaria.operations import (
     Await,
+    CallerStreams,
     CaptureHost,
     Change,
     Check,
@@ -232,6 +233,8 @@ class Machine:
         if self.may_fail and (thread, type(op)) in self.may_fail:
             return False
         if isinstance(op, Ended) or self.drop(op):
+            return True
+        if isinstance(op, CallerStreams):
             return True
         if isinstance(op, Survey | Check):
             return not self.spare

@@ -7,6 +7,7 @@ from typing import Any
 
 from tolaria.operations import (
     Await,
+    CallerStreams,
     CallerWait,
     CaptureHost,
     Change,
@@ -17,6 +18,8 @@ from tolaria.operations import (
     Examine,
     HostWait,
     Inspect,
+    KnownRecord,
+    KnownWait,
     Part,
     ReadLive,
     Reserve,
@@ -26,6 +29,7 @@ from tolaria.operations import (
     Survey,
     Synchronize,
     Transfer,
+    TransferRecord,
 )
 from tolaria.testing.world import (
     Allocate,
@@ -61,6 +65,10 @@ _PLAIN: dict[type[Any], str] = {
     StreamRecord: "record an event on R",
     StreamWait: "R waits for an event",
     CallerWait: "its own stream waits for the copies",
+    CallerStreams: "look which stream is current",
+    KnownRecord: "record an event on {op.stream}",
+    KnownWait: "{op.stream} waits for an event",
+    TransferRecord: "record an event behind the transfers",
     HostWait: "wait for an event",
     Synchronize: "wait until the device is idle",
     Record: "record an event on {op.stream}",
