@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +151,23 @@ def run_in_subprocess(limit_s: float = 240.0, command: tuple[str, ...] = ()) -> 
 
 
 def _run_one(barrier: str, limit_s: float, command: tuple[str, ...]) -> list[Trial]:
+    lines, ended = lines_of(command, limit_s)
+    trials = [Trial(**line) for line in lines]
+    if not ended and not trials:
+        ended = "made no trial"
+    return [*trials, *([Trial(f"all trials [{barrier}]", "not known", ended)] if ended else [])]
+
+
+def lines_of(command: tuple[str, ...], limit_s: float) -> tuple[list[dict[str, Any]], str]:
+    """Run a program in a process of its own, with the settings that CUDA needs before it starts.
+
+    Args:
+        command: The program and its arguments. It prints one JSON object per line; other lines are passed over.
+        limit_s: Seconds after which it is ended.
+
+    Returns:
+        What it printed, also before it was ended; and how it ended, empty if all is well.
+    """
     process = subprocess.Popen(
         command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -164,13 +180,4 @@ def _run_one(barrier: str, limit_s: float, command: tuple[str, ...]) -> list[Tri
         process.kill()
         out, err = process.communicate()
         ended = f"hung for {limit_s:g} s and was ended"
-    trials = list(_trials_in(out))
-    if not ended and not trials:
-        ended = "made no trial"
-    return [*trials, *([Trial(f"all trials [{barrier}]", "not known", ended)] if ended else [])]
-
-
-def _trials_in(out: str) -> Iterator[Trial]:
-    for line in out.splitlines():
-        if line.startswith("{"):
-            yield Trial(**json.loads(line))
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], ended
