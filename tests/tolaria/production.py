@@ -230,7 +230,7 @@ def rollback_while_all_are_in_flight(barrier, missing, governs_optimizer=True):
     with contextlib.ExitStack() as stack:
         work, copies = stack.enter_context(Gate(LIMIT_S)), stack.enter_context(Gate(LIMIT_S))
         stack.enter_context(held(copies))
-        stack.enter_context(without(missing, barrier, run, work, copies))
+        stack.enter_context(without(missing, barrier, work, copies))
         run.in_flight(work)
         assert gets_through(run.control), "streams share a hardware queue: nothing can be shown"
         busy = run.busy()
@@ -239,9 +239,6 @@ def rollback_while_all_are_in_flight(barrier, missing, governs_optimizer=True):
         early = not work.is_open and not copies.is_open
         seen = run.read()
         if missing in BEFORE:
-            copies.open()
-            if barrier == "context":
-                settle(run.governor, barrier)
             work.open()
         else:
             work.open()
@@ -268,7 +265,7 @@ BEFORE = ("pre barrier", "the copies' wait for it")
 AFTER = ("post barrier", "the mark behind the copies")
 
 
-def without(missing, barrier, run, work, copies):
+def without(missing, barrier, work, copies):
     """Takes one edge of a rollback away; with `blocking` it also says when the gates are opened."""
     if barrier == "blocking":
 
@@ -290,7 +287,26 @@ def without(missing, barrier, run, work, copies):
         "post barrier": ("context_wait", no_wait),
         "the mark behind the copies": ("stream_record", ContextDevice._event),  # an event that was never recorded
     }
-    return contextlib.nullcontext() if missing is None else mock.patch.object(ContextDevice, *edges[missing])
+    stack, are_submitted = contextlib.ExitStack(), []
+    if missing is not None:
+        stack.enter_context(mock.patch.object(ContextDevice, *edges[missing]))
+    if missing in BEFORE:
+        wait, restore = ContextDevice.context_wait, DeviceRoute.restore
+
+        def restoring(route):
+            restore(route)
+            are_submitted.append(route)
+
+        def when_copied(device, event):
+            # not later: behind a context-wide wait the stream of the copies waits for earlier context-wide events too
+            if are_submitted:
+                copies.open()
+                device.synchronize()
+            wait(device, event)
+
+        stack.enter_context(mock.patch.object(DeviceRoute, "restore", restoring))
+        stack.enter_context(mock.patch.object(ContextDevice, "context_wait", when_copied))
+    return stack
 
 
 def step_between_the_barriers(barrier, missing):
@@ -377,28 +393,39 @@ def next_step_after_a_snapshot(barrier, missing):
     run = Production(barrier)
     weights, moments = run.weights(), run.moments()
     torch.cuda.synchronize()
+
+    gone_on = []
+
+    def go_on():
+        gone_on.append(True)
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            run.learn()
+            if missing in ("the optimizer's wait", "the wait behind the copies"):
+                torch.cuda.current_stream().synchronize()
+        in_thread("actor", lambda: run.act(free))
+        in_thread("foreign", lambda: run.overwrite(free))
+        if missing == "the custom kernel's wait":
+            run.custom.synchronize()
+
     with contextlib.ExitStack() as stack:
         free, copies = stack.enter_context(Gate(LIMIT_S)), stack.enter_context(Gate(LIMIT_S))
         free.open()
         in_thread("loader", lambda: run.load(free))
         run.loading.synchronize()
         stack.enter_context(held(copies))
-        if barrier == "blocking":
-            turns = (nothing, copies.open, nothing) if missing is None else (nothing, None, None)
-            stack.enter_context(at_synchronize(*turns))
+        if barrier == "blocking" and missing is None:
+            stack.enter_context(at_synchronize(nothing, copies.open))
+        elif barrier == "blocking":
+            # this barrier seals a manual snapshot before it answers: everybody goes on while that waits for the device
+            stack.enter_context(at_synchronize(nothing, None, None, lambda: (go_on(), copies.open())))
         elif missing is not None:
             edge = {"the optimizer's wait": "caller_wait", "the custom kernel's wait": "context_wait"}[missing]
             stack.enter_context(mock.patch.object(ContextDevice, edge, no_wait))
         with torch.cuda.stream(run.control):
             info = run.governor.snapshot(grads="drop")
         early = not copies.is_open
-        run.learn()
-        if missing in ("the optimizer's wait", "the wait behind the copies"):
-            torch.cuda.current_stream().synchronize()
-        in_thread("actor", lambda: run.act(free))
-        in_thread("foreign", lambda: run.overwrite(free))
-        if missing == "the custom kernel's wait":
-            run.custom.synchronize()
+        if not gone_on:
+            go_on()
         copies.open()
         torch.cuda.synchronize()
         forced = copies.was_forced
