@@ -15,6 +15,7 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     HostWait,
+    Inspect,
     ReadLive,
     RestoreHost,
     StreamRecord,
@@ -68,6 +69,10 @@ def _tell(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
         _tell_reading(ledger, machine, before, step)
     elif isinstance(op, Transfer):
         _tell_transfer(ledger, machine, before, step)
+    elif isinstance(op, Inspect):
+        if op.at_rest and step.note in machine.variables:  # what was drained is read by its thread, part by part
+            where: Range = (f"slot {op.slot}", machine.variables.index(step.note) * _BYTES, _BYTES)
+            ledger.did(thread, reads=[where], what=f"{thread}: {timeline.describe(step)}")
     else:
         _tell_order(ledger, machine, before, step)
 
