@@ -26,7 +26,7 @@ from tolaria import GovernorConfig, TolariaGovernor, judge
 from tolaria.cuda import ContextDevice
 from tolaria.driver import Driver
 from tolaria.route import DeviceRoute
-from tolaria.testing.gates import Gate, distinct_streams, gets_through
+from tolaria.testing.gates import Gate, distinct_streams, gets_through, own_streams
 from tolaria.testing.picture import at_synchronize, held, no_section, no_wait, nothing, raw_stream, settle
 
 PATIENCE_S = 30.0
@@ -84,7 +84,8 @@ class Production:
             config=GovernorConfig(rng="keep", barrier=barrier, host_slots=0, scrub_every=0),
             detector=judge.non_finite(),
         )
-        self.loading, self.acting, self.custom, self.later, self.watchdog, self.control = distinct_streams(6)
+        apart = distinct_streams(6, own_streams(self.governor))
+        self.loading, self.acting, self.custom, self.later, self.watchdog, self.control = apart
         self.raw = raw_stream()
         self.kernel = compiled()
         self.pinned = torch.randn(ROWS, WIDTH).pin_memory()

@@ -19,7 +19,7 @@ from tolaria.cuda import ContextDevice
 from tolaria.device import BlockingDevice
 from tolaria.driver import Driver
 from tolaria.route import DeviceRoute
-from tolaria.testing.gates import Gate, distinct_streams, driver
+from tolaria.testing.gates import Gate, distinct_streams, driver, own_streams
 
 OLD, NEW = 1.0, 2.0
 BarrierName = Literal["context", "blocking"]
@@ -33,7 +33,7 @@ class Picture:
         self.model = nn.ParameterList([nn.Parameter(torch.full((elements,), OLD, device="cuda")) for _ in range(2)])
         config = GovernorConfig(rng="keep", barrier=barrier)
         self.governor = TolariaGovernor(self.model, config=config, detector=judge.non_finite())
-        *self.writers, self.reader, self.control = distinct_streams(num_streams + 2)
+        *self.writers, self.reader, self.control = distinct_streams(num_streams + 2, own_streams(self.governor))
         self.share = elements // num_streams
         torch.cuda.synchronize()
 

@@ -388,7 +388,8 @@ def _judged(seen: list[Values], expected: Values, whole: list[bool]) -> tuple[st
     torn = sum(values == expected for values in seen)
     control = f"torn {torn} of {len(seen)}"
     if torn != len(seen):
-        return control, f"without protection nothing was torn in {len(seen) - torn} rounds: nothing was shown"
+        other = next(values for values in seen if values != expected)
+        return control, f"without protection nothing was torn in {len(seen) - torn} rounds ({other}): nothing was shown"
     return control, "ok" if all(whole) else f"torn {len(whole) - sum(whole)} of {len(whole)}"
 
 
