@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from tolaria.kernels import Sweep, Tally
 
@@ -267,7 +267,7 @@ class Machine:
                     self._force(other, needed, seen)
             else:
                 # whatever modes are on where the device happens to be waited for are no business of the device
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
                     item.run()
             stream.ran += 1
         if seen:

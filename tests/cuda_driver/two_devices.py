@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from cuda_driver.fake_driver import Machine
 from tolaria import protocol, ring
 from tolaria.cuda import ContextDevice
 from tolaria.driver import Driver
-from tolaria.kernels import Finite, Side
+from tolaria.kernels import Finite, Side, Tally
 from tolaria.operations import Barrier, Direction, Events, HostState, Inspection, Part, Places
 from tolaria.protocol import Ground
+from tolaria.ring import Tier
 from tolaria.route import lay, transfer
 
 GROUND = Ground(Barrier.CONTEXT, 5.0)
@@ -25,11 +27,14 @@ class Store:
     def __init__(self, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> None:
         self.devices, self.host, self.pinned = devices, host, pinned
         self.live = {(name, part): torch.zeros(4, dtype=torch.uint8) for name in devices for part in Part}
-        self.answers = {name: torch.zeros(2, dtype=torch.int64) for name in devices}
+        self.tallies = {name: Tally(*torch.zeros(2, 2, dtype=torch.int64)) for name in devices}
+        self.tier = Tier.HOST
+        self.at_rest: list[torch.Tensor] = []
         self.held = [{key: torch.full((4,), 99, dtype=torch.uint8) for key in self.live} for _ in range(3)]
 
     def places(self, _: Any) -> Places:
-        return Places(tuple(name for name in self.devices if name not in self.host), self.host, self.pinned)
+        queued = tuple(name for name in self.devices if name not in self.host)
+        return Places(queued, self.host, self.pinned, tier=self.tier)
 
     survey = check = places
 
@@ -46,6 +51,9 @@ class Store:
         pass
 
     def inspect(self, op: Any) -> Inspection:
+        """At rest: what the host finds in the slot now."""
+        if op.at_rest:
+            self.at_rest = [tensor.clone() for tensor in self.held[op.slot].values()]
         return Inspection()
 
     def copy(self, op: Any) -> None:
@@ -61,9 +69,11 @@ class Store:
         return lay(self.devices[name], live, held, [Finite.ANYTHING], 0, [], on_host=False)
 
     def read_live(self, op: Any) -> None:
-        for name in self.devices:
+        parts = list(Part)
+        for name, tally in self.tallies.items():
             if name not in self.host:
-                self._route(op.slot, name, op.part).read(Side.LIVE, self.answers[name])
+                tally.is_fresh = tally.is_fresh or op.part is parts[0]
+                self._route(op.slot, name, op.part).read(Side.LIVE, tally, last=op.part is parts[-1])
 
     def transfer(self, op: Any) -> Events:
         moves = {
@@ -84,6 +94,14 @@ class Pair:
     def __init__(self, machine: Machine, pinned: bool = False) -> None:
         names = ("cuda:0", "cuda:1")
         self._build({name: ContextDevice(name, machine.driver, machine.streams) for name in names}, (), pinned)
+
+    @classmethod
+    def in_two_tiers(cls, machine: Machine) -> Pair:
+        """With two slots on the devices and one in main memory, which snapshots are drained into."""
+        made = cls(machine)
+        made.store.tier = Tier.DEVICE
+        made.driver.state = HostState(ring=ring.empty_ring(host=1, device=2))
+        return made
 
     @classmethod
     def on(cls, devices: dict[str, Any], host: tuple[str, ...], pinned: bool) -> Pair:
@@ -116,6 +134,12 @@ class Pair:
             return ring.newest_good(slots, before)
 
         return self.driver.submit(protocol.rollback(1, GROUND, choose, "rolling back", read_back=read_back))
+
+    def drain(self, taken: protocol.Taken) -> int | None:
+        """Certify a snapshot (which here waits for nothing) and copy it into main memory. Answers the slot."""
+        self.driver.submit(protocol.seal(1, taken.slot, taken.snapshot, True, GROUND))
+        self.driver.change(lambda s: (replace(s, ring=ring.certify(s.ring, taken.slot, taken.snapshot)), None))
+        return self.driver.submit(protocol.drain(1, replace(GROUND, drained=1), taken.slot, taken.snapshot))
 
     def close(self) -> None:
         for device in self.devices.values():

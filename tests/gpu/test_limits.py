@@ -65,7 +65,7 @@ os._exit(0)
 
 def test_page_locked_parameters_wait_for_transfers_under_way():
     """A parameter in page-locked host memory, with a transfer out of it held back on the device."""
-    from gpu.gates import Gate
+    from tolaria.testing.gates import Gate
 
     class Offloaded(nn.Module):
         def __init__(self):

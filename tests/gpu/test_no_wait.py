@@ -53,7 +53,7 @@ def loop(request):
 
 
 def test_the_host_returns_from_twenty_steps_while_the_device_is_held(loop):
-    from gpu.gates import Gate
+    from tolaria.testing.gates import Gate
 
     with Gate(limit_s=10.0) as gate:
         gate.close(torch.cuda.current_stream())
@@ -70,7 +70,7 @@ def test_the_host_returns_from_twenty_steps_while_the_device_is_held(loop):
 
 
 def test_with_one_planted_wait_it_does_not(loop):
-    from gpu.gates import Gate
+    from tolaria.testing.gates import Gate
 
     def wait():
         event = torch.cuda.Event()

@@ -9,60 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge
+from tolaria import TolariaGovernor, judge
 from tolaria.cuda import ContextDevice
-from tolaria.route import DeviceRoute
+from tolaria.testing.gates import Gate, gets_through
+from tolaria.testing.picture import NEW, OLD, Picture, held, no_wait, raw_stream, settle
 
 pytestmark = pytest.mark.cuda
-
-OLD, NEW = 1.0, 2.0
-
-
-class Picture:
-    """A model of two parameters whose every element tells which step it is from."""
-
-    def __init__(self, num_streams, elements=120 << 15):
-        from gpu.gates import distinct_streams
-
-        self.model = nn.ParameterList([nn.Parameter(torch.full((elements,), OLD, device="cuda")) for _ in range(2)])
-        self.governor = TolariaGovernor(self.model, config=GovernorConfig(rng="keep"), detector=judge.non_finite())
-        *self.writers, self.reader, self.control = distinct_streams(num_streams + 2)
-        self.share = elements // num_streams
-        torch.cuda.synchronize()
-
-    def part(self, parameter, number):
-        return self.model[parameter][number * self.share : (number + 1) * self.share]
-
-    def write_gated(self, gate, value=NEW):
-        """From another thread: each stream writes its share of one parameter, waits, writes its share of the other."""
-
-        def run():
-            with torch.no_grad(), self.governor.using(write=True):
-                for number, stream in enumerate(self.writers):
-                    with torch.cuda.stream(stream):
-                        self.part(0, number).fill_(value)
-                        gate.close(stream)
-                        self.part(1, number).fill_(value)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-
-    def spoil(self):
-        """A step that is over when this returns."""
-        with torch.no_grad(), self.governor.using():
-            for parameter in self.model:
-                parameter.fill_(NEW)
-        torch.cuda.synchronize()
-
-    def read(self, stream):
-        """What a forward on `stream` sees: smallest and largest element of each parameter, as a device tensor."""
-        with torch.no_grad(), self.governor.using(write=False), torch.cuda.stream(stream):
-            return torch.stack([extreme for p in self.model for extreme in p.detach().aminmax()])
-
-    def values(self):
-        torch.cuda.synchronize()
-        return [float(v) for p in self.model for v in p.detach().aminmax()]
 
 
 @pytest.fixture
@@ -70,19 +22,10 @@ def picture(request):
     built = []
 
     def build(num_streams):
-        from gpu.gates import Gate, gets_through
-
         picture = Picture(num_streams)
         built.append(picture)
-        # every kernel once, and every slot and event: nothing may be loaded or allocated behind a closed gate
-        picture.governor.snapshot().wait("sealed")
-        for _ in range(2):
-            with Gate() as gate:
-                gate.open()
-                picture.write_gated(gate, OLD)
-            picture.read(picture.reader)
-            picture.governor.execute_rollback().wait()
-            assert gets_through(picture.control)
+        picture.warm_up()
+        assert gets_through(picture.control)
         return picture
 
     yield build
@@ -92,8 +35,6 @@ def picture(request):
 
 def roll_back_behind_gates(picture, gate):
     """Writers gated, rollback submitted, reader launched. Answers what the reader saw and what is left at the end."""
-    from gpu.gates import gets_through
-
     picture.write_gated(gate)
     assert gets_through(picture.control), "the control stream shares a queue with a gated one: nothing can be shown"
     picture.governor.execute_rollback()
@@ -106,8 +47,6 @@ def roll_back_behind_gates(picture, gate):
 
 @pytest.mark.parametrize("num_streams", [1, 4, 8, 30])
 def test_nothing_is_lost_and_nothing_torn(picture, num_streams):
-    from gpu.gates import Gate
-
     built = picture(num_streams)
     for _ in range(8):
         with Gate() as gate:
@@ -119,45 +58,24 @@ def test_nothing_is_lost_and_nothing_torn(picture, num_streams):
 
 @pytest.mark.parametrize("num_streams", [1, 4, 8, 30])
 def test_without_the_pre_barrier_the_rollback_is_lost_every_time(picture, num_streams, monkeypatch):
-    from gpu.gates import Gate
-
     built = picture(num_streams)
     # an event of the governor's own, idle stream in the place of one that covers all streams
     monkeypatch.setattr(ContextDevice, "context_record", ContextDevice.stream_record)
-    monkeypatch.setattr(ContextDevice, "context_wait", lambda self, event: None)
+    monkeypatch.setattr(ContextDevice, "context_wait", no_wait)
     for _ in range(8):
         with Gate() as gate:
             built.write_gated(gate)
             built.governor.execute_rollback()
-            for device in built.governor._keeper.devices.values():
-                device.synchronize()
+            settle(built.governor, "context")
             gate.open()
             assert built.values() == [OLD, OLD, NEW, NEW]
         built.governor.execute_rollback().wait()
 
 
-class Held:
-    """Holds the governor's own stream back just before its copies."""
-
-    def __init__(self, monkeypatch, gate):
-        for name in ("capture", "restore"):
-            monkeypatch.setattr(DeviceRoute, name, self._held(getattr(DeviceRoute, name), gate))
-
-    def _held(self, original, gate):
-        def copy(route, *answer):
-            gate.close(torch.cuda.ExternalStream(int(route._port._stream)))
-            original(route, *answer)
-
-        return copy
-
-
-def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture, monkeypatch):
+def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture):
     """The post edge: the copies are held back, so whoever does not wait for them is seen."""
-    from gpu.gates import Gate
-
     built = picture(4)
-    with Gate() as gate:
-        Held(monkeypatch, gate)
+    with Gate() as gate, held(gate):
         built.spoil()
         built.governor.execute_rollback()
         seen = built.read(built.reader)
@@ -171,12 +89,9 @@ def test_readers_and_writers_after_a_rollback_wait_for_its_copies(picture, monke
 
 
 def test_without_the_post_barrier_a_reader_sees_the_past(picture, monkeypatch):
-    from gpu.gates import Gate
-
     built = picture(4)
-    monkeypatch.setattr(ContextDevice, "context_wait", lambda self, event: None)
-    with Gate() as gate:
-        Held(monkeypatch, gate)
+    monkeypatch.setattr(ContextDevice, "context_wait", no_wait)
+    with Gate() as gate, held(gate):
         built.spoil()
         built.governor.execute_rollback()
         seen = built.read(built.reader)
@@ -187,18 +102,12 @@ def test_without_the_post_barrier_a_reader_sees_the_past(picture, monkeypatch):
         assert built.values() == [OLD] * 4
 
 
-def test_a_stream_made_after_the_rollback_waits_as_well(picture, monkeypatch):
-    from cuda.bindings import driver
-    from gpu.gates import Gate
-
+def test_a_stream_made_after_the_rollback_waits_as_well(picture):
     built = picture(1)
-    with Gate() as gate:
-        Held(monkeypatch, gate)
+    with Gate() as gate, held(gate):
         built.spoil()
         built.governor.execute_rollback()
-        code, raw = driver.cuStreamCreate(1)  # non-blocking, made by nobody whom torch knows
-        assert int(code) == 0
-        seen = built.read(torch.cuda.ExternalStream(int(raw)))
+        seen = built.read(raw_stream())
         assert not gate.is_open
         gate.open()
         torch.cuda.synchronize()
@@ -221,25 +130,20 @@ def take_behind_gates(picture, gate):
 
 @pytest.mark.parametrize("num_streams", [1, 8])
 def test_a_snapshot_holds_the_whole_step_and_nothing_of_the_next(picture, num_streams):
-    from gpu.gates import Gate
-
     built = picture(num_streams)
     with Gate() as gate:
-        held, is_back_early = take_behind_gates(built, gate)
+        taken, is_back_early = take_behind_gates(built, gate)
     assert is_back_early
-    assert held == [NEW] * 4
+    assert taken == [NEW] * 4
 
 
 def test_a_snapshot_without_the_pre_barrier_is_torn(picture, monkeypatch):
-    from gpu.gates import Gate
-
     built = picture(1)
     monkeypatch.setattr(ContextDevice, "context_record", ContextDevice.stream_record)
     with Gate() as gate:
         built.write_gated(gate)
         info = built.governor.snapshot()
-        for device in built.governor._keeper.devices.values():
-            device.synchronize()
+        settle(built.governor, "context")
         gate.open()
         torch.cuda.synchronize()
         monkeypatch.undo()
@@ -247,17 +151,14 @@ def test_a_snapshot_without_the_pre_barrier_is_torn(picture, monkeypatch):
         assert built.values() == [NEW, NEW, OLD, OLD]
 
 
-def test_a_snapshot_whose_next_writer_does_not_wait_is_torn(picture, monkeypatch):
+def test_a_snapshot_whose_next_writer_does_not_wait_is_torn(picture):
     """The lazy edge: the copies are held back, and the next step overwrites what they have not read yet."""
-    from gpu.gates import Gate
-
     for protected in (True, False):
         built = picture(1)
-        with Gate() as gate, pytest.MonkeyPatch.context() as patch:
-            Held(patch, gate)
+        with Gate() as gate, held(gate), pytest.MonkeyPatch.context() as patch:
             info = built.governor.snapshot()
             if not protected:
-                patch.setattr(ContextDevice, "context_wait", lambda self, event: None)
+                patch.setattr(ContextDevice, "context_wait", no_wait)
             with torch.no_grad(), built.governor.using(), torch.cuda.stream(built.reader):
                 for parameter in built.model:
                     parameter.fill_(NEW)
@@ -271,10 +172,8 @@ def test_a_snapshot_whose_next_writer_does_not_wait_is_torn(picture, monkeypatch
         built.governor.close()
 
 
-def test_the_next_optimizer_step_waits_on_its_own_stream(picture, monkeypatch):
+def test_the_next_optimizer_step_waits_on_its_own_stream():
     """The same edge for an optimizer, whose stream alone waits; without it the snapshot holds the next step."""
-    from gpu.gates import Gate
-
     for protected in (True, False):
         model = nn.ParameterList([nn.Parameter(torch.full((1 << 20,), OLD, device="cuda")) for _ in range(2)])
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -287,11 +186,10 @@ def test_the_next_optimizer_step_waits_on_its_own_stream(picture, monkeypatch):
             for parameter in model:
                 parameter.grad = torch.full_like(parameter, OLD - NEW)
             torch.cuda.synchronize()
-            with Gate() as gate, pytest.MonkeyPatch.context() as patch:
-                Held(patch, gate)
+            with Gate() as gate, held(gate), pytest.MonkeyPatch.context() as patch:
                 info = governor.snapshot(grads="drop")
                 if not protected:
-                    patch.setattr(ContextDevice, "caller_wait", lambda self, event: None)
+                    patch.setattr(ContextDevice, "caller_wait", no_wait)
                 with torch.cuda.stream(stream):
                     optimizer.step()
                 if not protected:
@@ -304,16 +202,13 @@ def test_the_next_optimizer_step_waits_on_its_own_stream(picture, monkeypatch):
             assert values == [OLD if protected else NEW] * 4
 
 
-def test_slots_of_a_governor_that_is_dropped_outlive_its_copies(picture, monkeypatch):
+def test_slots_of_a_governor_that_is_dropped_outlive_its_copies(picture):
     """The memory of a slot is given to nobody while a copy into it is under way."""
     import gc
 
-    from gpu.gates import Gate
-
     built = picture(1)
     threads = []
-    with Gate() as gate:
-        Held(monkeypatch, gate)
+    with Gate() as gate, held(gate):
         built.governor.snapshot()
         opener = threading.Timer(0.2, gate.open)  # closing waits for the copies, which wait for the gate
         opener.start()

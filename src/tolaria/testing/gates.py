@@ -13,17 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tolaria import TolariaGovernor
 from tolaria.cuda import find_driver
 from tolaria.errors import UnsupportedState
 
 _GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ
 BARRIERS = ("context", "blocking")
+_POOL = 32
+_PROBE_S = 0.5  # what gets through does so in microseconds; to be slow here costs a stream, nothing else
 
 # As many hardware queues as there are: streams that share one hide races. And every kernel loaded at once: loading one
 # behind a closed gate may wait for ever.
@@ -92,13 +95,36 @@ class Gate:
         self.open()
 
 
-def distinct_streams(count: int) -> list[torch.cuda.Stream]:
-    """Streams of torch's pool that are really different (it hands out 32 per priority, in turn)."""
-    found: dict[int, torch.cuda.Stream] = {}
-    while len(found) < count:
+def distinct_streams(count: int, apart_from: Sequence[torch.cuda.Stream] = ()) -> list[torch.cuda.Stream]:
+    """Streams of torch's pool that are really different (it hands out 32 per priority, in turn).
+
+    Args:
+        count: How many; at most 32.
+        apart_from: Streams that must go on while one of these is held back. Those that share a hardware queue with one
+            of them come last, and only if there are too few others.
+    """
+    pool: dict[int, torch.cuda.Stream] = {}
+    while len(pool) < (_POOL if apart_from else count):
         stream = torch.cuda.Stream()
-        found.setdefault(stream.cuda_stream, stream)
-    return list(found.values())
+        pool.setdefault(stream.cuda_stream, stream)
+    if not apart_from:
+        return list(pool.values())
+    apart: list[torch.cuda.Stream] = []
+    sharing: list[torch.cuda.Stream] = []
+    for stream in pool.values():
+        if len(apart) == count:
+            break
+        with Gate() as gate:
+            gate.close(stream)
+            passes = all(gets_through(other, _PROBE_S) for other in apart_from)
+        (apart if passes else sharing).append(stream)
+    return [*apart, *sharing][:count]
+
+
+def own_streams(governor: TolariaGovernor) -> list[torch.cuda.Stream]:
+    """The streams that a governor copies on; with the `blocking` barrier it has none."""
+    handles = [getattr(port, "_stream", None) for port in governor._keeper.devices.values()]
+    return [torch.cuda.ExternalStream(int(handle)) for handle in handles if handle is not None]
 
 
 def gets_through(stream: torch.cuda.Stream, limit_s: float = 10.0) -> bool:
@@ -152,6 +178,23 @@ def run_in_subprocess(limit_s: float = 240.0, command: tuple[str, ...] = ()) -> 
 
 
 def _run_one(barrier: str, limit_s: float, command: tuple[str, ...]) -> list[Trial]:
+    lines, ended = lines_of(command, limit_s)
+    trials = [Trial(**line) for line in lines]
+    if not ended and not trials:
+        ended = "made no trial"
+    return [*trials, *([Trial(f"all trials [{barrier}]", "not known", ended)] if ended else [])]
+
+
+def lines_of(command: tuple[str, ...], limit_s: float) -> tuple[list[dict[str, Any]], str]:
+    """Run a program in a process of its own, with the settings that CUDA needs before it starts.
+
+    Args:
+        command: The program and its arguments. It prints one JSON object per line; other lines are passed over.
+        limit_s: Seconds after which it is ended.
+
+    Returns:
+        What it printed, also before it was ended; and how it ended, empty if all is well.
+    """
     process = subprocess.Popen(
         command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -164,13 +207,4 @@ def _run_one(barrier: str, limit_s: float, command: tuple[str, ...]) -> list[Tri
         process.kill()
         out, err = process.communicate()
         ended = f"hung for {limit_s:g} s and was ended"
-    trials = list(_trials_in(out))
-    if not ended and not trials:
-        ended = "made no trial"
-    return [*trials, *([Trial(f"all trials [{barrier}]", "not known", ended)] if ended else [])]
-
-
-def _trials_in(out: str) -> Iterator[Trial]:
-    for line in out.splitlines():
-        if line.startswith("{"):
-            yield Trial(**json.loads(line))
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")], ended

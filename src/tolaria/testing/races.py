@@ -10,20 +10,23 @@ other's actor has heard of it by then. So a missing edge shows in a run in which
     ledger.launched("main", "R", reads=[("device", 0, 64)], what="copy into the slot")
     print(ledger.races[0])      # R does not wait for A
 
-`of_schedule` feeds it from a schedule of the model checker. A backend that records on a real device calls the same
-methods; the driver's calls have one each.
+`recording.races_in` feeds it from a schedule of the model checker, `recorder.Recorder` from a real run.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 Actor = str
 Clock = dict[Actor, int]
 Range = tuple[str, int, int]
 """(space, first byte, number of bytes). A space is one memory, for example "cuda:0" or "host"."""
+
+_FRAMES = 16  # of a stack, the innermost: enough to see who asked
+_RECORDERS = ("races.py", "recorder.py", "recording.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class Ledger:
 
     Args:
         with_stacks: Keep the stack of every access. Costs more than everything else.
+        device_of: Which device a stream belongs to; one and the same unless given. A context-wide event covers the
+            streams of one device.
 
     Attributes:
         races: Found so far, each pair of places once.
@@ -88,12 +93,14 @@ class Ledger:
     Threads: calls must be made one at a time, in the order in which the host does the things they tell of.
     """
 
-    def __init__(self, *, with_stacks: bool = False) -> None:
+    def __init__(self, *, with_stacks: bool = False, device_of: Callable[[Actor], str] = lambda stream: "") -> None:
         self.races: list[Race] = []
-        self._with_stacks = with_stacks
+        self._with_stacks, self._device_of = with_stacks, device_of
         self._clocks: dict[Actor, Clock] = {}
         self._streams: set[Actor] = set()
-        self._floor: Clock = {}  # what every stream waits for, those that are made later included
+        self._floors: dict[
+            str, Clock
+        ] = {}  # by device: what every stream waits for, those that are made later included
         self._events: dict[Hashable, Clock] = {}
         self._accesses: dict[tuple[Actor, bool, Range, str], Access] = {}
         self._told: set[tuple[Actor, str, Actor, str, Range]] = set()
@@ -123,21 +130,21 @@ class Ledger:
         """An event on one stream. Recording it again gives it a new meaning for later waits."""
         self._events[event] = dict(self._stream(stream))
 
-    def recorded_all(self, event: Hashable) -> None:
-        """An event that covers all streams."""
+    def recorded_all(self, event: Hashable, device: str = "") -> None:
+        """An event that covers all streams of a device."""
         self._events[event] = {}
-        for stream in self._streams:
+        for stream in self._streams_of(device):
             _join(self._events[event], self._clocks[stream])
 
     def waited(self, stream: Actor, event: Hashable) -> None:
         """Later work of a stream waits for an event. One that was never recorded orders nothing."""
         _join(self._stream(stream), self._events.get(event, {}))
 
-    def waited_all(self, event: Hashable) -> None:
-        """Later work of all streams waits for an event, also of streams that do not exist yet."""
+    def waited_all(self, event: Hashable, device: str = "") -> None:
+        """Later work of all streams of a device waits for an event, also of streams that do not exist yet."""
         found = self._events.get(event, {})
-        _join(self._floor, found)
-        for stream in self._streams:
+        _join(self._floors.setdefault(device, {}), found)
+        for stream in self._streams_of(device):
             _join(self._clocks[stream], found)
 
     def host_waited(self, thread: Actor, event: Hashable) -> None:
@@ -146,7 +153,7 @@ class Ledger:
 
     def synchronized(self, thread: Actor, streams: Iterable[Actor] | None = None) -> None:
         """A thread has waited until some streams (all, unless named) were idle."""
-        for stream in self._streams if streams is None else streams:
+        for stream in list(self._streams) if streams is None else streams:
             _join(self._clock(thread), self._stream(stream))
 
     def released(self, thread: Actor, lock: Hashable) -> None:
@@ -165,12 +172,15 @@ class Ledger:
     def _stream(self, stream: Actor) -> Clock:
         if stream not in self._streams:
             self._streams.add(stream)
-            _join(self._clock(stream), self._floor)
+            _join(self._clock(stream), self._floors.get(self._device_of(stream), {}))
         return self._clocks[stream]
+
+    def _streams_of(self, device: str) -> list[Actor]:
+        return [stream for stream in self._streams if self._device_of(stream) == device]
 
     def _access(self, actor: Actor, clock: Clock, reads: Sequence[Range], writes: Sequence[Range], what: str) -> None:
         clock[actor] = tick = clock.get(actor, 0) + 1
-        stack = "".join(traceback.format_stack()[:-3]) if self._with_stacks else ""
+        stack = _stack() if self._with_stacks else ""
         for ranges, is_write in ((reads, False), (writes, True)):
             for where in ranges:
                 access = Access(actor, tick, is_write, where, what, stack)
@@ -185,6 +195,13 @@ class Ledger:
             if earlier.overlaps(access) and place not in self._told:
                 self._told.add(place)
                 self.races.append(Race(earlier, access))
+
+
+def _stack() -> str:
+    frames = traceback.extract_stack()
+    while frames and Path(frames[-1].filename).name in _RECORDERS:
+        frames.pop()
+    return "".join(traceback.format_list(frames[-_FRAMES:]))
 
 
 def _join(clock: Clock, other: Clock) -> None:

@@ -15,6 +15,7 @@ from tolaria.operations import (
     ContextWait,
     Copy,
     HostWait,
+    Inspect,
     KnownRecord,
     KnownWait,
     ReadLive,
@@ -55,7 +56,7 @@ def races_in(machine: Machine, steps: Sequence[Step]) -> list[Race]:
 def _tell(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
     op, thread, number = step.op, step.actor, int(step.actor[1:])
     if isinstance(op, Change | Await):
-        _tell_gate(ledger, thread, number, before.host.gate, step.after.host.gate)
+        tell_gate(ledger, thread, number, before.host.gate, step.after.host.gate)
     elif isinstance(op, Launch | Fused):
         for launch in op.launches if isinstance(op, Fused) else (op,):
             _tell_access(ledger, machine, thread, launch.stream, [machine.device.item(before, number, launch)], step)
@@ -71,6 +72,10 @@ def _tell(ledger: Ledger, machine: Machine, before: World, step: Step) -> None:
         _tell_reading(ledger, machine, before, step)
     elif isinstance(op, Transfer):
         _tell_transfer(ledger, machine, before, step)
+    elif isinstance(op, Inspect):
+        if op.at_rest and step.note in machine.variables:  # what was drained is read by its thread, part by part
+            where: Range = (f"slot {op.slot}", machine.variables.index(step.note) * _BYTES, _BYTES)
+            ledger.did(thread, reads=[where], what=f"{thread}: {timeline.describe(step)}")
     else:
         _tell_order(ledger, machine, before, step)
 
@@ -125,8 +130,16 @@ def _tell_order(ledger: Ledger, machine: Machine, before: World, step: Step) -> 
         ledger.waited(op.target, ("handover", op))
 
 
-def _tell_gate(ledger: Ledger, thread: str, number: int, before: GateState, after: GateState) -> None:
-    """Sections are ordered with submissions, not with each other."""
+def tell_gate(ledger: Ledger, thread: str, number: int, before: GateState, after: GateState) -> None:
+    """Tell of one change of the gate by a thread. Sections are ordered with submissions, not with each other.
+
+    Args:
+        ledger: Who is told.
+        thread: The thread's name there.
+        number: Its number in the gate.
+        before: The gate before the change.
+        after: And after it.
+    """
     submissions, sections = _GATE
     if after.depth(number) and not before.depth(number):
         ledger.acquired(thread, submissions)

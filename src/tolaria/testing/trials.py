@@ -9,159 +9,45 @@ starts and ends what hangs. No assertion here depends on time.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Literal, cast
+from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import nn
 
-from tolaria import CaptureInProgress, GovernorConfig, TolariaGovernor, capture, judge
+from tolaria import CaptureInProgress, capture, ring
 from tolaria.cuda import ContextDevice
-from tolaria.device import BlockingDevice
 from tolaria.driver import Driver
 from tolaria.route import DeviceRoute
-from tolaria.testing.gates import Gate, Trial, distinct_streams, driver, gets_through
+from tolaria.testing.gates import Gate, Trial, gets_through
+from tolaria.testing.picture import (
+    NEW,
+    OLD,
+    BarrierName,
+    Picture,
+    Values,
+    at_synchronize,
+    held,
+    no_section,
+    no_wait,
+    nothing,
+    raw_stream,
+    settle,
+    submitted,
+    unordered,
+)
 
-OLD, NEW = 1.0, 2.0
 _ROUNDS = 4
 _PATIENCE_S = 30.0
-BarrierName = Literal["context", "blocking"]
-Values = list[float]
-
-
-class Picture:
-    """A model of two parameters whose every element tells which step it is from."""
-
-    def __init__(self, num_streams: int, elements: int = 120 << 15, barrier: BarrierName | None = None) -> None:
-        self.model = nn.ParameterList([nn.Parameter(torch.full((elements,), OLD, device="cuda")) for _ in range(2)])
-        config = GovernorConfig(rng="keep", barrier=barrier)
-        self.governor = TolariaGovernor(self.model, config=config, detector=judge.non_finite())
-        *self.writers, self.reader, self.control = distinct_streams(num_streams + 2)
-        self.share = elements // num_streams
-        torch.cuda.synchronize()
-
-    def part(self, parameter: int, number: int) -> torch.Tensor:
-        """The share of one stream in one parameter."""
-        part: torch.Tensor = self.model[parameter][number * self.share : (number + 1) * self.share]
-        return part
-
-    def write_gated(self, gate: Gate, value: float = NEW) -> None:
-        """From another thread: each stream writes its share of one parameter, waits, writes its share of the other."""
-
-        def run() -> None:
-            with torch.no_grad(), self.governor.using(write=True):
-                for number, stream in enumerate(self.writers):
-                    with torch.cuda.stream(stream):
-                        self.part(0, number).fill_(value)
-                        gate.close(stream)
-                        self.part(1, number).fill_(value)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-
-    def spoil(self) -> None:
-        """A step that is over when this returns."""
-        with torch.no_grad(), self.governor.using():
-            for parameter in self.model:
-                parameter.fill_(NEW)
-        torch.cuda.synchronize()
-
-    def read(self, stream: torch.cuda.Stream) -> torch.Tensor:
-        """What a forward on `stream` sees: smallest and largest element of each parameter, shape [4], on the device."""
-        with torch.no_grad(), self.governor.using(write=False), torch.cuda.stream(stream):
-            return torch.stack([extreme for p in self.model for extreme in p.detach().aminmax()])
-
-    def values(self) -> Values:
-        """The same now, when the device is idle."""
-        torch.cuda.synchronize()
-        return [float(v) for p in self.model for v in p.detach().aminmax()]
-
-    def warm_up(self) -> None:
-        """Every kernel, slot and event once: nothing may be loaded or allocated behind a closed gate."""
-        self.governor.snapshot().wait("sealed")
-        for _ in range(2):
-            with Gate() as gate:
-                gate.open()
-                self.write_gated(gate, OLD)
-            self.read(self.reader)
-            self.governor.execute_rollback().wait()
-
-
-# ---------------------------------------------------------------- taking protection away
-
-
-def _no_wait(device: ContextDevice, event: Any) -> None:
-    pass
-
-
-def _no_synchronize(device: BlockingDevice) -> None:
-    pass
-
-
-def _no_section(self: Driver, *_: Any) -> int:
-    return self.state.epoch
-
-
-def unordered(barrier: BarrierName) -> contextlib.ExitStack:
-    """Inside, the governor orders nothing on the device."""
-    stack = contextlib.ExitStack()
-    if barrier == "context":
-        # an event of the governor's own, idle stream in the place of one that covers all streams
-        stack.enter_context(mock.patch.object(ContextDevice, "context_record", ContextDevice.stream_record))
-        stack.enter_context(mock.patch.object(ContextDevice, "context_wait", _no_wait))
-    else:
-        stack.enter_context(mock.patch.object(BlockingDevice, "synchronize", _no_synchronize))
-    return stack
-
-
-@contextlib.contextmanager
-def held(gate: Gate) -> Generator[None]:
-    """Inside, the governor's own stream is held back just before its copies."""
-
-    def holding(original: Any) -> Any:
-        def copy(route: Any, *answer: Any) -> None:
-            gate.close(torch.cuda.ExternalStream(int(route._port._stream)))
-            original(route, *answer)
-
-        return copy
-
-    capture, restore = holding(DeviceRoute.capture), holding(DeviceRoute.restore)
-    with mock.patch.object(DeviceRoute, "capture", capture), mock.patch.object(DeviceRoute, "restore", restore):
-        yield
-
-
-def settle(picture: Picture, barrier: BarrierName) -> None:
-    """Wait for the governor's copies alone, although other streams are held back."""
-    if barrier == "context":
-        for device in picture.governor._keeper.devices.values():
-            device.synchronize()
-    else:
-        torch.cuda.current_stream().synchronize()
-
-
-def submitted(picture: Picture, gate: Gate, barrier: BarrierName, work: Callable[[], Any]) -> Any:
-    """Submit a snapshot or rollback behind a closed gate.
-
-    With `context` it returns at once. With `blocking` the gate is opened as soon as the host waits for the device.
-    """
-    if barrier == "context":
-        return work()
-    original = BlockingDevice.synchronize
-
-    def synchronize(device: BlockingDevice) -> None:
-        gate.open()
-        original(device)
-
-    with mock.patch.object(BlockingDevice, "synchronize", synchronize):
-        return work()
+_OTHERS = 5.0  # what somebody else writes into memory that was given to him
+_LARGE = 3 << 20  # elements: the allocator cuts such tensors from nothing larger, if it has a block of that size
 
 
 # ---------------------------------------------------------------- the trials
@@ -184,7 +70,7 @@ def torn_write(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
         with unordered(barrier), Gate() as gate:
             picture.write_gated(gate)
             picture.governor.execute_rollback()
-            settle(picture, barrier)
+            settle(picture.governor, barrier)
             gate.open()
             seen.append(picture.values())
         picture.governor.execute_rollback().wait()
@@ -192,7 +78,7 @@ def torn_write(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
     for _ in range(_ROUNDS):
         with Gate() as gate:
             picture.write_gated(gate)
-            submitted(picture, gate, barrier, picture.governor.execute_rollback)
+            submitted(gate, barrier, picture.governor.execute_rollback)
             early = barrier != "context" or not gate.is_open
             read = picture.read(picture.reader)
             gate.open()
@@ -213,10 +99,10 @@ def torn_snapshot(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
                     stack.enter_context(unordered(barrier))
                 picture.write_gated(gate)
                 if protected:
-                    info = submitted(picture, gate, barrier, picture.governor.snapshot)
+                    info = submitted(gate, barrier, picture.governor.snapshot)
                 else:
                     info = picture.governor.snapshot()
-                    settle(picture, barrier)
+                    settle(picture.governor, barrier)
                 gate.open()
                 torch.cuda.synchronize()
             picture.governor.execute_rollback(to=info).wait()
@@ -247,24 +133,95 @@ def post_edge(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
                 gate = stack.enter_context(Gate())
                 stack.enter_context(held(gate))
                 picture.spoil()
-                if not protected:
-                    patch = mock.patch.object(ContextDevice, "context_wait", _no_wait)
-                    stack.enter_context(patch)
+                if barrier == "blocking":
+                    # the host waits for the copies, so nobody could open the gate but this wait itself
+                    stack.enter_context(at_synchronize(nothing, gate.open if protected else None))
+                elif not protected:
+                    stack.enter_context(mock.patch.object(ContextDevice, "context_wait", no_wait))
                 picture.governor.execute_rollback()
-                code, raw = driver().cuStreamCreate(1)  # non-blocking, made by nobody whom torch knows
-                assert int(code) == 0
-                stream = torch.cuda.ExternalStream(int(raw))
+                early = gate.is_open is (barrier == "blocking" and protected)
+                stream = raw_stream()
                 read = picture.read(stream)
                 if not protected:
                     stream.synchronize()
-                closed = not gate.is_open
+                early = early and gate.is_open is (barrier == "blocking" and protected)
                 gate.open()
                 torch.cuda.synchronize()
             if protected:
-                whole.append(closed and read.tolist() == [OLD] * 4)
+                whole.append(early and read.tolist() == [OLD] * 4)
             else:
                 seen.append(read.tolist())
     return _judged(seen, [NEW] * 4, whole)
+
+
+def freed_storage(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
+    """The user lets go of a parameter whose copy into a slot is held back, and its memory is asked for again.
+
+    Without protection somebody frees the memory itself, whoever holds on to it: what is allocated next gets it.
+    """
+    seen: list[Values] = []
+    whole: list[bool] = []
+    for protected in (False, True):
+        for _ in range(_ROUNDS):
+            subject = Picture(1, _LARGE, barrier)
+            subject.warm_up()
+            subject.control.wait_stream(torch.cuda.current_stream())
+            _spare(_LARGE)
+            with contextlib.ExitStack() as stack:
+                gate = stack.enter_context(Gate())
+                stack.enter_context(held(gate))
+
+                def let_go(picture: Picture = subject, kept: bool = protected, gate: Gate = gate) -> None:
+                    _replace_memory(picture, kept=kept)
+                    gate.open()
+
+                if barrier == "blocking":  # before the wait that ends the copies
+                    stack.enter_context(at_synchronize(nothing, nothing, let_go))
+                    subject.governor.snapshot()
+                else:
+                    subject.governor.snapshot()
+                    let_go()
+                torch.cuda.synchronize()
+            values = _newest_held(subject)
+            if protected:
+                whole.append(values == [OLD] * 4 and not gate.was_forced)
+            else:
+                seen.append(values)
+            subject.governor.close()
+    return _judged(seen, [_OTHERS, _OTHERS, OLD, OLD], whole)
+
+
+def _replace_memory(picture: Picture, *, kept: bool) -> None:
+    """Let go of the first parameter's memory, or free it, and fill on another stream what is allocated next."""
+    memory = picture.model[0].data_ptr()
+    if kept:
+        picture.model[0].data = torch.empty(0, device="cuda")
+    else:
+        picture.model[0].untyped_storage().resize_(0)
+    # as large as what was freed, so that the allocator gives that out; `_spare` is there in case nothing was
+    other = torch.empty(picture.share, device="cuda")
+    assert kept or other.data_ptr() == memory, "the allocator did not give the memory out again: nothing can be shown"
+    with torch.cuda.stream(picture.control):
+        other.fill_(_OTHERS)
+    picture.control.synchronize()
+
+
+def _spare(elements: int) -> None:
+    """Cache a block that is somewhat larger, and none that fits as well."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.empty(elements + (1 << 20), device="cuda")
+
+
+def _newest_held(picture: Picture) -> Values:
+    """Smallest and largest element of each parameter in the newest snapshot's slot."""
+    keeper = picture.governor._keeper
+    newest = ring.newest_good(keeper.ring)
+    assert newest is not None
+    held_bytes = keeper.vault.slots[newest.index].arena
+    assert held_bytes is not None
+    views = [view.view(torch.float32) for view in held_bytes.views if view.numel()]
+    return [float(extreme) for view in views for extreme in view.aminmax()]
 
 
 def replay_in_flight(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
@@ -288,10 +245,10 @@ def replay_in_flight(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
                 with torch.cuda.stream(stream):
                     graph.replay()
                 if protected:
-                    submitted(picture, gate, barrier, picture.governor.execute_rollback)
+                    submitted(gate, barrier, picture.governor.execute_rollback)
                 else:
                     picture.governor.execute_rollback()
-                    settle(picture, barrier)
+                    settle(picture.governor, barrier)
                 gate.open()
                 values = picture.values()
             if protected:
@@ -312,11 +269,11 @@ def window(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
                 gate = stack.enter_context(Gate())
                 late = _Late(picture, gate, waits=not protected)
                 if not protected:
-                    nothing = mock.patch.object(Driver, "open_section", _no_section)
-                    stack.enter_context(nothing)
+                    stack.enter_context(mock.patch.object(Driver, "open_section", no_section))
                 stack.enter_context(mock.patch.object(DeviceRoute, "restore", late.before(DeviceRoute.restore)))
                 if not protected and barrier == "blocking":
-                    stack.enter_context(_opening_last(gate))
+                    # it waits for everything after its copies: let the copies through, then the held step
+                    stack.enter_context(at_synchronize(nothing, lambda g=gate: (_wait_here(), g.open())))
                 picture.governor.execute_rollback()
                 gate.open()
                 late.thread.join(_PATIENCE_S)
@@ -328,6 +285,10 @@ def window(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
                 seen.append(values)
             picture.governor.execute_rollback().wait()
     return _judged(seen, [OLD, OLD, NEW, NEW], whole)
+
+
+def _wait_here() -> None:
+    torch.cuda.current_stream().synchronize()
 
 
 class _Late:
@@ -361,21 +322,6 @@ class _Late:
             self.got_in = self.got_in or self.was_in
 
         return copy
-
-
-@contextlib.contextmanager
-def _opening_last(gate: Gate) -> Generator[None]:
-    """The `blocking` barrier waits for everything after its copies: let the copies through, then the held step."""
-    original, turns = BlockingDevice.synchronize, iter((False, True))
-
-    def synchronize(device: BlockingDevice) -> None:
-        if next(turns, False):
-            torch.cuda.current_stream().synchronize()
-            gate.open()
-        original(device)
-
-    with mock.patch.object(BlockingDevice, "synchronize", synchronize):
-        yield
 
 
 def capture_in_progress(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
@@ -442,7 +388,8 @@ def _judged(seen: list[Values], expected: Values, whole: list[bool]) -> tuple[st
     torn = sum(values == expected for values in seen)
     control = f"torn {torn} of {len(seen)}"
     if torn != len(seen):
-        return control, f"without protection nothing was torn in {len(seen) - torn} rounds: nothing was shown"
+        other = next(values for values in seen if values != expected)
+        return control, f"without protection nothing was torn in {len(seen) - torn} rounds ({other}): nothing was shown"
     return control, "ok" if all(whole) else f"torn {len(whole) - sum(whole)} of {len(whole)}"
 
 
@@ -451,7 +398,8 @@ TRIALS: dict[str, tuple[Callable[[Picture, BarrierName], tuple[str, str]], tuple
     "rollback over held steps, 1 stream": (torn_write, ("context", "blocking"), 1),
     "rollback over held steps, 30 streams": (torn_write, ("context", "blocking"), 30),
     "snapshot of held steps": (torn_snapshot, ("context", "blocking"), 8),
-    "reader on a later raw stream": (post_edge, ("context",), 1),
+    "reader on a later raw stream": (post_edge, ("context", "blocking"), 1),
+    "storage freed behind a copy": (freed_storage, ("context", "blocking"), 1),
     "graph replay in flight": (replay_in_flight, ("context", "blocking"), 1),
     "step between the barriers": (window, ("context", "blocking"), 1),
     "capture in progress": (capture_in_progress, ("context", "blocking"), 1),
