@@ -17,14 +17,7 @@ from torch.optim import Optimizer
 from tolaria import recover, resume, ring
 from tolaria.config import MOST_OUTSTANDING, GovernorConfig
 from tolaria.coordinate import refuse_several_ranks, world_size
-from tolaria.errors import (
-    CaptureInProgress,
-    DeviceLost,
-    SafetyError,
-    SlotsBusy,
-    SnapshotRejected,
-    UnsupportedState,
-)
+from tolaria.errors import CaptureInProgress, DeviceLost, SafetyError, SlotsBusy, SnapshotRejected, UnsupportedState
 from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
 from tolaria.keeper import Keeper
@@ -253,7 +246,7 @@ class Course:
         Not inside `step`: what the body does after it (an average of the weights, a scheduler) belongs to that step. A
         loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
         """
-        if not self.feed.has_open and self.again.is_due(self.completed, self._due is not None):
+        if not self.feed.has_open and self.again.is_due(self.completed, at_the_end or self._due is not None):
             self._reexecute()
         panic = None
         if self._due is not None and not self.feed.has_open:
@@ -262,9 +255,17 @@ class Course:
         if panic is None and at_the_end and self.config.mode == "observe":
             self.watch_only(wait=True)
         elif panic is None and at_the_end:
-            panic = self.catch_up(wait=True)
+            panic = self.catch_up(wait=True) or self._left_torn()
         if panic is not None:
             self.answer(*panic)
+
+    def _left_torn(self) -> tuple[VitalSigns, Verdict] | None:
+        """A panic when the very last step raised half-way, so that no later one could be judged torn."""
+        step, is_torn = self.completed + 1, self.keeper.driver.state.torn
+        self.count(panics=int(is_torn))
+        return (
+            (VitalSigns(step=step), Verdict(Health.PANIC, step, "a write raised half-way", step)) if is_torn else None
+        )
 
     def _reexecute(self) -> None:
         """Run the steps since the last snapshot again, or compare what came of it, if all of them are healthy."""
@@ -284,8 +285,7 @@ class Course:
                 self.report(step, found, recover.Action.REPLAY.value, report, rewind, rewind.note)
 
     def _snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
-        self._due = None
-        poisoned = self._take_automatic()
+        self._due, poisoned = None, self._take_automatic()
         return self._poisoned(vital, ", ".join(poisoned[:8])) if poisoned else None
 
     @property
@@ -397,6 +397,7 @@ class Course:
                 raise
             rewind = self._rewind(skip)
             self._after_rollback(report, rewind)
+            self.again.note_return(self.completed)
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
             self.report(vital, verdict, action, report, rewind, rewind.note)
         if plan.action is recover.Action.STOP:

@@ -5,8 +5,8 @@ snapshot and with the same batches, come to the same bytes: where two executions
 difference is a panic (`SILENT`); its replay is a third execution, and shows by the company it keeps which of the two
 was.
 
-Before that is trusted, two healthy steps are run twice. Where the executions differ, the model is not deterministic,
-and re-execution switches itself off.
+Before that is trusted, two healthy steps are run twice. Where the executions differ, a third one tells a model that is
+not deterministic, for which re-execution switches itself off, from a step that was disturbed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Reexecution:
         self.why_off = "" if every else "not asked for"
         self._is_trusted = False
         self._base: Base | None = None
+        self._bases: dict[int, Base] = {}  # by snapshot, as long as it is held
         self._executions: Executions | None = None
+        self._compared = -1  # steps completed when two executions agreed, unless there was a rollback since
         self._told = ""
 
     @property
@@ -102,14 +104,24 @@ class Reexecution:
         taken_now = slot is not None and not slot.manual and slot.completed == completed
         if slot is not None and taken_now and not self.why_off and not self._feed.has_open:
             self._base = Base(slot, self._feed.position, self._feed.passes)
+            held = {slot.snapshot for slot in self._keeper.ring if slot.phase in ring.READABLE}
+            self._bases = {snapshot: base for snapshot, base in self._bases.items() if snapshot in held}
+            self._bases[slot.snapshot] = self._base
+
+    def note_return(self, completed: int) -> None:
+        """A panic was answered: what follows the snapshot that was restored can be run again like anything else."""
+        slot = self._newest()
+        if slot is not None and slot.completed == completed:
+            self._base = self._bases.get(slot.snapshot)
 
     def forget(self) -> None:
         """There was a rollback: nothing of what was noted is in the past any more."""
         self._base = self._executions = None
+        self._compared = -1
 
     def is_due(self, completed: int, snapshot_is_due: bool) -> bool:
-        """Whether `examine` has something to do at the end of this loop body."""
-        if self.why_off:
+        """Whether `examine` has something to do at the end of this loop body. The end of the data is due as well."""
+        if self.why_off or completed == self._compared:
             return False
         if self._executions is not None:
             return completed >= self._executions.last
@@ -145,7 +157,10 @@ class Reexecution:
         noted, base = self._executions, self._base
         try:
             if noted is not None:
-                return self._compare(noted, completed), None, NO_REWIND
+                verdict, once_more = self._compare(noted, completed)
+                if base is None or once_more is None:
+                    return verdict, None, NO_REWIND
+                return (None, *self._run_again(base, once_more))
             if base is not None:
                 return (None, *self._begin(base, completed))
         except SafetyError as error:  # nothing was written; there will be other steps to run again
@@ -158,13 +173,16 @@ class Reexecution:
         if obstacle or world_size() > 1:
             self._switch_off(obstacle or "several ranks: a rollback on one of them alone would ruin the others")
             return None, NO_REWIND
-        noted = Executions(base.slot.completed, completed, (fingerprint(self._keeper),))
+        return self._run_again(base, Executions(base.slot.completed, completed, (fingerprint(self._keeper),)))
+
+    def _run_again(self, base: Base, noted: Executions) -> tuple[RollbackReport | None, Rewind]:
+        """Go back to the snapshot for one more execution of what was `noted`."""
         report = RollbackReport(success=False, status="failed", reason="re-execution")
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
             self._keeper.restore(
                 shield,
                 report,
-                completed=lambda: completed,
+                completed=lambda: noted.last,
                 to=base.slot.step,
                 verify_before=True,
                 patient=True,
@@ -176,10 +194,11 @@ class Reexecution:
             self._count(reexecutions=1, reexecuted_steps=report.steps_lost, gate_wait_s=report.wait_ms / 1e3)
         return report, rewind
 
-    def _compare(self, noted: Executions, completed: int) -> Verdict | None:
+    def _compare(self, noted: Executions, completed: int) -> tuple[Verdict | None, Executions | None]:
+        """A panic when a trusted comparison fails; what to run once more when one fails that is not trusted yet."""
         self._executions = None
         if completed > noted.last:  # its end was not seen: a loop that fetches ahead
-            return None
+            return None, None
         digest = fingerprint(self._keeper)
         noted = replace(noted, digests=(*noted.digests, digest))
         steps = f"steps {noted.first + 1} to {noted.last}"
@@ -188,15 +207,19 @@ class Reexecution:
                 disturbed = "second" if digest == noted.digests[0] else "first"
                 logger.warning("%s: the %s execution was disturbed; the third is kept", steps, disturbed)
             self._is_trusted = True
-            return None
-        if not self._is_trusted:
-            self._switch_off(f"{steps}, run twice, came to different bytes: the model is not deterministic here")
-            return None
+            self._compared = completed
+            return None, None
         if len(noted.digests) > 2:
-            self._switch_off(f"{steps}, run three times, came to three results: not deterministic, or a broken machine")
-            return None
+            why = (
+                "not deterministic, or a broken machine" if self._is_trusted else "the model is not deterministic here"
+            )
+            self._switch_off(f"{steps}, run three times, came to three results: {why}")
+            return None, None
+        if not self._is_trusted:
+            return None, noted
         self._executions = noted
-        return Verdict(Health.PANIC, completed, SILENT, noted.first + 1, {"executions": float(len(noted.digests))})
+        evidence = {"executions": float(len(noted.digests))}
+        return Verdict(Health.PANIC, completed, SILENT, noted.first + 1, evidence), None
 
     def pending(self) -> Executions | None:
         """What to `resume` with after the rollback for a third execution, which makes this forget."""

@@ -155,7 +155,8 @@ def test_code_between_two_passes_is_never_skipped(govern: Govern, kit: Any) -> N
                 fit.step(batch)
             schedule.step()
         found.append(fit.run.state())
-        assert fit.governor.statistics().reexecutions == every  # the one before anything is trusted
+        # the one before anything is trusted, and what follows a snapshot inside of its own pass
+        assert fit.governor.statistics().reexecutions == 4 * every
         fit.governor.close()
     assert found[0] == found[1]
 
@@ -177,6 +178,44 @@ def test_a_flip_at_rest_is_found_and_undone(
     found = fit.governor.statistics()
     assert (found.rollbacks, found.panics, found.steps_lost) == (1, 1, CADENCE)
     assert fit.governor.capabilities().reexecution == "on"
+
+
+@pytest.mark.parametrize("visit", [1, 2], ids=["first", "second"])
+def test_a_flip_before_anything_is_trusted_does_not_switch_it_off(
+    visit: int, govern: Govern, kit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A third execution tells it from a model that is not deterministic."""
+    with caplog.at_level(logging.WARNING, "tolaria"):
+        fit = Fit(kit, govern, {0: {visit}}).train()
+    assert fit.governor.capabilities().reexecution == "on"
+    assert f"the {'first' if visit == 1 else 'second'} execution was disturbed" in caplog.text
+    assert fit.run.state() == undisturbed(kit)
+
+
+def test_a_flip_directly_after_a_rollback_is_found(govern: Govern, kit: Any) -> None:
+    fit = Fit(kit, govern)
+    step, poisoned, flipped = fit.step, [13], [11]
+
+    def disturbed(batch: Any) -> Any:
+        number = fit.governor._course.completed
+        if poisoned == [number] and fit.steps.count(12) == 1:
+            return step(kit.nan_batch(batch))
+        result = step(batch)
+        if fit.incidents and flipped == [result.step]:
+            flipped.clear()
+            fit.flip()
+        return result
+
+    fit.step = disturbed  # type: ignore[method-assign]
+    fit.train()
+    assert [incident.reason for incident in fit.incidents] == ["non-finite loss", SILENT]
+    assert fit.run.state() == undisturbed(kit)
+
+
+def test_the_steps_after_the_last_snapshot_are_run_again_at_the_end(govern: Govern, kit: Any) -> None:
+    fit = Fit(kit, govern, {31: {1}}, batches=32, reexecute_every=1).train()
+    assert fit.silent == [(32, 25, "replay")]  # 30 is not certified yet
+    assert fit.run.state() == undisturbed(kit, 32)
 
 
 def test_nobody_else_finds_it(govern: Govern, kit: Any) -> None:
@@ -277,8 +316,10 @@ def test_a_model_that_is_not_deterministic_is_recognised(
     with caplog.at_level(logging.WARNING, "tolaria"):
         fit.train()
     assert fit.incidents == []
-    assert fit.steps == [1, 2, *range(1, 31)]
-    assert fit.governor.capabilities().reexecution.startswith("off: steps 1 to 2, run twice, came to different bytes")
+    assert fit.steps == [1, 2, 1, 2, *range(1, 31)]
+    assert fit.governor.capabilities().reexecution.startswith(
+        "off: steps 1 to 2, run three times, came to three results"
+    )
     assert caplog.text.count("switched off") == 1
 
 

@@ -55,14 +55,18 @@ class Block(nn.Module):
 
 
 class SmallGPT(nn.Module):
-    """Symbols in, logits of the next symbol out. About 70,000 parameters; the head is not tied to the embedding."""
+    """Symbols in, logits of the next symbol out. About 70,000 parameters; the head is not tied to the embedding.
 
-    def __init__(self) -> None:
+    Args:
+        layers: Blocks; two unless given.
+    """
+
+    def __init__(self, layers: int | None = None) -> None:
         super().__init__()
         self.symbols = nn.Embedding(NUM_SYMBOLS, _WIDTH)
         self.places = nn.Embedding(_CONTEXT, _WIDTH)
         self.dropout = nn.Dropout(_DROPOUT)
-        self.blocks = nn.Sequential(*(Block() for _ in range(_LAYERS)))
+        self.blocks = nn.Sequential(*(Block() for _ in range(_LAYERS if layers is None else layers)))
         self.norm = nn.LayerNorm(_WIDTH)
         self.head = nn.Linear(_WIDTH, NUM_SYMBOLS, bias=False)
         for parameter in self.parameters():
@@ -97,6 +101,7 @@ class Gpt:
     _VALIDATION = 256
     _LR = 0.01
     _WARM_UP = 40
+    _DEPTH: int | None = None  # blocks, where not as many as usual
 
     def __init__(self, seed: int, steps: int, device: torch.device) -> None:
         train, held_out = split(encode(read_reference()))
@@ -124,7 +129,7 @@ class Gpt:
     def build(self) -> Training:
         """Fresh weights and optimizer, seeding torch's global generators. Equal for each call."""
         torch.manual_seed(self._seed)
-        model = SmallGPT().to(self._device)
+        model = SmallGPT(self._DEPTH).to(self._device)
         decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in model.parameters() if parameter.dim() < 2]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

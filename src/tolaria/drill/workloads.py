@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     Attributes:
         index: Place in the order of the data, from 0. Micro-batches that one optimizer step accumulates share it.
         inputs: Shape [batch, ...], on the device.
-        targets: Shape [batch, ...], int64, on the device.
+        targets: Shape [batch, ...], int64 (a regression's: float32), on the device.
         weights: Of the single targets in the loss, same shape, float32; None where all count the same.
         part: Which micro-batch of its step, from 0.
     """
