@@ -1,0 +1,249 @@
+"""Whether snapshots that go to main memory slow the compute stream, beside the same run without a governor.
+
+    python benchmarks/host_tier.py [--size 355m] [--steps 40] [--rounds 2]
+
+Other memory fills the device until the train state fits no second time: less than half of it is left above the peak of
+training and the 15 % that `budget` keeps free. The governor has its default settings and takes main memory by itself.
+
+The loop is bound by its device: the batch is doubled until a step takes the device three times as long as the host.
+Host time is that of the same step on a batch of 16 positions, which has the same launches. Page-locking is over before
+anything is measured. Runs with and without the governor take turns; each step is timed by events on the compute stream.
+
+The first row is the loop alone. `no copy`: governed steps in which no snapshot was under way. `under a copy`: steps
+that a snapshot was transferred beside. `all`: every governed step. The last row is the control: the loop without a
+governor, and once in ten steps as many bytes copied to main memory on the compute stream itself: it has to be seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+import torch
+
+from tolaria import TolariaGovernor
+from tolaria.bench.workload import SIZES, Workload
+from tolaria.budget import FREE_SHARE
+
+FEW = 16  # positions of the batch that costs the host as much as any other, and the device next to nothing
+TIMES_HOST = 3.0
+MOST_SEQUENCES = 64
+
+
+@dataclass
+class Seen:
+    """Milliseconds per step, by events on the compute stream; `copied`: of steps that a transfer ran beside."""
+
+    alone: list[float] = field(default_factory=list)
+    copied: list[float] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[float]:
+        """Every step."""
+        return self.alone + self.copied
+
+
+def main() -> None:
+    """Measure, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="355m")
+    parser.add_argument("--steps", type=int, default=40, help="measured in each run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs with the governor, and without it")
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("tolaria").setLevel(logging.INFO)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    work = Workload(SIZES[arguments.size], torch.device("cuda"))
+    sequences = find_batch(work)
+    ballast = fill_device(work)
+    pinned, floors_ms = find_floor(work)
+    plain, governed, control = Seen(), Seen(), Seen()
+    for number in range(arguments.rounds):
+        time_steps(work, sequences, arguments.steps, plain)
+        time_governed(work, sequences, arguments.steps, governed, floors_ms if number == 0 else None)
+    time_steps(work, sequences, arguments.steps, control, lambda: to_host(work, pinned))
+    show(plain, governed, control)
+    del ballast
+
+
+def find_batch(work: Workload) -> int:
+    """Sequences a step, so that the device takes three times as long as the host."""
+    tiny = [tokens[:, : FEW + 1].contiguous() for tokens in work.batches(30, sequences=1)]
+    for tokens in tiny[:10]:
+        work.step(tokens)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for tokens in tiny[10:]:
+        work.step(tokens)
+    torch.cuda.synchronize()
+    host_ms = (time.perf_counter() - started) / len(tiny[10:]) * 1e3
+    sequences = work.size.batch
+    while True:
+        seen = Seen()
+        time_steps(work, sequences, 6, seen)
+        device_ms = statistics.median(seen.all)
+        if device_ms >= TIMES_HOST * host_ms or sequences >= MOST_SEQUENCES:
+            break
+        sequences *= 2
+    print(
+        f"{work.size.name}: {work.size.state_bytes / 1e9:.2f} GB in {len(work.tensors())} tensors, {sequences} x "
+        f"{work.size.context} positions, {device_ms:.1f} ms per step of the device, {host_ms:.1f} ms of the host: "
+        f"{device_ms / host_ms:.1f} x"
+    )
+    return sequences
+
+
+def fill_device(work: Workload) -> torch.Tensor:
+    """Take memory until half a train state is left above the peak so far and what the budget keeps free."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    used = others + torch.cuda.max_memory_allocated()
+    ballast = int(total * (1 - FREE_SHARE)) - used - work.size.state_bytes // 2
+    print(f"device: {total / 2**30:.1f} GiB, {used / 2**30:.1f} at the peak, {ballast / 2**30:.1f} of ballast")
+    return torch.empty(ballast, dtype=torch.uint8, device="cuda")
+
+
+def find_floor(work: Workload) -> tuple[list[torch.Tensor], tuple[float, float]]:
+    """Page-locked memory for every tensor; milliseconds of one flat copy of as many bytes to main memory, and back."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in work.tensors())
+    flat = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    beside = torch.empty(min(size, 1 << 30), dtype=torch.uint8, device="cuda")
+    parts = [flat[start : start + beside.numel()] for start in range(0, size, beside.numel())]
+    there = _copy_ms(lambda: [part.copy_(beside[: part.numel()], non_blocking=True) for part in parts])
+    back = _copy_ms(lambda: [beside[: part.numel()].copy_(part, non_blocking=True) for part in parts])
+    for name, taken in (("to", there), ("from", back)):
+        print(f"floor: {size / 1e9:.2f} GB {name} page-locked memory in {taken:.1f} ms, {size / taken / 1e6:.1f} GB/s")
+    pinned: list[torch.Tensor] = []
+    start = 0
+    for tensor in work.tensors():
+        end = start + tensor.numel() * tensor.element_size()
+        pinned.append(flat[start:end])
+        start = end
+    return pinned, (there, back)
+
+
+def _copy_ms(call: Callable[[], object]) -> float:
+    taken: list[float] = []
+    for _ in range(4):
+        marks = [_mark()]
+        call()
+        marks.append(_mark())
+        taken += _elapsed(marks)
+    return statistics.median(taken[1:])
+
+
+def to_host(work: Workload, pinned: list[torch.Tensor]) -> None:
+    """The control: all tensors on the compute stream."""
+    for held, tensor in zip(pinned, work.tensors(), strict=True):
+        held.copy_(tensor.reshape(-1).view(torch.uint8), non_blocking=True)
+
+
+def time_steps(
+    work: Workload, sequences: int, num_steps: int, seen: Seen, at_tenth: Callable[[], None] | None = None
+) -> None:
+    """Steps without a governor. The first three are not counted."""
+    marks = [_mark()]
+    for number, tokens in enumerate(work.batches(num_steps + 3, sequences=sequences)):
+        work.step(tokens)
+        if at_tenth is not None and number % 10 == 9:
+            at_tenth()
+        marks.append(_mark())
+    for number, taken in enumerate(_elapsed(marks)):
+        if number >= 3:
+            (seen.copied if at_tenth is not None and number % 10 == 9 else seen.alone).append(taken)
+
+
+def time_governed(
+    work: Workload, sequences: int, num_steps: int, seen: Seen, floors_ms: tuple[float, float] | None
+) -> None:
+    """Steps with a governor at its default settings, after every slot has its memory.
+
+    With `floors_ms` its facts are printed too, and one snapshot and rollback of an idle device beside those floors.
+    """
+    with TolariaGovernor(work.model, work.optimizer) as governor:
+        started, steps = time.perf_counter(), 0
+        while governor.statistics().snapshots <= governor.capabilities().slots:
+            for tokens in governor.watch(work.batches(10, sequences=1)):
+                work.step(tokens[:, : FEW + 1].contiguous(), governor)
+            steps += 10
+        locked_s = time.perf_counter() - started
+        before = governor.statistics().snapshots
+        marks: list[torch.cuda.Event] = []
+        snapshots: list[int] = []
+        for tokens in governor.watch(work.batches(num_steps + 3, sequences=sequences)):
+            marks.append(_mark())
+            snapshots.append(governor.statistics().snapshots)
+            work.step(tokens, governor)
+        marks.append(_mark())
+        # snapshots are taken between two steps, so that the transfer of one runs beside the step that follows
+        for number, (taken, last, now) in enumerate(
+            zip(_elapsed(marks), [before, *snapshots], snapshots, strict=False)
+        ):
+            if number >= 3:
+                (seen.copied if now > last else seen.alone).append(taken)
+        facts, counts = governor.capabilities(), governor.statistics()
+        if facts.tier != "host":
+            raise SystemExit(f"the governor took the {facts.tier} tier, expected main memory: {facts}")
+        if floors_ms is not None:
+            print(f"tier: {facts.tier}, because {facts.tier_reason}")
+            print(f"{facts.slots} slots were page-locked within {steps} steps and {locked_s:.1f} s")
+            print_alone(governor, floors_ms)
+        print(f"governed: {counts.snapshots} snapshots, {counts.panics} panics, {counts.rollbacks} rollbacks")
+    gc.collect()
+
+
+def print_alone(governor: TolariaGovernor, floors_ms: tuple[float, float]) -> None:
+    """A snapshot and a rollback that nothing else runs beside."""
+    snapshots: list[float] = []
+    rollbacks: list[float] = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        governor.snapshot().wait()
+        snapshots.append((time.perf_counter() - started) * 1e3)
+        rollbacks.append(governor.execute_rollback().wait().device_ms or 0.0)
+    for name, found, floor in zip(("snapshot", "rollback"), (snapshots, rollbacks), floors_ms, strict=True):
+        middle = statistics.median(found)
+        print(f"{name} of an idle device, host tier: {middle:.1f} ms, {middle / floor:.3f} x the floor")
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed(marks: list[torch.cuda.Event]) -> list[float]:
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
+
+
+def show(plain: Seen, governed: Seen, control: Seen) -> None:
+    """Medians, quartiles and means."""
+    base = statistics.median(plain.alone)
+    print(f"{'steps':>14} {'number':>7} {'median':>9} {'quartiles':>19} {'mean':>9} {'x plain':>8} {'mean x':>8}")
+    rows = {"plain": plain.alone, "no copy": governed.alone, "under a copy": governed.copied, "all": governed.all}
+    for name, found in {**rows, "control": control.copied}.items():
+        if len(found) < 2:
+            continue
+        middle, mean = statistics.median(found), statistics.fmean(found)
+        low, _, high = statistics.quantiles(found, n=4)
+        print(
+            f"{name:>14} {len(found):>7} {middle:>9.3f} {low:>9.3f} {high:>9.3f} {mean:>9.3f} {middle / base:>8.4f} "
+            f"{mean / statistics.fmean(plain.alone):>8.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
