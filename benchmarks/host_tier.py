@@ -1,13 +1,14 @@
 """Whether snapshots that go to main memory slow the compute stream, beside the same run without a governor.
 
-    python benchmarks/host_tier.py [--size 355m] [--steps 40] [--rounds 2]
+    python benchmarks/host_tier.py [--size 355m] [--steps 30]
 
 Other memory fills the device until the train state fits no second time: less than half of it is left above the peak of
 training and the 15 % that `budget` keeps free. The governor has its default settings and takes main memory by itself.
 
 The loop is bound by its device: the batch is doubled until a step takes the device three times as long as the host.
 Host time is that of the same step on a batch of 16 positions, which has the same launches. Page-locking is over before
-anything is measured. Runs with and without the governor take turns; each step is timed by events on the compute stream.
+anything is measured. The loop without a governor runs before and after; each step is timed by events on the compute
+stream.
 
 The first row is the loop alone. `no copy`: governed steps in which no snapshot was under way. `under a copy`: steps
 that a snapshot was transferred beside. `all`: every governed step. The last row is the control: the loop without a
@@ -17,11 +18,11 @@ governor, and once in ten steps as many bytes copied to main memory on the compu
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import logging
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
 
-from tolaria import TolariaGovernor
+from tolaria import TolariaGovernor, protocol
 from tolaria.bench.workload import SIZES, Workload
 from tolaria.budget import FREE_SHARE
 
@@ -57,36 +58,43 @@ def main() -> None:
     """Measure, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="355m")
-    parser.add_argument("--steps", type=int, default=40, help="measured in each run")
-    parser.add_argument("--rounds", type=int, default=2, help="runs with the governor, and without it")
+    parser.add_argument("--steps", type=int, default=30, help="measured with the governor, and as many without it")
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("tolaria").setLevel(logging.INFO)
+    logging.getLogger("tolaria").setLevel(logging.WARNING)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     work = Workload(SIZES[arguments.size], torch.device("cuda"))
     sequences = find_batch(work)
     ballast = fill_device(work)
-    pinned, floors_ms = find_floor(work)
     plain, governed, control = Seen(), Seen(), Seen()
-    for number in range(arguments.rounds):
-        time_steps(work, sequences, arguments.steps, plain)
-        time_governed(work, sequences, arguments.steps, governed, floors_ms if number == 0 else None)
-    time_steps(work, sequences, arguments.steps, control, lambda: to_host(work, pinned))
-    show(plain, governed, control)
+    print(HEADING)
+    half = arguments.steps // 2
+    time_steps(work, sequences, half, plain)
+    show("plain", plain.alone, plain)
+    with TolariaGovernor(work.model, work.optimizer) as governor:
+        warmed = warm(work, governor)
+        time_governed(work, governor, sequences, arguments.steps, governed)
+        for name, found in (("no copy", governed.alone), ("under a copy", governed.copied), ("all", governed.all)):
+            show(name, found, plain)
+        pinned, floors_ms = find_floor(work)
+        print_facts(governor, warmed, floors_ms)
+    time_steps(work, sequences, half, plain)
+    show("plain again", plain.alone[half:], plain)
+    time_steps(work, sequences, max(10, half), control, lambda: to_host(work, pinned))
+    show("control", control.copied, plain)
     del ballast
 
 
 def find_batch(work: Workload) -> int:
     """Sequences a step, so that the device takes three times as long as the host."""
-    tiny = [tokens[:, : FEW + 1].contiguous() for tokens in work.batches(30, sequences=1)]
-    for tokens in tiny[:10]:
+    tiny = [tokens[:, : FEW + 1].contiguous() for tokens in work.batches(20, sequences=1)]
+    for tokens in tiny[:5]:
         work.step(tokens)
     torch.cuda.synchronize()
     started = time.perf_counter()
-    for tokens in tiny[10:]:
+    for tokens in tiny[5:]:
         work.step(tokens)
     torch.cuda.synchronize()
-    host_ms = (time.perf_counter() - started) / len(tiny[10:]) * 1e3
+    host_ms = (time.perf_counter() - started) / len(tiny[5:]) * 1e3
     sequences = work.size.batch
     while True:
         seen = Seen()
@@ -164,58 +172,55 @@ def time_steps(
             (seen.copied if at_tenth is not None and number % 10 == 9 else seen.alone).append(taken)
 
 
-def time_governed(
-    work: Workload, sequences: int, num_steps: int, seen: Seen, floors_ms: tuple[float, float] | None
-) -> None:
-    """Steps with a governor at its default settings, after every slot has its memory.
+def warm(work: Workload, governor: TolariaGovernor) -> str:
+    """Steps on next to no data until every slot has its memory. Answers how long that took."""
+    started, steps = time.perf_counter(), 0
+    while governor.statistics().snapshots <= governor.capabilities().slots:
+        for tokens in governor.watch(work.batches(10, sequences=1)):
+            work.step(tokens[:, : FEW + 1].contiguous(), governor)
+        steps += 10
+    return f"{governor.capabilities().slots} slots within {steps} steps and {time.perf_counter() - started:.1f} s"
 
-    With `floors_ms` its facts are printed too, and one snapshot and rollback of an idle device beside those floors.
-    """
-    with TolariaGovernor(work.model, work.optimizer) as governor:
-        started, steps = time.perf_counter(), 0
-        while governor.statistics().snapshots <= governor.capabilities().slots:
-            for tokens in governor.watch(work.batches(10, sequences=1)):
-                work.step(tokens[:, : FEW + 1].contiguous(), governor)
-            steps += 10
-        locked_s = time.perf_counter() - started
-        before = governor.statistics().snapshots
-        marks: list[torch.cuda.Event] = []
-        snapshots: list[int] = []
-        for tokens in governor.watch(work.batches(num_steps + 3, sequences=sequences)):
-            marks.append(_mark())
-            snapshots.append(governor.statistics().snapshots)
-            work.step(tokens, governor)
+
+def time_governed(work: Workload, governor: TolariaGovernor, sequences: int, num_steps: int, seen: Seen) -> None:
+    """Steps with a governor at its default settings. The first three are not counted."""
+    before = governor.statistics().snapshots
+    marks: list[torch.cuda.Event] = []
+    snapshots: list[int] = []
+    for tokens in governor.watch(work.batches(num_steps + 3, sequences=sequences)):
         marks.append(_mark())
-        # snapshots are taken between two steps, so that the transfer of one runs beside the step that follows
-        for number, (taken, last, now) in enumerate(
-            zip(_elapsed(marks), [before, *snapshots], snapshots, strict=False)
-        ):
-            if number >= 3:
-                (seen.copied if now > last else seen.alone).append(taken)
-        facts, counts = governor.capabilities(), governor.statistics()
-        if facts.tier != "host":
-            raise SystemExit(f"the governor took the {facts.tier} tier, expected main memory: {facts}")
-        if floors_ms is not None:
-            print(f"tier: {facts.tier}, because {facts.tier_reason}")
-            print(f"{facts.slots} slots were page-locked within {steps} steps and {locked_s:.1f} s")
-            print_alone(governor, floors_ms)
-        print(f"governed: {counts.snapshots} snapshots, {counts.panics} panics, {counts.rollbacks} rollbacks")
-    gc.collect()
+        snapshots.append(governor.statistics().snapshots)
+        work.step(tokens, governor)
+    marks.append(_mark())
+    # snapshots are taken between two steps, so that the transfer of one runs beside the step that follows
+    for number, (taken, last, now) in enumerate(zip(_elapsed(marks), [before, *snapshots], snapshots, strict=False)):
+        if number >= 3:
+            (seen.copied if now > last else seen.alone).append(taken)
+    if governor.capabilities().tier != "host":
+        raise SystemExit(f"expected the governor to take main memory by itself: {governor.capabilities()}")
 
 
-def print_alone(governor: TolariaGovernor, floors_ms: tuple[float, float]) -> None:
-    """A snapshot and a rollback that nothing else runs beside."""
-    snapshots: list[float] = []
-    rollbacks: list[float] = []
+def print_facts(governor: TolariaGovernor, warmed: str, floors_ms: tuple[float, float]) -> None:
+    """Tier and counts; a snapshot and a rollback that nothing else runs beside, on the device and as a whole."""
+    facts, counts = governor.capabilities(), governor.statistics()
+    print(f"tier: {facts.tier}, because {facts.tier_reason}")
+    print(f"page-locked: {warmed}; {counts.snapshots} snapshots, {counts.panics} panics, {counts.rollbacks} rollbacks")
+    keeper = governor._keeper
+    snapshots: list[tuple[float, float]] = []
+    rollbacks: list[tuple[float, float]] = []
     for _ in range(3):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        governor.snapshot().wait()
-        snapshots.append((time.perf_counter() - started) * 1e3)
-        rollbacks.append(governor.execute_rollback().wait().device_ms or 0.0)
+        taken = keeper.driver.submit(protocol.snapshot(threading.get_ident(), keeper.ground, None, True))
+        keeper.wait_for(taken.done)
+        whole = (time.perf_counter() - started) * 1e3
+        snapshots.append((keeper.vault.duration_s(taken.began, taken.done) * 1e3, whole))
+        started = time.perf_counter()
+        report = governor.execute_rollback().wait()
+        rollbacks.append((report.device_ms or 0.0, (time.perf_counter() - started) * 1e3))
     for name, found, floor in zip(("snapshot", "rollback"), (snapshots, rollbacks), floors_ms, strict=True):
-        middle = statistics.median(found)
-        print(f"{name} of an idle device, host tier: {middle:.1f} ms, {middle / floor:.3f} x the floor")
+        device, whole = (statistics.median(column) for column in zip(*found, strict=True))
+        print(f"{name}, idle device: copies {device:.1f} ms, {device / floor:.3f} x floor; call to done {whole:.1f} ms")
 
 
 def _mark() -> torch.cuda.Event:
@@ -229,20 +234,18 @@ def _elapsed(marks: list[torch.cuda.Event]) -> list[float]:
     return [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
 
 
-def show(plain: Seen, governed: Seen, control: Seen) -> None:
-    """Medians, quartiles and means."""
-    base = statistics.median(plain.alone)
-    print(f"{'steps':>14} {'number':>7} {'median':>9} {'quartiles':>19} {'mean':>9} {'x plain':>8} {'mean x':>8}")
-    rows = {"plain": plain.alone, "no copy": governed.alone, "under a copy": governed.copied, "all": governed.all}
-    for name, found in {**rows, "control": control.copied}.items():
-        if len(found) < 2:
-            continue
-        middle, mean = statistics.median(found), statistics.fmean(found)
-        low, _, high = statistics.quantiles(found, n=4)
-        print(
-            f"{name:>14} {len(found):>7} {middle:>9.3f} {low:>9.3f} {high:>9.3f} {mean:>9.3f} {middle / base:>8.4f} "
-            f"{mean / statistics.fmean(plain.alone):>8.4f}"
-        )
+HEADING = f"{'steps':>14} {'number':>7} {'median':>9} {'quartiles':>19} {'mean':>9} {'x plain':>8} {'mean x':>8}"
+
+
+def show(name: str, found: list[float], plain: Seen) -> None:
+    """One row: median, quartiles and mean, beside those of the loop alone."""
+    if len(found) < 2:
+        return
+    middle, mean = statistics.median(found), statistics.fmean(found)
+    low, _, high = statistics.quantiles(found, n=4)
+    times, mean_times = middle / statistics.median(plain.alone), mean / statistics.fmean(plain.alone)
+    columns = " ".join(f"{value:>9.3f}" for value in (middle, low, high, mean))
+    print(f"{name:>14} {len(found):>7} {columns} {times:>8.4f} {mean_times:>8.4f}", flush=True)
 
 
 if __name__ == "__main__":
