@@ -39,6 +39,7 @@ from tolaria.budget import FREE_SHARE
 FEW = 16  # positions of the batch that costs the host as much as any other, and the device next to nothing
 TIMES_HOST = 3.0
 MOST_SEQUENCES = 64
+STANDS_OUT = 1.02
 
 
 @dataclass
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="355m")
     parser.add_argument("--steps", type=int, default=30, help="measured with the governor, and as many without it")
     arguments = parser.parse_args()
-    logging.getLogger("tolaria").setLevel(logging.WARNING)
+    logging.getLogger("tolaria").setLevel(logging.ERROR)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     work = Workload(SIZES[arguments.size], torch.device("cuda"))
     sequences = find_batch(work)
@@ -183,19 +184,34 @@ def warm(work: Workload, governor: TolariaGovernor) -> str:
 
 
 def time_governed(work: Workload, governor: TolariaGovernor, sequences: int, num_steps: int, seen: Seen) -> None:
-    """Steps with a governor at its default settings. The first three are not counted."""
+    """Steps with a governor at its default settings. The first three are not counted. Names those that stand out."""
     before = governor.statistics().snapshots
-    marks: list[torch.cuda.Event] = []
-    snapshots: list[int] = []
+    marks, snapshots = [_mark()], [before]
+    held: list[tuple[float, float, float]] = []
+    asked = time.perf_counter()
     for tokens in governor.watch(work.batches(num_steps + 3, sequences=sequences)):
-        marks.append(_mark())
         snapshots.append(governor.statistics().snapshots)
-        work.step(tokens, governor)
-    marks.append(_mark())
-    # snapshots are taken between two steps, so that the transfer of one runs beside the step that follows
-    for number, (taken, last, now) in enumerate(zip(_elapsed(marks), [before, *snapshots], snapshots, strict=False)):
+        delivered = time.perf_counter()
+        loss = work.loss(tokens)
+        loss.backward()
+        launched = time.perf_counter()
+        governor.step(loss=loss)
+        marks.append(_mark())  # ahead of the snapshot that may follow, and of the wait at the end of the data
+        stepped = time.perf_counter()
+        held.append((delivered - asked, launched - delivered, stepped - launched))
+        asked = stepped
+    # a snapshot is taken while the loop waits for its next batch, and transferred beside the step on that batch
+    taken = _elapsed(marks)
+    for number, (one, last, now) in enumerate(zip(taken, snapshots, snapshots[1:], strict=False)):
         if number >= 3:
-            (seen.copied if now > last else seen.alone).append(taken)
+            (seen.copied if now > last else seen.alone).append(one)
+    usual = statistics.median(seen.all)
+    for number, (one, last, now, parts) in enumerate(zip(taken, snapshots, snapshots[1:], held, strict=False)):
+        if one > STANDS_OUT * usual or now > last:
+            what = "beside a transfer" if now > last else "beside none"
+            host = " + ".join(f"{part * 1e3:.0f}" for part in parts)
+            late = "" if number >= 3 else ", not counted"
+            print(f"  step {number}: {one:.1f} ms, {what}; host {host} ms (next batch, loss and backward, step){late}")
     if governor.capabilities().tier != "host":
         raise SystemExit(f"expected the governor to take main memory by itself: {governor.capabilities()}")
 

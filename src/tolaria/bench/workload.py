@@ -159,3 +159,13 @@ class Workload:
         """Of weights and optimizer state, all that a snapshot has to hold."""
         moments = [value for kept in self.optimizer.state.values() for value in kept.values()]
         return [*(p.detach() for p in self.model.parameters()), *(m for m in moments if isinstance(m, torch.Tensor))]
+
+    def num_bytes(self) -> int:
+        """Of `tensors`."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def backward(self) -> torch.Tensor:
+        """Gradients of one batch are left in place. Answers its loss, a scalar without a graph."""
+        loss = self.loss(next(self.batches(1)))
+        loss.backward()
+        return loss.detach()
