@@ -1,6 +1,6 @@
 """Whether snapshots that go to main memory slow the compute stream, beside the same run without a governor.
 
-    python benchmarks/host_tier.py [--size 355m] [--steps 30]
+    python benchmarks/host_tier.py [--size 355m] [--steps 30] [--queue]
 
 Other memory fills the device until the train state fits no second time: less than half of it is left above the peak of
 training and the 15 % that `budget` keeps free. The governor has its default settings and takes main memory by itself.
@@ -24,15 +24,16 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 import torch
+from torch import nn
 
-from tolaria import TolariaGovernor, protocol
+from tolaria import GovernorConfig, TolariaGovernor, judge, protocol
 from tolaria.bench.workload import SIZES, Workload
 from tolaria.budget import FREE_SHARE
 
@@ -40,6 +41,7 @@ FEW = 16  # positions of the batch that costs the host as much as any other, and
 TIMES_HOST = 3.0
 MOST_SEQUENCES = 64
 STANDS_OUT = 1.02
+BUSY_CYCLES = 500_000_000  # a quarter of a second
 
 
 @dataclass
@@ -60,9 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="355m")
     parser.add_argument("--steps", type=int, default=30, help="measured with the governor, and as many without it")
+    parser.add_argument("--queue", action="store_true", help="only the table of submissions behind a busy device")
     arguments = parser.parse_args()
     logging.getLogger("tolaria").setLevel(logging.ERROR)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    if arguments.queue:
+        queue()
+        return
     work = Workload(SIZES[arguments.size], torch.device("cuda"))
     sequences = find_batch(work)
     ballast = fill_device(work)
@@ -80,9 +86,43 @@ def main() -> None:
         print_facts(governor, warmed, floors_ms)
     time_steps(work, sequences, half, plain)
     show("plain again", plain.alone[half:], plain)
-    time_steps(work, sequences, max(10, half), control, lambda: to_host(work, pinned))
+    time_steps(work, sequences, max(20, half), control, lambda: to_host(work, pinned))
     show("control", control.copied, plain)
     del ballast
+
+
+def queue() -> None:
+    """How long the host is held by a snapshot behind a busy device, against the number of tensors.
+
+    A stream takes about a thousand commands. Once they are enqueued, the next copy holds the host until the device has
+    come so far, and training launches nothing meanwhile.
+    """
+    print(f"{'tensors':>8} {'tier':>7} {'idle device: host ms':>21} {'busy for ms':>12} {'host ms':>9}")
+    for count in (400, 900, 1000, 1100, 1200, 2000):
+        for tier in ("device", "host"):
+            model = nn.ParameterList([nn.Parameter(torch.ones(256, device="cuda")) for _ in range(count)])
+            config = GovernorConfig(probation=0, slots=2, host_slots=0, tier=tier)
+            with TolariaGovernor(model, config=config, detector=judge.non_finite()) as governor:
+                for _ in range(3):
+                    governor.snapshot().wait("sealed")
+                idle, busy, held = (statistics.median(column) for column in zip(*_behind(governor), strict=True))
+            print(f"{count:>8} {tier:>7} {idle:>21.1f} {busy:>12.1f} {held:>9.1f}", flush=True)
+
+
+def _behind(governor: TolariaGovernor, rounds: int = 3) -> Iterator[tuple[float, float, float]]:
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        governor.snapshot()
+        idle = (time.perf_counter() - started) * 1e3
+        torch.cuda.synchronize()
+        marks = [_mark()]
+        torch.cuda._sleep(BUSY_CYCLES)
+        marks.append(_mark())
+        started = time.perf_counter()
+        governor.snapshot()
+        held = (time.perf_counter() - started) * 1e3
+        yield idle, _elapsed(marks)[0], held
 
 
 def find_batch(work: Workload) -> int:

@@ -17,7 +17,8 @@ from tolaria.bench.records import Row
 from tolaria.bench.workload import Workload
 from tolaria.budget import TierChoice
 
-_WARM_UPS = 3  # every slot gets its memory, and every kernel is compiled
+WARM_UPS = 3
+"""Rounds that are not counted: every slot gets its memory, and every kernel is compiled."""
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def bare(work: Workload, tier: TierChoice | None = None) -> Generator[TolariaGov
     """A governor with two slots and nothing to certify, warmed up."""
     config = GovernorConfig(probation=0, slots=2, host_slots=0, tier=tier)
     with quiet(), TolariaGovernor(work.model, work.optimizer, config=config, detector=judge.non_finite()) as governor:
-        for _ in range(_WARM_UPS):
+        for _ in range(WARM_UPS):
             governor.snapshot().wait("sealed")
             governor.execute_rollback().wait()
         yield governor
@@ -163,9 +164,9 @@ def judging(work: Workload, rounds: int, tick: Callable[[], None]) -> list[Row]:
         def watch() -> None:
             governor.observe(loss=loss)
 
-        for number in range(_WARM_UPS + rounds):
+        for number in range(WARM_UPS + rounds):
             values = (floor.read_ms(), clock.host_ms(watch)[0], clock.device_ms(watch))
-            if number >= _WARM_UPS:
+            if number >= WARM_UPS:
                 for column, value in zip((read, held, device), values, strict=True):
                     column.append(value)
                 tick()

@@ -112,7 +112,8 @@ class Standing:
     def from_json(cls, found: dict[str, Any]) -> Standing:
         """Of what `asdict` made, and JSON kept."""
         spreads = {name: Spread(**value) for name, value in found.items() if isinstance(value, dict)}
-        return cls(**{**found, **spreads})
+        values: dict[str, Any] = {**found, **spreads}
+        return cls(**values)
 
 
 def as_json(facts: dict[str, Any], rows: Sequence[Row], standings: Sequence[Standing]) -> dict[str, Any]:

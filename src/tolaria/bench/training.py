@@ -93,10 +93,8 @@ def _row(variant: Variant, without: Variant, steps: int, flat_ms: float) -> Row:
             for one, plain, two, bare in zip(variant.ms, variant.plain_ms, without.ms, without.plain_ms, strict=True)
         ]
         cost = statistics.median(ratios) * statistics.median(variant.plain_ms) / taken
-        note = (
-            f"{variant.snapshots} snapshots, {variant.tier} tier: {cost:.2f} ms of the step each, where a flat copy "
-            f"alone takes {flat_ms:.2f}"
-        )
+        each = f"{cost:.2f} ms of the steps' time each" if cost > 0.0 else "too cheap to be seen among these steps"
+        note = f"{variant.snapshots} snapshots, {variant.tier} tier: {each}; a flat copy alone {flat_ms:.2f} ms"
     return Row.beside("training", variant.name, variant.ms, "without a governor", variant.plain_ms, note=note)
 
 

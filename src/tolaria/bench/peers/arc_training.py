@@ -1,7 +1,8 @@
 """arc-training, by the calls of its README alone: `Controller(model, optimizer, config=...)`, `step(loss)`, `close()`.
 
 It offers no call that takes a snapshot or rolls back. So a snapshot is timed as a step that takes one (`step`, then
-`optimizer.step`, which it hooks), and a rollback as a `step` whose loss is not a number.
+`optimizer.step`, which it hooks) less the same step of an optimizer that it does not know, and a rollback as a `step`
+whose loss is not a number. Judging the step is contained in both.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ class Arc:
         self._work = work
         self._controller = _controller(self._arc, work, checkpoint_frequency=1, adaptive_frequency=False)
         self._loss = torch.tensor(_LOSS, device=work.device)
+        self._unknown = torch.optim.AdamW(work.model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         work.backward()
 
     def snapshot(self) -> None:
-        """A whole healthy step with one. The optimizer's own part is subtracted by nobody: see the note."""
+        """A whole healthy step with one."""
         self._controller.step(self._loss)
         self._work.optimizer.step()
+
+    def reference(self) -> None:
+        """The optimizer's own part of that: as many weights and moments, none of them changed that count."""
+        self._unknown.step()
 
     def complete(self) -> None:
         """The next healthy step: only then would it go back there."""

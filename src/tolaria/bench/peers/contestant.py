@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +28,14 @@ class Keeper(Protocol):
 
     def close(self) -> None:
         """Threads, servers and files are gone."""
+
+
+@runtime_checkable
+class WithReference(Protocol):
+    """A keeper whose snapshot does more than that: what it does besides is subtracted, round by round."""
+
+    def reference(self) -> None:
+        """That alone. Leaves weights and optimizer state as they are."""
 
 
 class Judge(Protocol):
@@ -105,7 +113,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "Arc",
         package="arc-training",
         imported="arc",
-        note="stall: step() and optimizer.step() with a snapshot every step, less the same without; "
+        note="step() and optimizer.step() with a snapshot in it, less a plain optimizer step, then another step(); "
         "rollback: step() on a NaN loss",
     ),
     Entry(

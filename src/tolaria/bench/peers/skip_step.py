@@ -17,7 +17,9 @@ class SkipSteps:
 
     def __init__(self, work: Workload, folder: Path) -> None:
         parameters = list(work.model.parameters())
-        self._skipping: Any = importlib.import_module("olmo_core.optim").SkipStepAdamW(parameters, lr=1e-6)
+        self._skipping: Any = importlib.import_module("olmo_core.optim").SkipStepAdamW(
+            parameters, lr=1e-6, foreach=True
+        )
         self._plain = torch.optim.AdamW(parameters, lr=1e-6, foreach=True)
         self._parameters = parameters
 
