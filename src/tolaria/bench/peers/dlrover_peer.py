@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Flash:
         found = self._checkpointer.load_checkpoint()
         if not found:
             raise RuntimeError("load_checkpoint() found nothing")
-        load(self._work, found)
+        # the optimizer would go on training in the shared memory that it is given
+        load(self._work, {"model": found["model"], "optimizer": copy.deepcopy(found["optimizer"])})
 
     def close(self) -> None:
         """Its processes and shared memory."""
