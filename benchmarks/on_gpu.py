@@ -7,7 +7,7 @@ orderings that wait for them), readers on another stream right after it. `lost`:
 writers wrote; `torn`: the reader saw two epochs at once. `none` is the control: it has to be lost every time.
 
 Second table: host time of one call against the number of governed tensors, and device time beside one flat copy of the
-same bytes, measured in the same run. Third: a governed step beside the same step without the governor.
+same bytes, measured in the same run. What a governor costs a training loop is measured by `tolaria bench`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,15 @@ HELD_BACK_S = 0.020
 
 
 def main() -> None:
-    """Print the three tables."""
+    """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3, help="of the steps with and without the governor")
     arguments = parser.parse_args()
     logging.getLogger("tolaria").setLevel(logging.ERROR)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n")
     streams(int(arguments.gigabytes * 2**30), arguments.trials)
     tensors()
-    steps(arguments.rounds)
 
 
 # ---------------------------------------------------------------- streams
@@ -177,83 +175,6 @@ def _device_ms(call: Callable[[], object], rounds: int = 10) -> float:
     ended.record()
     ended.synchronize()
     return began.elapsed_time(ended) / rounds
-
-
-# ---------------------------------------------------------------- steps
-
-
-def steps(rounds: int) -> None:
-    """A governed step of a transformer (151 M parameters, bf16, AdamW) beside the same step without the governor.
-
-    The variants take turns, so that a clock that drifts slows all of them; medians of the rounds. In the last one other
-    memory fills the device until the train state fits no second time, and the governor takes main memory by itself.
-    """
-    variants: dict[str, tuple[GovernorConfig | None, bool]] = {
-        "plain": (None, False),
-        "no snapshots": (GovernorConfig(cadence=10_000, host_slots=0), False),
-        "defaults": (GovernorConfig(), False),
-        "cadence 1": (GovernorConfig(cadence=1, slots=15, host_slots=0), False),
-        "blocking": (GovernorConfig(barrier="blocking"), False),
-        "full device": (GovernorConfig(), True),
-    }
-    found: dict[str, list[list[float]]] = {name: [] for name in variants}
-    tiers: dict[str, str] = {}
-    for _ in range(rounds):
-        for name, (config, is_full) in variants.items():
-            split, tiers[name] = _loop(config, is_full)
-            found[name].append(split)
-    parts = f"{'next batch':>11} {'forward':>8} {'backward':>9} {'step':>7}"
-    print(f"{'ms per step':>14} {'tier':>7} {parts} {'wall':>8} {'x plain':>8}")
-    plain = statistics.median(split[-1] for split in found["plain"])
-    for name, splits in found.items():
-        columns = [statistics.median(column) for column in zip(*splits, strict=True)]
-        shown = "{:>11.3f} {:>8.3f} {:>9.3f} {:>7.3f} {:>8.3f}".format(*columns)
-        print(f"{name:>14} {tiers[name]:>7} {shown} {columns[-1] / plain:>8.4f}")
-
-
-def _loop(config: GovernorConfig | None, is_full: bool, warm: int = 45, measured: int = 60) -> tuple[list[float], str]:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(1024, 16, 4096, dropout=0.0, batch_first=True, device="cuda")
-    model = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    batches = [torch.randn(32, 512, 1024, device="cuda") for _ in range(4)]
-    ballast = None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    if is_full:
-        _, total = torch.cuda.mem_get_info()
-        # the rule leaves 15 % free; training peaks at about 20 GB, three slots take 5.4
-        ballast = torch.empty(int(total * 0.85) - (24 << 30), dtype=torch.uint8, device="cuda")
-    governor = None if config is None else TolariaGovernor(model, optimizer, config=config)
-    source = (batches[i % 4] for i in range(warm + measured))
-    spent = [0.0] * 4
-    started = last = 0.0
-    for number, x in enumerate(source if governor is None else governor.watch(source)):
-        if number == warm:
-            torch.cuda.synchronize()
-            spent, started = [0.0] * 4, time.perf_counter()
-            last = started
-        marks = [last, time.perf_counter()]
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = model(x).square().mean()
-        marks.append(time.perf_counter())
-        loss.backward()
-        marks.append(time.perf_counter())
-        if governor is None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        else:
-            governor.step(loss=loss)
-        last = time.perf_counter()
-        marks.append(last)
-        spent = [so_far + after - before for so_far, before, after in zip(spent, marks, marks[1:], strict=False)]
-    torch.cuda.synchronize()
-    spent.append(time.perf_counter() - started)
-    tier = "-" if governor is None else governor.capabilities().tier
-    if governor is not None:
-        governor.close()
-    del ballast
-    return [seconds / measured * 1e3 for seconds in spent], tier
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The contestants of `tolaria bench --peers`: other packages, by their public calls, each where it is installed."""
