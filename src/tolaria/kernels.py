@@ -242,6 +242,7 @@ class Sweep:
     ) -> None:
         self._live, self._held, self._finite = list(live), list(live if held is None else held), list(finite)
         self._first = first
+        self._addresses = addresses_of(live)
         counts = [-(-block.numel() // CHUNK_BYTES) for block in self._live]
         self.num_chunks = sum(counts)
         self._table: torch.Tensor | None = None
@@ -278,8 +279,8 @@ class Sweep:
         return self._table is not None
 
     def fits(self, live: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the very blocks that the table was laid for."""
-        return len(live) == len(self._live) and all(map(_is_same, live, self._live))
+        """Whether these are the very blocks that the table was laid for, where they were then."""
+        return addresses_of(live) == self._addresses
 
     def run(self, source: Side, *, copy: bool, answer: torch.Tensor | None = None) -> None:
         """One pass.
@@ -321,8 +322,9 @@ class Sweep:
                 answer[1] |= ~torch.stack(flags).all()
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.numel() == other.numel())
+def addresses_of(blocks: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where blocks are now and how large: (address, bytes) each. The memory under a tensor may be moved."""
+    return list(zip(map(torch.Tensor.data_ptr, blocks), map(torch.Tensor.numel, blocks), strict=True))
 
 
 def _typed(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

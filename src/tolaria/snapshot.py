@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -20,7 +19,7 @@ from tolaria.arena import Arena
 from tolaria.budget import Plan
 from tolaria.device import Device, DeviceSet, HostDevice, QueuedDevice
 from tolaria.errors import BudgetExceeded, DeviceLost, TolariaInternalError, UnsupportedState
-from tolaria.examination import Digest, Examination, doubtful, host_is_finite, nonfinite_names
+from tolaria.examination import Examination, doubtful, host_is_finite, nonfinite_names
 from tolaria.kernels import Side
 from tolaria.operations import (
     Barrier,
@@ -42,50 +41,13 @@ from tolaria.operations import (
 )
 from tolaria.records import Journal
 from tolaria.ring import Tier
-from tolaria.route import Route, lay, transfer
+from tolaria.route import lay, transfer
+from tolaria.slot import Layout, SlotMemory
 from tolaria.state.digest import host_digest, host_digest_of
-from tolaria.state.leaves import is_page_locked
+from tolaria.state.leaves import Leaves, any_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 logger = logging.getLogger("tolaria")
-
-
-@dataclass(slots=True, eq=False)
-class SlotMemory:
-    """What one slot owns.
-
-    Attributes:
-        tier: Where its bytes are.
-        arena: The bytes.
-        survey: What they are the bytes of.
-        host: Values besides.
-        routes: Between the arena and the storages that it holds the bytes of, by device and part.
-        first: The first reading of the bytes; `again`: a later one; `restored`: of storages restored from here.
-        digest: From the first reading; None until its answer was asked for.
-        at_rest: In the host tier, of the bytes of accelerators' storages here: xxh3-128 by device.
-        nonfinite: Names of tensors that were found not to be finite.
-        reading: Held by whoever asks for a reading.
-    """
-
-    tier: Tier
-    first: Examination
-    again: Examination
-    restored: Examination
-    arena: Arena | None = None
-    survey: SurveyResult | None = None
-    host: HostValues | None = None
-    routes: dict[tuple[str, Part], Route] = field(default_factory=dict)
-    digest: Digest | None = None
-    at_rest: dict[str, int] = field(default_factory=dict)
-    nonfinite: tuple[str, ...] = ()
-    reading: threading.Lock = field(default_factory=threading.Lock)
-
-    def empty(self) -> None:
-        """Its contents are given up; memory and routes stay for the next ones."""
-        self.survey = self.host = self.digest = None
-        self.at_rest.clear()
-        self.nonfinite = ()
-        self.first.under_way = self.restored.under_way = False
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +82,7 @@ class Vault:
     plan: Plan = field(init=False)
     _planned: arena.Signature | None = field(default=None, init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
+    _layout: Layout | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
@@ -135,7 +98,7 @@ class Vault:
     def survey(self, _: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         surveyed = self.state.survey()
-        keys = {storage.key[0] for storage in surveyed.leaves.storages}
+        keys = [torch.device(name) for name in self._layout_of(surveyed.leaves).names]
         if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
             raise UnsupportedState(
                 "surveying the train state",
@@ -147,14 +110,19 @@ class Vault:
         self._surveyed = surveyed
         return self._places(surveyed)
 
+    def _layout_of(self, leaves: Leaves) -> Layout:
+        if self._layout is None or self._layout.leaves is not leaves:
+            self._layout = Layout(leaves)
+        return self._layout
+
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Choose the tier for a layout. Says so when it is not the device tier.
 
         Raises:
             BudgetExceeded: It fits nowhere.
         """
-        signature = arena.signature_of(surveyed.leaves.storages)
-        if signature == self._planned:
+        signature = self._layout_of(surveyed.leaves).signature
+        if signature is self._planned or signature == self._planned:
             return
         sizes = arena.num_bytes(signature)
         accelerators = {str(d): n for d, n in sizes.items() if self.devices[str(d)].barrier is not Barrier.HOST}
@@ -188,11 +156,10 @@ class Vault:
         )
 
     def _places(self, survey: SurveyResult) -> Places:
-        storages = survey.leaves.storages
-        names = sorted(map(str, {storage.key[0] for storage in storages}))
-        pinned = torch.accelerator.is_available() and any(
-            storage.key[0].type == "cpu" and is_page_locked(storage.bytes) for storage in storages
-        )
+        layout = self._layout_of(survey.leaves)
+        names = layout.names
+        # asked each time: memory may be page-locked where it lies
+        pinned = bool(layout.on_host) and any_page_locked(layout.on_host)
         # a device that holds nothing of ours may still be reading page-locked memory that is
         there = list(self.devices) if pinned else names
         queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
@@ -205,13 +172,14 @@ class Vault:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
         surveyed = self._take_survey() if op.like is None else self._filled(op.like)[1]
-        signature = arena.signature_of(surveyed.leaves.storages)
+        signature = self._layout_of(surveyed.leaves).signature
         slot.empty()
-        names = sorted({str(device) for device, *_ in signature})
+        names = self._layout_of(surveyed.leaves).names
         if slot.arena is None or slot.arena.signature != signature:
             # freed before its successor is allocated: the slot was claimed, nobody reads it
             slot.arena = None
             slot.routes.clear()
+            slot.laid = None
             try:
                 with self._on_streams():
                     slot.arena = arena.allocate(signature, slot.tier, f"reserving slot {op.slot}")
@@ -232,13 +200,17 @@ class Vault:
             self.plan = Plan(Tier.HOST, 0, f"out of memory: {error}")
             logger.info("snapshots are held in main memory from now on: %s", error)
 
-    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult) -> None:
-        storages = surveyed.leaves.storages
+    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult, *, moved: bool = False) -> None:
+        if slot.laid is surveyed.leaves and not moved:
+            return  # a survey answers the same leaves only while no address has changed
+        slot.laid = None
+        storages, slot.single = surveyed.leaves.storages, doubtful(surveyed.leaves)
         chunks: dict[str, int] = {}
         for device in held.flat:
             for part in Part:
                 key, indices = (str(device), part), held.of(device, part)
-                live, single = [storages[i].bytes for i in indices], doubtful(surveyed.leaves, indices)
+                live, within = [storages[i].bytes for i in indices], frozenset(indices)
+                single = [leaf.tensor for leaf in slot.single if leaf.storage in within]
                 first = chunks.get(str(device), 0)
                 known = slot.routes.get(key)
                 if indices and (known is None or not known.leads_to(live, first, single)):
@@ -252,6 +224,7 @@ class Vault:
                         on_host=slot.tier is Tier.HOST,
                     )
                 chunks[str(device)] = first + (known.num_chunks if indices and known else 0)
+        slot.laid = surveyed.leaves
 
     def _on_streams(self) -> contextlib.ExitStack:
         """Inside, what is launched on any governed device is ordered with our copies."""
@@ -311,11 +284,14 @@ class Vault:
     @torch.inference_mode(False)
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
-        survey = self.slots[op.slot].survey
-        if survey is None:
+        slot = self.slots[op.slot]
+        if slot.survey is None or slot.arena is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
-        self.state.check(survey, "rolling back")
-        return self._places(survey)
+        slot.standing = self.state.check(slot.survey, "rolling back")
+        if not slot.standing:
+            # storages that have grown lie elsewhere: what is restored goes where they are now
+            self._lay_routes(slot, slot.arena, slot.survey, moved=True)
+        return self._places(slot.survey)
 
     @torch.inference_mode(False)
     def restore_host(self, op: RestoreHost) -> bool:
@@ -335,10 +311,12 @@ class Vault:
 
         with self._on_streams():
             # the policy may have become "keep" since, when a second governor was built
-            self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices(), adopt)
+            host = host if self.with_rng() else replace(host, rng=None)
+            slot = self.slots[op.slot]
+            alive = self.state.restore(survey, host, self._devices(), adopt, standing=slot.standing)
             for optimizer in op.reset:
                 optimizer.state.clear()
-        return any(parameter.grad is not None for parameter in self.state.parameters())
+        return alive
 
     # ------------------------------------------------------------ readings
 
@@ -409,7 +387,7 @@ class Vault:
         for device in held.flat:
             if self.devices[str(device)].barrier is Barrier.HOST:
                 first.digests[str(device)] = host_digest(held.flat[device])
-                first.finite = first.finite and host_is_finite(held, survey.leaves, device)
+                first.finite = first.finite and host_is_finite(held, slot.single, device)
         first.wait()
         slot.digest = first.digest()
         if not first.is_finite():
@@ -455,7 +433,7 @@ class Vault:
     def num_bytes(self, index: int) -> int:
         """Bytes of tensors that a slot holds."""
         held = self.slots[index].arena
-        return 0 if held is None else sum(size for _, size, *_ in held.signature)
+        return 0 if held is None else held.num_bytes
 
     @property
     def copy_path(self) -> str:
@@ -471,7 +449,7 @@ class Vault:
             with contextlib.suppress(DeviceLost):  # nothing is under way there any more
                 port.close()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
-        self._surveyed = None
+        self._surveyed = self._layout = None
         self.state.forget_survey()
 
     def __del__(self) -> None:
