@@ -178,10 +178,10 @@ class Whereabouts:
         self._blocks = [
             _Block(leaves, leaves.leaves[start : start + _BLOCK]) for start in range(0, len(leaves.leaves), _BLOCK)
         ]
-        if not self.stand():
+        if not self.stands():
             raise Unfit
 
-    def stand(self) -> bool:
+    def stands(self) -> bool:
         """Whether every tensor lies where it lay, in memory that is as it was, and has its type, shape and strides."""
         return all(block.stands() for block in self._blocks)
 

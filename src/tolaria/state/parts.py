@@ -264,12 +264,10 @@ class OptimizerPart(StatePart):
         return attributes, {key for key, value in vars(self.optimizer).items() if not callable(value)}
 
     def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
-        listed, state, attributes, _, wrapped = saved
-        if wrapped or self._wrapped() or any(_refs(attributes)):
+        listed, state, attributes, *_ = saved
+        if any(_refs(attributes)):
             raise Unfit
-        return OptimizerImprint(
-            self.optimizer, listed, state, lambda: None if self._wrapped() else self._survey_attributes(HostOnly())
-        )
+        return OptimizerImprint(self.optimizer, listed, state, lambda: self._survey_attributes(HostOnly()))
 
     def _plain_attributes(self) -> list[str]:
         return [

@@ -138,10 +138,11 @@ class OptimizerImprint:
         optimizer: It.
         listed: `param_groups`, and of each group the dict, the list of its members, and its options as encoded.
         state: Of each entry of `state`, its key and its values as encoded.
-        attributes: Surveys its plain attributes, which hold no tensor; None if it holds an optimizer now.
+        attributes: Surveys its plain attributes, among which there is no tensor.
 
     Raises:
-        Unfit: Containers of other types than torch's own optimizers have, or parameters without a shape yet.
+        Unfit: Containers of other types than torch's own optimizers have, parameters without a shape yet, or an
+            optimizer around another one.
     """
 
     def __init__(
@@ -149,10 +150,12 @@ class OptimizerImprint:
         optimizer: Optimizer,
         listed: tuple[Identity, list[tuple[Identity, Identity, list[Any], dict[str, Any]]]],
         state: list[tuple[Any, Any]],
-        attributes: Callable[[], tuple[dict[str, Any], set[str]] | None],
+        attributes: Callable[[], tuple[dict[str, Any], set[str]]],
     ) -> None:
         groups = listed[1]
-        if any(isinstance(noted, Blank) for *_, members, _ in groups for noted in members):
+        if _holds_an_optimizer(optimizer) or any(
+            isinstance(noted, Blank) for *_, members, _ in groups for noted in members
+        ):
             raise Unfit
         if any(type(values) is not dict for _, values in state):
             raise Unfit
@@ -169,7 +172,7 @@ class OptimizerImprint:
     def stands(self) -> bool:
         if self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state:
             return False
-        if not self._lists.stand():
+        if _holds_an_optimizer(self._optimizer) or not self._lists.stand():
             return False
         options, entries = self._options.changes(), self._entries.changes()
         if options is None or entries is None:
@@ -187,10 +190,7 @@ class OptimizerImprint:
             keys = (key for key, _ in self._state_saved)
             self._state_saved = list(zip(keys, self._entries.encoded, strict=True))
         groups = [(*member, options) for member, options in zip(self._members, self._options.encoded, strict=True)]
-        around = self._attributes()
-        if around is None:
-            raise Unfit
-        return (Identity(self._groups), groups), self._state_saved, *around, list[Any]()
+        return (Identity(self._groups), groups), self._state_saved, *self._attributes(), list[Any]()
 
     def put_back(self, listed: Any, state: Any, leaves: Leaves) -> None:
         """Give groups and state the host values of an earlier survey of the very same tensors."""
@@ -221,6 +221,10 @@ class ScalerImprint:
 def has_extra_state(kind: type[nn.Module]) -> bool:
     """Whether modules of that class have state of their own besides tensors."""
     return kind.get_extra_state is not nn.Module.get_extra_state
+
+
+def _holds_an_optimizer(optimizer: Optimizer) -> bool:
+    return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
 
 
 def _containers(values: Sequence[Any]) -> Iterator[Collection[Any]]:
@@ -254,7 +258,7 @@ class StateImprint:
 
     def stands(self) -> bool:
         """Whether every tensor and module that the survey met is where it was, and no other has come."""
-        return all(part.stands() for part in self.parts) and self._whereabouts.stand()
+        return all(part.stands() for part in self.parts) and self._whereabouts.stands()
 
     def again(self) -> tuple[Any, ...] | None:
         """What the parts' `survey` would answer now; None where only a survey can tell."""
