@@ -247,7 +247,11 @@ class Sweep:
         self.num_chunks = sum(counts)
         self._table: torch.Tensor | None = None
         self._num_blocks = 0
-        if self._live and self.num_chunks and self._live[0].device.type == "cuda" and self._kernel() is not None:
+        self._kernel: Callable[..., Any] | None = None
+        if self._live and self.num_chunks and self._live[0].device.type == "cuda":
+            with torch.cuda.device(self._live[0].device):
+                self._kernel = compiled(torch.cuda.current_device())
+        if self._kernel is not None:
             self._table = self._laid(counts)
 
     def _laid(self, counts: Sequence[int]) -> torch.Tensor:
@@ -269,10 +273,6 @@ class Sweep:
         self._num_blocks = len(kept)
         return table.to(self._live[0].device, non_blocking=True)
 
-    def _kernel(self) -> Callable[..., Any] | None:
-        with torch.cuda.device(self._live[0].device):
-            return compiled(torch.cuda.current_device())
-
     @property
     def is_compiled(self) -> bool:
         """Whether the kernel does the work, and not torch's operators."""
@@ -293,7 +293,7 @@ class Sweep:
         """
         if not self.num_chunks:
             return
-        if self._table is None:
+        if self._table is None or self._kernel is None:
             self._run_portably(source, copy, answer)
             return
         what = (_COPY if copy else 0) | (0 if answer is None else _READ) | (_FROM_HELD if source is Side.HELD else 0)
@@ -303,9 +303,7 @@ class Sweep:
         counted = self._table if answer is None else answer  # never written without _READ
         arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
         with torch.cuda.device(self._live[0].device):
-            kernel = self._kernel()
-            if kernel is not None:
-                kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
+            self._kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)

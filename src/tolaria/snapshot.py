@@ -7,10 +7,11 @@ changes; on the governor's own streams, so that the allocator gives it to nobody
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -48,6 +49,24 @@ from tolaria.state.leaves import Leaves, any_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 logger = logging.getLogger("tolaria")
+
+
+_V = TypeVar("_V", bound="Vault")
+_O = TypeVar("_O")
+_T = TypeVar("_T")
+
+
+def _outside_inference(perform: Callable[[_V, _O], _T]) -> Callable[[_V, _O], _T]:
+    """`torch.inference_mode(False)`, which takes longer than some operations, only where there is a mode to leave."""
+
+    @functools.wraps(perform)
+    def performed(self: _V, op: _O) -> _T:
+        if not torch.is_inference_mode_enabled():
+            return perform(self, op)
+        with torch.inference_mode(False):
+            return perform(self, op)
+
+    return performed
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +113,7 @@ class Vault:
 
     # ------------------------------------------------------------ layout
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def survey(self, _: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         surveyed = self.state.survey()
@@ -167,7 +186,7 @@ class Vault:
         unguarded = bool(survey.gradients) or self.state.is_written_outside()
         return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
@@ -241,7 +260,7 @@ class Vault:
 
     # ------------------------------------------------------------ copies
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         self._filled(op.slot)
@@ -255,7 +274,7 @@ class Vault:
             host = self.devices[op.device].barrier is Barrier.HOST
             route.capture(None if host else slot.first.tally(op.device))
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def transfer(self, op: Transfer) -> Events:
         """Perform `Transfer`. The target takes over what is known of the source."""
         origin, survey, host = self._filled(op.source)
@@ -273,7 +292,7 @@ class Vault:
                 events += [] if event is None else [(str(device), event)]
         return tuple(events)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
         journal = self.read_journal()
@@ -281,7 +300,7 @@ class Vault:
             self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
         slot = self.slots[op.slot]
@@ -293,7 +312,7 @@ class Vault:
             self._lay_routes(slot, slot.arena, slot.survey, moved=True)
         return self._places(slot.survey)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)
@@ -320,7 +339,7 @@ class Vault:
 
     # ------------------------------------------------------------ readings
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def examine(self, op: Examine) -> None:
         """Perform `Examine`."""
         self._examine(self.slots[op.slot])
@@ -341,7 +360,7 @@ class Vault:
         """Whether `inspect` with `live` would find its answer there."""
         return self.slots[index].restored.has_arrived()
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def read_live(self, op: ReadLive) -> None:
         """Perform `ReadLive`. Main memory is read whole with the last part."""
         held, survey, _ = self._filled(op.slot)
@@ -358,7 +377,7 @@ class Vault:
                     slot.restored.digests[str(device)] = host_digest_of(blocks, held.flat[device].numel())
             slot.restored.send()
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         held, survey, _ = self._filled(op.slot)
