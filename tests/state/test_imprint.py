@@ -391,3 +391,21 @@ def test_many_tensors_are_compared_to_the_last() -> None:
         known = state.survey().leaves
         model[index].data = torch.zeros(2)
         assert state.survey().leaves is not known
+
+
+def test_no_imprint_is_taken_of_what_moves_each_time() -> None:
+    """But for a few in sixteen, so that a state that comes to rest is found to stand."""
+    model = nn.Linear(2, 2)
+    state = TrainState(model)
+    taken = []
+    for _ in range(48):
+        model.weight.data = torch.zeros(2, 2)
+        state.survey()
+        taken.append(state._imprint is not None)
+    assert taken[0]
+    assert sum(taken) < 16
+    assert any(taken[24:])
+    for _ in range(20):
+        state.survey()
+    known = state.survey().leaves
+    assert state.survey().leaves is known

@@ -82,6 +82,9 @@ class TrainState:
             self.parts.append(ScalerPart("scaler", scaler))
         self._last_survey: Leaves | None = None
         self._imprint: StateImprint | None = None  # of the last survey from the start that it could be taken of
+        self._in_vain = (
+            0  # imprints in a row that did not stand at the next survey, and surveys that took none for that
+        )
         # by storage; held, so that the memory stays what the graphs take it for
         self._in_graphs: dict[StorageKey, tuple[str, Storage]] = {}
         self._static: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -110,7 +113,9 @@ class TrainState:
         if imprint is not None and len(imprint.parts) == len(self.parts) and not self.model.include_gradients:
             again = imprint.again()
             if again is not None:
+                self._in_vain = 0
                 return SurveyResult(imprint.leaves, again)
+            self._in_vain += 1
         leaves = Leaves(previous=self._last_survey)
         saved = tuple(part.survey(leaves) for part in self.parts)
         leaves.previous = None
@@ -118,6 +123,10 @@ class TrainState:
         if self.model.include_gradients:
             return SurveyResult(leaves, saved, self._survey_gradients(leaves))
         self._imprint = None
+        # where something moves each time an imprint is as much again as the survey, for nothing: try now and then
+        if leaves.wrappers or self._in_vain % _TRY_EVERY >= _TRIES:
+            self._in_vain += self._in_vain % _TRY_EVERY >= _TRIES
+            return SurveyResult(leaves, saved)
         with contextlib.suppress(Unfit):
             imprints = [part.imprint(noted, leaves) for part, noted in zip(self.parts, saved, strict=True)]
             self._imprint = StateImprint(leaves, imprints, list(self.parameters()))
@@ -339,6 +348,7 @@ class TrainState:
         return hasher.hexdigest()
 
 
+_TRIES, _TRY_EVERY = 4, 16
 _gradient_of = operator.attrgetter("grad")
 
 
