@@ -26,7 +26,8 @@ class SlotMemory:
         survey: What they are the bytes of.
         host: Values besides.
         routes: Between the arena and the storages that it holds the bytes of, by device and part.
-        laid: What the routes lead to; `single`: what of it is searched for non-finite values leaf by leaf.
+        laid: What the routes lead to, as long as it stands where its survey found it.
+        single: What of it is searched for non-finite values leaf by leaf.
         standing: At the last check, every tensor and module stood where the survey had found it.
         first: The first reading of the bytes; `again`: a later one; `restored`: of storages restored from here.
         digest: From the first reading; None until its answer was asked for.

@@ -130,9 +130,10 @@ class Vault:
         return self._places(surveyed)
 
     def _layout_of(self, leaves: Leaves) -> Layout:
-        if self._layout is None or self._layout.leaves is not leaves:
-            self._layout = Layout(leaves)
-        return self._layout
+        known = self._layout  # draining asks from a thread of its own
+        if known is None or known.leaves is not leaves:
+            known = self._layout = Layout(leaves)
+        return known
 
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Choose the tier for a layout. Says so when it is not the device tier.
@@ -191,9 +192,9 @@ class Vault:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
         surveyed = self._take_survey() if op.like is None else self._filled(op.like)[1]
-        signature = self._layout_of(surveyed.leaves).signature
+        layout = self._layout_of(surveyed.leaves)
+        signature = layout.signature
         slot.empty()
-        names = self._layout_of(surveyed.leaves).names
         if slot.arena is None or slot.arena.signature != signature:
             # freed before its successor is allocated: the slot was claimed, nobody reads it
             slot.arena = None
@@ -207,7 +208,7 @@ class Vault:
                 raise
             # here and not when they are needed: taking page-locked memory invalidates captures of other threads
             for examination in (slot.first, slot.again, slot.restored):
-                examination.reserve(names)
+                examination.reserve(layout.names)
         self._lay_routes(slot, slot.arena, surveyed)
         slot.survey = surveyed
         if op.like is None:
@@ -219,9 +220,9 @@ class Vault:
             self.plan = Plan(Tier.HOST, 0, f"out of memory: {error}")
             logger.info("snapshots are held in main memory from now on: %s", error)
 
-    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult, *, moved: bool = False) -> None:
-        if slot.laid is surveyed.leaves and not moved:
-            return  # a survey answers the same leaves only while no address has changed
+    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult, *, standing: bool = True) -> None:
+        if slot.laid is surveyed.leaves and standing:
+            return
         slot.laid = None
         storages, slot.single = surveyed.leaves.storages, doubtful(surveyed.leaves)
         chunks: dict[str, int] = {}
@@ -243,7 +244,9 @@ class Vault:
                         on_host=slot.tier is Tier.HOST,
                     )
                 chunks[str(device)] = first + (known.num_chunks if indices and known else 0)
-        slot.laid = surveyed.leaves
+        # a storage may lie elsewhere than the survey found it: then they lead there, and are laid anew next time
+        if all(storage.bytes.untyped_storage().data_ptr() == storage.key[1] for storage in storages):
+            slot.laid = surveyed.leaves
 
     def _on_streams(self) -> contextlib.ExitStack:
         """Inside, what is launched on any governed device is ordered with our copies."""
@@ -307,9 +310,8 @@ class Vault:
         if slot.survey is None or slot.arena is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
         slot.standing = self.state.check(slot.survey, "rolling back")
-        if not slot.standing:
-            # storages that have grown lie elsewhere: what is restored goes where they are now
-            self._lay_routes(slot, slot.arena, slot.survey, moved=True)
+        # storages that have grown lie elsewhere: what is restored goes where they are now
+        self._lay_routes(slot, slot.arena, slot.survey, standing=slot.standing)
         return self._places(slot.survey)
 
     @_outside_inference

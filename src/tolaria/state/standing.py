@@ -56,7 +56,7 @@ class ModuleImprint:
         extra: The modules with extra state.
 
     Raises:
-        Unfit: A lazy module waits for its first batch, or a table of a module is no plain dict.
+        Unfit: A lazy module waits for its first batch, or a table of a module is no plain dict of its own.
     """
 
     def __init__(self, records: list[ModuleRecord], extra: list[Identity]) -> None:
@@ -68,6 +68,9 @@ class ModuleImprint:
         self._kinds = [each.kind for each in records]
         self._with_extra = {kind: has_extra_state(kind) for kind in self._kinds}
         self._vars: list[dict[str, Any]] = list(map(vars, self._modules))
+        for module, values in zip(self._modules, self._vars, strict=True):
+            if any(getattr(module, name) is not values.get(name) for name in (*_TABLES, _TRANSIENT)):
+                raise Unfit  # handed out by something else than the module itself
         self._tables = {name: [values[name] for values in self._vars] for name in _TABLES}
         self._contents = Contents([table for tables in self._tables.values() for table in tables])
         self._note()
