@@ -58,6 +58,7 @@ class Arena:
         views: Per storage of the survey, its place: shape [storage bytes], uint8.
         order: Indices of the storages in the order in which they lie.
         ranges: Homogeneous stretches in main memory that ought to be finite, as 1-d floating-point tensors.
+        num_bytes: Of the storages, without alignment.
     """
 
     signature: Signature
@@ -65,6 +66,7 @@ class Arena:
     views: list[torch.Tensor]
     order: list[int]
     ranges: list[torch.Tensor]
+    num_bytes: int
 
     def of(self, device: torch.device, part: Part | None = None) -> list[int]:
         """Indices of the storages of that device (and part), in the order in which they lie."""
@@ -105,7 +107,7 @@ def allocate(signature: Signature, tier: Tier, doing: str) -> Arena:
     flat = {device: memory.allocate(size, device, doing, on_host=tier is Tier.HOST) for device, size in used.items()}
     views = [flat[signature[i][0]][offsets[i] : offsets[i] + signature[i][1]] for i in range(len(signature))]
     ranges = [flat[device][start:end].view(dtype) for (device, _, dtype), (start, end) in stretches.items()]
-    return Arena(signature, flat, views, order, ranges)
+    return Arena(signature, flat, views, order, ranges, sum(size for _, size, *_ in signature))
 
 
 def is_summable(dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -24,6 +25,7 @@ from tolaria.operations import Barrier, Streams
 
 _LARGE_COPY_BYTES = 16 * 2**20
 _JOB_BYTES = 8 * 2**20
+_CRUMB_BYTES = 16 * 2**10
 _MOST_COPY_THREADS = 4
 
 
@@ -90,9 +92,9 @@ class _AtOnce:
 class CpuDevice(_AtOnce):
     """Main memory. A copy is done when `copy` returns.
 
-    Large copies are cut into jobs of about 8 MiB that the caller and a few helper threads take in turns. torch's own
-    parallel copy meets at a barrier after every tensor, which costs a multiple of the copy itself when another process
-    holds one of the cores. The threads start with the first large copy and end with the governor.
+    Copies are cut into jobs of about 8 MiB. The caller and a few helper threads take those of a large copy in turns.
+    torch's own parallel copy meets at a barrier after every tensor, which costs a multiple of the copy itself when
+    another process holds one of the cores. The threads start with the first large copy and end with the governor.
     """
 
     barrier = Barrier.HOST
@@ -106,17 +108,25 @@ class CpuDevice(_AtOnce):
 
         Version counters are not touched: the caller bumps them.
         """
-        num_helpers = min(torch.get_num_threads(), _MOST_COPY_THREADS) - 1
-        if num_helpers < 1 or sum(source.numel() for source in sources) < _LARGE_COPY_BYTES:
-            if sources:
-                torch._foreach_copy_(list(destinations), list(sources))
+        self.prepare(destinations, sources)()
+
+    def prepare(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """`copy`, to be called any number of times, for as long as all these tensors stay where they are."""
+        jobs = [_Job(*zip(*moves, strict=True)) for moves in _cut(destinations, sources) if moves]
+        is_large = sum(source.numel() for source in sources) >= _LARGE_COPY_BYTES
+        return functools.partial(self._carry_out, jobs, is_large)
+
+    def _carry_out(self, jobs: Sequence[_Job], is_large: bool) -> None:
+        num_helpers = min(torch.get_num_threads(), _MOST_COPY_THREADS) - 1 if is_large else 0
+        left = deque(jobs)
+        if num_helpers < 1:
+            _move(left)
             return
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(num_helpers, thread_name_prefix="tolaria-copy")
-        jobs = _cut(destinations, sources)
-        running = [self._helpers.submit(_move, jobs) for _ in range(num_helpers)]
+        running = [self._helpers.submit(_move, left) for _ in range(num_helpers)]
         try:
-            _move(jobs)
+            _move(left)
         finally:
             wait(running)  # never leave while somebody else still writes
 
@@ -124,12 +134,31 @@ class CpuDevice(_AtOnce):
         """Nothing runs behind our back."""
 
 
-Job = list[tuple[int, int, int]]
+Moves = list[tuple[int, int, int]]
+"""Of (destination address, source address, bytes)."""
 
 
-def _cut(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> deque[Job]:
-    """Jobs of (destination address, source address, bytes), about equal in bytes."""
-    jobs: deque[Job] = deque([[]])
+class _Job:
+    """About 8 MiB to be moved by one thread, in few or many pieces."""
+
+    def __init__(self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
+        self._pieces = destinations, sources, sizes
+        # giving the interpreter lock up costs more than a small piece, and whoever takes it keeps it for milliseconds
+        is_crumbs = sum(sizes) < _CRUMB_BYTES * len(sizes)
+        self._memmove = _memmove_holding_the_lock if is_crumbs else ctypes.memmove
+
+    def __call__(self) -> None:
+        deque(map(self._memmove, *self._pieces), maxlen=0)
+
+
+_memmove_holding_the_lock: Any = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+)
+
+
+def _cut(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[Moves]:
+    """Lists of moves, about equal in bytes."""
+    jobs: list[Moves] = [[]]
     room = _JOB_BYTES
     for destination, source in zip(destinations, sources, strict=True):
         target, origin, left = destination.data_ptr(), source.data_ptr(), source.numel()
@@ -143,20 +172,20 @@ def _cut(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
     return jobs
 
 
-def _move(jobs: deque[Job]) -> None:
+def _move(jobs: deque[_Job]) -> None:
     while True:
         try:
             job = jobs.popleft()
         except IndexError:
             return
-        for destination, source, size in job:
-            ctypes.memmove(destination, source, size)  # releases the interpreter lock
+        job()
 
 
 class HostDevice(Device, Protocol):
     """Main memory: the caller copies."""
 
     def copy(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None: ...
+    def prepare(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Callable[[], None]: ...
 
 
 class BlockingDevice(_AtOnce):

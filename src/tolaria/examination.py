@@ -13,7 +13,7 @@ from tolaria.arena import WIDER, Arena, needs_a_look
 from tolaria.device import Device, DeviceSet, QueuedDevice
 from tolaria.kernels import Tally
 from tolaria.operations import Barrier
-from tolaria.state.leaves import Leaves, finiteness, is_finite
+from tolaria.state.leaves import Leaf, Leaves, finiteness, is_finite
 
 _numbers = itertools.count(1)
 
@@ -113,19 +113,15 @@ def _send(tally: Tally) -> Callable[[], None]:
     return send
 
 
-def host_is_finite(arena: Arena, leaves: Leaves, device: torch.device) -> bool:
+def host_is_finite(arena: Arena, single: Sequence[Leaf], device: torch.device) -> bool:
     """Whether what one device's storages hold in main memory is finite, as far as it ought to be.
 
-    One sum per stretch: a NaN or an infinity makes it one. It may also overflow, so False means: look again.
+    One sum per stretch: a NaN or an infinity makes it one. It may also overflow, so False means: look again. `single`:
+    the leaves that are in no stretch.
     """
     stretches = [stretch for stretch in arena.ranges if stretch.device == device]
-    single = [
-        arena.leaf(leaf)
-        for leaf in leaves.leaves
-        if leaves.storages[leaf.storage].key[0] == device and needs_a_look(leaf, leaves.storages[leaf.storage])
-    ]
     flags = [torch.isfinite(stretch.sum(dtype=WIDER.get(stretch.dtype))) for stretch in stretches]
-    flags += [finiteness(tensor) for tensor in single]
+    flags += [finiteness(arena.leaf(leaf)) for leaf in single if arena.signature[leaf.storage][0] == device]
     return bool(torch.stack(flags).all()) if flags else True
 
 
@@ -137,11 +133,6 @@ def nonfinite_names(arena: Arena, leaves: Leaves) -> tuple[str, ...]:
     return tuple(leaf.name for leaf in leaves.leaves if leaf.trained and not is_finite(arena.leaf(leaf)))
 
 
-def doubtful(leaves: Leaves, storages: Sequence[int]) -> list[torch.Tensor]:
-    """Live tensors in these storages that ought to be finite and that have to be looked at one by one."""
-    wanted = set(storages)
-    return [
-        leaf.tensor
-        for leaf in leaves.leaves
-        if leaf.storage in wanted and needs_a_look(leaf, leaves.storages[leaf.storage])
-    ]
+def doubtful(leaves: Leaves) -> list[Leaf]:
+    """Those that ought to be finite and that have to be looked at one by one."""
+    return [leaf for leaf in leaves.leaves if needs_a_look(leaf, leaves.storages[leaf.storage])]

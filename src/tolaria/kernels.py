@@ -242,11 +242,16 @@ class Sweep:
     ) -> None:
         self._live, self._held, self._finite = list(live), list(live if held is None else held), list(finite)
         self._first = first
+        self._addresses = addresses_of(live)
         counts = [-(-block.numel() // CHUNK_BYTES) for block in self._live]
         self.num_chunks = sum(counts)
         self._table: torch.Tensor | None = None
         self._num_blocks = 0
-        if self._live and self.num_chunks and self._live[0].device.type == "cuda" and self._kernel() is not None:
+        self._kernel: Callable[..., Any] | None = None
+        if self._live and self.num_chunks and self._live[0].device.type == "cuda":
+            with torch.cuda.device(self._live[0].device):
+                self._kernel = compiled(torch.cuda.current_device())
+        if self._kernel is not None:
             self._table = self._laid(counts)
 
     def _laid(self, counts: Sequence[int]) -> torch.Tensor:
@@ -268,18 +273,14 @@ class Sweep:
         self._num_blocks = len(kept)
         return table.to(self._live[0].device, non_blocking=True)
 
-    def _kernel(self) -> Callable[..., Any] | None:
-        with torch.cuda.device(self._live[0].device):
-            return compiled(torch.cuda.current_device())
-
     @property
     def is_compiled(self) -> bool:
         """Whether the kernel does the work, and not torch's operators."""
         return self._table is not None
 
     def fits(self, live: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the very blocks that the table was laid for."""
-        return len(live) == len(self._live) and all(map(_is_same, live, self._live))
+        """Whether these are the very blocks that the table was laid for, where they were then."""
+        return addresses_of(live) == self._addresses
 
     def run(self, source: Side, *, copy: bool, answer: torch.Tensor | None = None) -> None:
         """One pass.
@@ -292,7 +293,7 @@ class Sweep:
         """
         if not self.num_chunks:
             return
-        if self._table is None:
+        if self._table is None or self._kernel is None:
             self._run_portably(source, copy, answer)
             return
         what = (_COPY if copy else 0) | (0 if answer is None else _READ) | (_FROM_HELD if source is Side.HELD else 0)
@@ -302,9 +303,7 @@ class Sweep:
         counted = self._table if answer is None else answer  # never written without _READ
         arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
         with torch.cuda.device(self._live[0].device):
-            kernel = self._kernel()
-            if kernel is not None:
-                kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
+            self._kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
@@ -321,8 +320,9 @@ class Sweep:
                 answer[1] |= ~torch.stack(flags).all()
 
 
-def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.numel() == other.numel())
+def addresses_of(blocks: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where blocks are now and how large: (address, bytes) each. The memory under a tensor may be moved."""
+    return list(zip(map(torch.Tensor.data_ptr, blocks), map(torch.Tensor.numel, blocks), strict=True))
 
 
 def _typed(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,14 +7,14 @@ main memory.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
 
 from tolaria.device import Device, HostDevice
 from tolaria.errors import TolariaInternalError
-from tolaria.kernels import Finite, Side, Sweep, Tally
+from tolaria.kernels import Finite, Side, Sweep, Tally, addresses_of
 from tolaria.operations import Barrier
 from tolaria.state.leaves import finiteness
 
@@ -56,13 +56,14 @@ class HostRoute:
     is_compiled: bool | None = None
 
     def __init__(self, port: HostDevice, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
-        self._port, self._live, self._held = port, live, held
+        self._addresses = addresses_of(live)
+        self._capture, self._restore = port.prepare(held, live), port.prepare(live, held)
 
     def capture(self, tally: Tally | None) -> None:
-        self._port.copy(self._held, self._live)
+        self._capture()
 
     def restore(self) -> None:
-        self._port.copy(self._live, self._held)
+        self._restore()
 
     def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
         raise TolariaInternalError(
@@ -70,7 +71,7 @@ class HostRoute:
         )
 
     def leads_to(self, live: Sequence[torch.Tensor], first: int, doubtful: Sequence[torch.Tensor]) -> bool:
-        return False  # costs nothing to lay anew
+        return addresses_of(live) == self._addresses
 
 
 class DeviceRoute:
@@ -106,19 +107,21 @@ class DeviceRoute:
         return self._held
 
     def capture(self, tally: Tally | None) -> None:
-        sweep, doubtful = self._sweep, self._doubtful
-        answer = None if tally is None else tally.total
-        taken = answer if self.reads_while_copying else None
-        before = _before(tally)
+        doubtful, answer = self._doubtful, None if tally is None else tally.total
+        before = [] if tally is None else tally.adding()[0]
 
         def copy() -> None:
             for launch in before:
                 launch()
-            sweep.run(Side.LIVE, copy=True, answer=taken)
-            if answer is not None:
-                _doubt(doubtful, answer)
+            self._take(answer)
+            if answer is not None and doubtful:
+                answer[1] |= ~torch.stack([finiteness(tensor) for tensor in doubtful]).all()
 
         self._port.enqueue(copy)
+
+    def _take(self, answer: torch.Tensor | None) -> None:
+        """Launch the copy, and the reading if that is made in passing."""
+        self._sweep.run(Side.LIVE, copy=True, answer=answer if self.reads_while_copying else None)
 
     def restore(self) -> None:
         sweep = self._sweep
@@ -167,20 +170,10 @@ class TransferRoute(DeviceRoute):
     def _swept(self) -> Sequence[torch.Tensor] | None:
         return None
 
-    def capture(self, tally: Tally | None) -> None:
-        sweep, doubtful, live, held = self._sweep, self._doubtful, self._live, self._held
-        answer = None if tally is None else tally.total
-        before = _before(tally)
-
-        def copy() -> None:
-            for launch in before:
-                launch()
-            if answer is not None:
-                sweep.run(Side.LIVE, copy=False, answer=answer)
-                _doubt(doubtful, answer)
-            transfer(held, live)
-
-        self._port.enqueue(copy)
+    def _take(self, answer: torch.Tensor | None) -> None:
+        if answer is not None:
+            self._sweep.run(Side.LIVE, copy=False, answer=answer)
+        transfer(self._held, self._live)
 
     def restore(self) -> None:
         live, held = self._live, self._held
@@ -212,12 +205,3 @@ def transfer(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
     """Copy flat uint8 tensors pairwise between an accelerator and page-locked memory, on the current stream."""
     for destination, source in zip(destinations, sources, strict=True):
         destination.copy_(source, non_blocking=True)
-
-
-def _before(tally: Tally | None) -> list[Callable[[], None]]:
-    return [] if tally is None else tally.adding()[0]
-
-
-def _doubt(doubtful: Sequence[torch.Tensor], answer: torch.Tensor) -> None:
-    if doubtful:
-        answer[1] |= ~torch.stack([finiteness(tensor) for tensor in doubtful]).all()

@@ -7,11 +7,11 @@ changes; on the governor's own streams, so that the allocator gives it to nobody
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -20,7 +20,7 @@ from tolaria.arena import Arena
 from tolaria.budget import Plan
 from tolaria.device import Device, DeviceSet, HostDevice, QueuedDevice
 from tolaria.errors import BudgetExceeded, DeviceLost, TolariaInternalError, UnsupportedState
-from tolaria.examination import Digest, Examination, doubtful, host_is_finite, nonfinite_names
+from tolaria.examination import Examination, doubtful, host_is_finite, nonfinite_names
 from tolaria.kernels import Side
 from tolaria.operations import (
     Barrier,
@@ -42,50 +42,31 @@ from tolaria.operations import (
 )
 from tolaria.records import Journal
 from tolaria.ring import Tier
-from tolaria.route import Route, lay, transfer
+from tolaria.route import lay, transfer
+from tolaria.slot import Layout, SlotMemory
 from tolaria.state.digest import host_digest, host_digest_of
-from tolaria.state.leaves import is_page_locked
+from tolaria.state.leaves import Leaves, any_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 logger = logging.getLogger("tolaria")
 
 
-@dataclass(slots=True, eq=False)
-class SlotMemory:
-    """What one slot owns.
+_V = TypeVar("_V", bound="Vault")
+_O = TypeVar("_O")
+_T = TypeVar("_T")
 
-    Attributes:
-        tier: Where its bytes are.
-        arena: The bytes.
-        survey: What they are the bytes of.
-        host: Values besides.
-        routes: Between the arena and the storages that it holds the bytes of, by device and part.
-        first: The first reading of the bytes; `again`: a later one; `restored`: of storages restored from here.
-        digest: From the first reading; None until its answer was asked for.
-        at_rest: In the host tier, of the bytes of accelerators' storages here: xxh3-128 by device.
-        nonfinite: Names of tensors that were found not to be finite.
-        reading: Held by whoever asks for a reading.
-    """
 
-    tier: Tier
-    first: Examination
-    again: Examination
-    restored: Examination
-    arena: Arena | None = None
-    survey: SurveyResult | None = None
-    host: HostValues | None = None
-    routes: dict[tuple[str, Part], Route] = field(default_factory=dict)
-    digest: Digest | None = None
-    at_rest: dict[str, int] = field(default_factory=dict)
-    nonfinite: tuple[str, ...] = ()
-    reading: threading.Lock = field(default_factory=threading.Lock)
+def _outside_inference(perform: Callable[[_V, _O], _T]) -> Callable[[_V, _O], _T]:
+    """`torch.inference_mode(False)`, which takes longer than some operations, only where there is a mode to leave."""
 
-    def empty(self) -> None:
-        """Its contents are given up; memory and routes stay for the next ones."""
-        self.survey = self.host = self.digest = None
-        self.at_rest.clear()
-        self.nonfinite = ()
-        self.first.under_way = self.restored.under_way = False
+    @functools.wraps(perform)
+    def performed(self: _V, op: _O) -> _T:
+        if not torch.is_inference_mode_enabled():
+            return perform(self, op)
+        with torch.inference_mode(False):
+            return perform(self, op)
+
+    return performed
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +101,7 @@ class Vault:
     plan: Plan = field(init=False)
     _planned: arena.Signature | None = field(default=None, init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
+    _layout: Layout | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
@@ -131,11 +113,11 @@ class Vault:
 
     # ------------------------------------------------------------ layout
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def survey(self, _: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         surveyed = self.state.survey()
-        keys = {storage.key[0] for storage in surveyed.leaves.storages}
+        keys = [torch.device(name) for name in self._layout_of(surveyed.leaves).names]
         if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
             raise UnsupportedState(
                 "surveying the train state",
@@ -147,14 +129,20 @@ class Vault:
         self._surveyed = surveyed
         return self._places(surveyed)
 
+    def _layout_of(self, leaves: Leaves) -> Layout:
+        known = self._layout  # draining asks from a thread of its own
+        if known is None or known.leaves is not leaves:
+            known = self._layout = Layout(leaves)
+        return known
+
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Choose the tier for a layout. Says so when it is not the device tier.
 
         Raises:
             BudgetExceeded: It fits nowhere.
         """
-        signature = arena.signature_of(surveyed.leaves.storages)
-        if signature == self._planned:
+        signature = self._layout_of(surveyed.leaves).signature
+        if signature is self._planned or signature == self._planned:
             return
         sizes = arena.num_bytes(signature)
         accelerators = {str(d): n for d, n in sizes.items() if self.devices[str(d)].barrier is not Barrier.HOST}
@@ -188,11 +176,10 @@ class Vault:
         )
 
     def _places(self, survey: SurveyResult) -> Places:
-        storages = survey.leaves.storages
-        names = sorted(map(str, {storage.key[0] for storage in storages}))
-        pinned = torch.accelerator.is_available() and any(
-            storage.key[0].type == "cpu" and is_page_locked(storage.bytes) for storage in storages
-        )
+        layout = self._layout_of(survey.leaves)
+        names = layout.names
+        # asked each time: memory may be page-locked where it lies
+        pinned = bool(layout.on_host) and any_page_locked(layout.on_host)
         # a device that holds nothing of ours may still be reading page-locked memory that is
         there = list(self.devices) if pinned else names
         queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
@@ -200,18 +187,19 @@ class Vault:
         unguarded = bool(survey.gradients) or self.state.is_written_outside()
         return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
         surveyed = self._take_survey() if op.like is None else self._filled(op.like)[1]
-        signature = arena.signature_of(surveyed.leaves.storages)
+        layout = self._layout_of(surveyed.leaves)
+        signature = layout.signature
         slot.empty()
-        names = sorted({str(device) for device, *_ in signature})
         if slot.arena is None or slot.arena.signature != signature:
             # freed before its successor is allocated: the slot was claimed, nobody reads it
             slot.arena = None
             slot.routes.clear()
+            slot.laid = None
             try:
                 with self._on_streams():
                     slot.arena = arena.allocate(signature, slot.tier, f"reserving slot {op.slot}")
@@ -220,7 +208,7 @@ class Vault:
                 raise
             # here and not when they are needed: taking page-locked memory invalidates captures of other threads
             for examination in (slot.first, slot.again, slot.restored):
-                examination.reserve(names)
+                examination.reserve(layout.names)
         self._lay_routes(slot, slot.arena, surveyed)
         slot.survey = surveyed
         if op.like is None:
@@ -232,13 +220,17 @@ class Vault:
             self.plan = Plan(Tier.HOST, 0, f"out of memory: {error}")
             logger.info("snapshots are held in main memory from now on: %s", error)
 
-    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult) -> None:
-        storages = surveyed.leaves.storages
+    def _lay_routes(self, slot: SlotMemory, held: Arena, surveyed: SurveyResult, *, standing: bool = True) -> None:
+        if slot.laid is surveyed.leaves and standing:
+            return
+        slot.laid = None
+        storages, slot.single = surveyed.leaves.storages, doubtful(surveyed.leaves)
         chunks: dict[str, int] = {}
         for device in held.flat:
             for part in Part:
                 key, indices = (str(device), part), held.of(device, part)
-                live, single = [storages[i].bytes for i in indices], doubtful(surveyed.leaves, indices)
+                live, within = [storages[i].bytes for i in indices], frozenset(indices)
+                single = [leaf.tensor for leaf in slot.single if leaf.storage in within]
                 first = chunks.get(str(device), 0)
                 known = slot.routes.get(key)
                 if indices and (known is None or not known.leads_to(live, first, single)):
@@ -252,6 +244,9 @@ class Vault:
                         on_host=slot.tier is Tier.HOST,
                     )
                 chunks[str(device)] = first + (known.num_chunks if indices and known else 0)
+        # a storage may lie elsewhere than the survey found it: then they lead there, and are laid anew next time
+        if all(storage.bytes.untyped_storage().data_ptr() == storage.key[1] for storage in storages):
+            slot.laid = surveyed.leaves
 
     def _on_streams(self) -> contextlib.ExitStack:
         """Inside, what is launched on any governed device is ordered with our copies."""
@@ -268,7 +263,7 @@ class Vault:
 
     # ------------------------------------------------------------ copies
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         self._filled(op.slot)
@@ -282,7 +277,7 @@ class Vault:
             host = self.devices[op.device].barrier is Barrier.HOST
             route.capture(None if host else slot.first.tally(op.device))
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def transfer(self, op: Transfer) -> Events:
         """Perform `Transfer`. The target takes over what is known of the source."""
         origin, survey, host = self._filled(op.source)
@@ -300,7 +295,7 @@ class Vault:
                 events += [] if event is None else [(str(device), event)]
         return tuple(events)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
         journal = self.read_journal()
@@ -308,16 +303,18 @@ class Vault:
             self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
-        survey = self.slots[op.slot].survey
-        if survey is None:
+        slot = self.slots[op.slot]
+        if slot.survey is None or slot.arena is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")
-        self.state.check(survey, "rolling back")
-        return self._places(survey)
+        slot.standing = self.state.check(slot.survey, "rolling back")
+        # storages that have grown lie elsewhere: what is restored goes where they are now
+        self._lay_routes(slot, slot.arena, slot.survey, standing=slot.standing)
+        return self._places(slot.survey)
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)
@@ -335,14 +332,16 @@ class Vault:
 
         with self._on_streams():
             # the policy may have become "keep" since, when a second governor was built
-            self.state.restore(survey, host if self.with_rng() else replace(host, rng=None), self._devices(), adopt)
+            host = host if self.with_rng() else replace(host, rng=None)
+            slot = self.slots[op.slot]
+            alive = self.state.restore(survey, host, self._devices(), adopt, standing=slot.standing)
             for optimizer in op.reset:
                 optimizer.state.clear()
-        return any(parameter.grad is not None for parameter in self.state.parameters())
+        return alive
 
     # ------------------------------------------------------------ readings
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def examine(self, op: Examine) -> None:
         """Perform `Examine`."""
         self._examine(self.slots[op.slot])
@@ -363,7 +362,7 @@ class Vault:
         """Whether `inspect` with `live` would find its answer there."""
         return self.slots[index].restored.has_arrived()
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def read_live(self, op: ReadLive) -> None:
         """Perform `ReadLive`. Main memory is read whole with the last part."""
         held, survey, _ = self._filled(op.slot)
@@ -380,7 +379,7 @@ class Vault:
                     slot.restored.digests[str(device)] = host_digest_of(blocks, held.flat[device].numel())
             slot.restored.send()
 
-    @torch.inference_mode(False)
+    @_outside_inference
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         held, survey, _ = self._filled(op.slot)
@@ -409,7 +408,7 @@ class Vault:
         for device in held.flat:
             if self.devices[str(device)].barrier is Barrier.HOST:
                 first.digests[str(device)] = host_digest(held.flat[device])
-                first.finite = first.finite and host_is_finite(held, survey.leaves, device)
+                first.finite = first.finite and host_is_finite(held, slot.single, device)
         first.wait()
         slot.digest = first.digest()
         if not first.is_finite():
@@ -455,7 +454,7 @@ class Vault:
     def num_bytes(self, index: int) -> int:
         """Bytes of tensors that a slot holds."""
         held = self.slots[index].arena
-        return 0 if held is None else sum(size for _, size, *_ in held.signature)
+        return 0 if held is None else held.num_bytes
 
     @property
     def copy_path(self) -> str:
@@ -471,7 +470,7 @@ class Vault:
             with contextlib.suppress(DeviceLost):  # nothing is under way there any more
                 port.close()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
-        self._surveyed = None
+        self._surveyed = self._layout = None
         self.state.forget_survey()
 
     def __del__(self) -> None:

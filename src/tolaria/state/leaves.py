@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from tolaria.errors import UnsupportedState
 from tolaria.state.wrappers import Wrapper, is_wrapper, unwrap
 
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter, nn.Buffer)
-_IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
+IMMUTABLE = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ class Leaves:
         """
         if isinstance(value, torch.Tensor):
             return self.add(name, value)
-        if isinstance(value, _IMMUTABLE):
+        if isinstance(value, IMMUTABLE):
             return value
         if type(value) is dict:
             return {key: self.encode(f"{name}.{key}", item) for key, item in value.items()}
@@ -216,7 +216,7 @@ class Leaves:
         """The inverse of `encode`: fresh containers, the leaves' own tensor objects."""
         if isinstance(tree, Ref):
             return self.tensor(tree)
-        if isinstance(tree, _IMMUTABLE):
+        if isinstance(tree, IMMUTABLE):
             return tree
         if type(tree) is dict:
             return {key: self.decode(item) for key, item in tree.items()}
@@ -251,7 +251,7 @@ def clone_tree(value: Any) -> Any:
     """A deep copy that shares nothing with `value`; tensors are detached and cloned."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
-    if isinstance(value, _IMMUTABLE):
+    if isinstance(value, IMMUTABLE):
         return value
     if type(value) is dict:
         return {key: clone_tree(item) for key, item in value.items()}
@@ -276,6 +276,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def is_page_locked(tensor: torch.Tensor) -> bool:
     """Whether a CPU tensor is in page-locked memory, so that a device may be transferring it."""
     return torch.accelerator.is_available() and tensor.is_pinned()
+
+
+def any_page_locked(tensors: Iterable[torch.Tensor]) -> bool:
+    """The same of several."""
+    return torch.accelerator.is_available() and any(map(torch.Tensor.is_pinned, tensors))
 
 
 def finiteness(tensor: torch.Tensor) -> torch.Tensor:

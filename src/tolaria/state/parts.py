@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsupportedState, UsageError
+from tolaria.state.imprint import HostOnly, Unfit
 from tolaria.state.leaves import (
     Identity,
     Leaves,
@@ -31,7 +32,15 @@ from tolaria.state.leaves import (
     plain_tensors,
     put_back,
 )
-from tolaria.state.structure import ModuleRecord, found_again, member, record, refill
+from tolaria.state.standing import (
+    HostImprint,
+    ModuleImprint,
+    OptimizerImprint,
+    PartImprint,
+    ScalerImprint,
+    has_extra_state,
+)
+from tolaria.state.structure import ModuleRecord, found_again, member, record, refill, refill_set
 
 logger = logging.getLogger("tolaria")
 
@@ -58,6 +67,13 @@ class StatePart:
         """Add this part's tensors to `leaves`; return its host values with `Ref` in the place of tensors."""
         return None
 
+    def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
+        """What tells whether `survey`, which has just answered `saved`, would answer the same again.
+
+        Raises `Unfit` where only a survey can.
+        """
+        return HostImprint()
+
     def capture(self) -> Any:
         """Clone host values that hold no leaf. May run the user's code (`state_dict` of an extra)."""
         return None
@@ -71,6 +87,10 @@ class StatePart:
 
         `captured` is a copy that may be given away.
         """
+
+    def restore_standing(self, saved: Any, captured: Any, leaves: Leaves, imprint: PartImprint) -> None:
+        """The same where `imprint` stands, so that all but host values is in its place."""
+        self.restore(saved, captured, leaves)
 
     def calls_the_user(self) -> bool:
         """Whether `capture` or `restore` runs methods of the user's own."""
@@ -100,6 +120,7 @@ class ModulePart(StatePart):
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self.include_gradients = False
+        self._extra: list[nn.Module] = []  # with extra state, at the last survey
         self._trained: dict[str, bool] = {}  # by name within the module, for all that has been seen
         parameters, buffers = module.named_parameters, module.named_buffers
         for key, tensor in (*parameters(remove_duplicate=False), *buffers(remove_duplicate=False)):
@@ -123,13 +144,15 @@ class ModulePart(StatePart):
                 path = f"{prefix}." if prefix else ""
                 add = functools.partial(self._add, leaves, path)
                 records[id(module)] = record(f"{self.name}.{prefix}" if prefix else self.name, module, add)
-        return list(records.values()), [Identity(module) for module in self._with_extra_state()]
+        extra = [Identity(module) for module in self.module.modules() if has_extra_state(type(module))]
+        self._extra = [module.value for module in extra]
+        return list(records.values()), extra
+
+    def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
+        return ModuleImprint(*saved)
 
     def calls_the_user(self) -> bool:
-        return bool(self._with_extra_state())
-
-    def _with_extra_state(self) -> list[nn.Module]:
-        return [module for module in self.module.modules() if _has_extra_state(module)]
+        return bool(self._extra)
 
     def _add(self, leaves: Leaves, path: str, key: str, tensor: torch.Tensor, buffer: bool) -> Ref:
         key = path + key
@@ -139,7 +162,7 @@ class ModulePart(StatePart):
         return leaves.add(f"{self.name}.{key}", tensor, buffer=buffer, trained=self._trained[key])
 
     def capture(self) -> Any:
-        return [clone_tree(module.get_extra_state()) for module in self._with_extra_state()]
+        return [clone_tree(module.get_extra_state()) for module in self._extra]
 
     def differences(self, saved: Any, leaves: Leaves) -> Iterator[str]:
         records: list[ModuleRecord] = saved[0]
@@ -160,6 +183,17 @@ class ModulePart(StatePart):
             for each in records:
                 each.restore_rest(leaves)
             logger.warning("a rollback took back a change of structure: %s", "; ".join(changes))
+        self._put_extra_state_back(extra, captured)
+
+    def restore_standing(self, saved: Any, captured: Any, leaves: Leaves, imprint: PartImprint) -> None:
+        records, extra = saved
+        for each in records:
+            if each.module._non_persistent_buffers_set != each.transient:
+                refill_set(each.module._non_persistent_buffers_set, each.transient)
+        self._put_extra_state_back(extra, captured)
+
+    @staticmethod
+    def _put_extra_state_back(extra: Iterable[Identity], captured: Iterable[Any]) -> None:
         for module, state in zip(extra, captured, strict=True):
             module.value.set_extra_state(state)
 
@@ -167,10 +201,6 @@ class ModulePart(StatePart):
 def _moved(leaves: Leaves, refs: Iterable[Ref]) -> Iterator[str]:
     names = (leaves.moved(ref) for ref in refs)
     yield from (f"{name} was given other storage, shape or dtype" for name in names if name is not None)
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 class OptimizerPart(StatePart):
@@ -222,13 +252,22 @@ class OptimizerPart(StatePart):
             (key, leaves.encode(f"{self.name}.state[{i}]", values))
             for i, (key, values) in enumerate(self.optimizer.state.items())
         ]
+        attributes, known = self._survey_attributes(leaves)
+        wrapped = [(k, Identity(o), self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
+        return (Identity(self.optimizer.param_groups), groups), state, attributes, known, wrapped
+
+    def _survey_attributes(self, leaves: Leaves) -> tuple[dict[str, Any], set[str]]:
         attributes = {
             key: leaves.encode(f"{self.name}.{key}", getattr(self.optimizer, key)) for key in self._plain_attributes()
         }
         # without methods: whether `step` is replaced on the instance is no part of the state
-        known = {key for key, value in vars(self.optimizer).items() if not callable(value)}
-        wrapped = [(k, Identity(o), self._inner(k, o).survey(leaves)) for k, o in self._wrapped().items()]
-        return (Identity(self.optimizer.param_groups), groups), state, attributes, known, wrapped
+        return attributes, {key for key, value in vars(self.optimizer).items() if not callable(value)}
+
+    def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
+        listed, state, attributes, *_ = saved
+        if any(_refs(attributes)):
+            raise Unfit
+        return OptimizerImprint(self.optimizer, listed, state, lambda: self._survey_attributes(HostOnly()))
 
     def _plain_attributes(self) -> list[str]:
         return [
@@ -264,14 +303,23 @@ class OptimizerPart(StatePart):
                 refill(live[key], values)
                 restored[key] = live[key]
         refill(live, restored)  # what was created after the snapshot the optimizer will create again, from scratch
+        self._restore_attributes(attributes, known, leaves)
+        for key, inner, inside in wrapped:
+            setattr(self.optimizer, key, inner.value)
+            self._inner(key, inner.value).restore(inside, None, leaves)
+
+    def restore_standing(self, saved: Any, captured: Any, leaves: Leaves, imprint: PartImprint) -> None:
+        listed, state, attributes, known, _ = saved
+        if isinstance(imprint, OptimizerImprint):
+            imprint.put_back(listed, state, leaves)
+        self._restore_attributes(attributes, known, leaves)
+
+    def _restore_attributes(self, attributes: dict[str, Any], known: set[str], leaves: Leaves) -> None:
         for key in self._plain_attributes():
             if key not in known:
                 delattr(self.optimizer, key)
         for key, tree in attributes.items():
             setattr(self.optimizer, key, self._decode(leaves, tree))
-        for key, inner, inside in wrapped:
-            setattr(self.optimizer, key, inner.value)
-            self._inner(key, inner.value).restore(inside, None, leaves)
 
     @staticmethod
     def _decode(leaves: Leaves, tree: Any) -> Any:
@@ -321,6 +369,9 @@ class ScalerPart(StatePart):
             for key in (*self._TENSORS, *self._NUMBERS)
             if key in values
         }
+
+    def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
+        return ScalerImprint(vars(self.scaler), (*self._TENSORS, *self._NUMBERS), saved, leaves)
 
     def refuse_unscaled(self) -> None:
         """Raise `UnsupportedState` between `unscale_` and `step`: a rollback forgets which gradients were unscaled."""

@@ -9,7 +9,7 @@ a change of structure their plain attributes and the `requires_grad` flags come 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from tolaria.errors import UnsupportedState
 from tolaria.state.leaves import Leaves, Ref, clone_tree, put_back
 
-_OWN = frozenset(vars(nn.Module())) | {"_initialize_hook", "_load_hook"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OWN = frozenset(vars(nn.Module())) | {"_initialize_hook", "_load_hook"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SCALARS = (int, float, bool, str, type(None))
 
 
@@ -194,7 +194,7 @@ class ModuleRecord:
         """Across a change of structure: class, hooks of a lazy module, plain attributes, `requires_grad` flags."""
         module = self.module
         if self.properties is not None:
-            for key in _properties(self.kind):
+            for key in properties_of(self.kind):
                 delattr(self.kind, key)
             for key, value in self.properties.items():
                 setattr(self.kind, key, value)
@@ -241,12 +241,27 @@ def record(name: str, module: nn.Module, add: Callable[[str, torch.Tensor, bool]
         transient=set(module._non_persistent_buffers_set),
         flags={key: p.requires_grad for key, p in module._parameters.items() if p is not None},
         kind=kind,
-        properties=_properties(kind) if _is_injected(kind) else None,
+        properties=properties_of(kind) if _is_injected(kind) else None,
         plain=clone_tree(_plain(module)),
         names=set(vars(module)),
         callables=_callables(module),
-        hooks={table: set(vars(module).get(table, ())) for table in _HOOKS},
+        hooks={table: set(vars(module).get(table, ())) for table in HOOKS},
         laziness=_laziness(module),
+    )
+
+
+def record_again(known: ModuleRecord) -> ModuleRecord:
+    """Look once more at a module that holds the very modules and tensors that it held."""
+    module = known.module
+    return replace(
+        known,
+        transient=set(module._non_persistent_buffers_set),
+        flags={key: p.requires_grad for key, p in module._parameters.items() if p is not None},
+        properties=properties_of(known.kind) if known.properties is not None else None,
+        plain=clone_tree(_plain(module)),
+        names=set(vars(module)),
+        callables=_callables(module),
+        hooks={table: set(vars(module).get(table, ())) for table in HOOKS},
     )
 
 
@@ -272,13 +287,14 @@ def _is_injected(kind: type) -> bool:
     return kind.__module__ == nn.utils.parametrize.__name__ and kind.__name__.startswith("Parametrized")
 
 
-def _properties(kind: type) -> dict[str, property]:
+def properties_of(kind: type) -> dict[str, property]:
+    """The properties that this class itself defines."""
     return {key: value for key, value in vars(kind).items() if isinstance(value, property)}
 
 
 def _added(module: nn.Module) -> list[tuple[str, Any]]:
     """Attributes besides those of every module."""
-    return [pair for pair in vars(module).items() if pair[0] not in _OWN]
+    return [pair for pair in vars(module).items() if pair[0] not in OWN]
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

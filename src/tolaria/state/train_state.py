@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ from torch.utils import _pytree
 from tolaria.errors import StateMismatch, UnsupportedState, UsageError
 from tolaria.state import rng
 from tolaria.state.digest import update_tree
+from tolaria.state.imprint import Unfit
 from tolaria.state.leaves import Identity, Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
+from tolaria.state.standing import StateImprint
 from tolaria.state.structure import Blank, ModuleRecord
 from tolaria.state.wrappers import inner_tensors
 
@@ -77,6 +81,10 @@ class TrainState:
         if scaler is not None:
             self.parts.append(ScalerPart("scaler", scaler))
         self._last_survey: Leaves | None = None
+        self._imprint: StateImprint | None = None  # of the last survey from the start that it could be taken of
+        self._in_vain = (
+            0  # imprints in a row that did not stand at the next survey, and surveys that took none for that
+        )
         # by storage; held, so that the memory stays what the graphs take it for
         self._in_graphs: dict[StorageKey, tuple[str, Storage]] = {}
         self._static: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -97,16 +105,36 @@ class TrainState:
                     yield parameter
 
     def survey(self) -> SurveyResult:
-        """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly."""
+        """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly.
+
+        Surveys between which no tensor and no module has come, gone, moved or changed places share their `Leaves`.
+        """
+        imprint = self._imprint
+        if imprint is not None and len(imprint.parts) == len(self.parts) and not self.model.include_gradients:
+            again = imprint.again()
+            if again is not None:
+                self._in_vain = 0
+                return SurveyResult(imprint.leaves, again)
+            self._in_vain += 1
         leaves = Leaves(previous=self._last_survey)
         saved = tuple(part.survey(leaves) for part in self.parts)
         leaves.previous = None
         self._last_survey = leaves
-        return SurveyResult(leaves, saved, self._survey_gradients(leaves) if self.model.include_gradients else ())
+        if self.model.include_gradients:
+            return SurveyResult(leaves, saved, self._survey_gradients(leaves))
+        self._imprint = None
+        # where something moves each time an imprint is as much again as the survey, for nothing: try now and then
+        if leaves.wrappers or self._in_vain % _TRY_EVERY >= _TRIES:
+            self._in_vain += self._in_vain % _TRY_EVERY >= _TRIES
+            return SurveyResult(leaves, saved)
+        with contextlib.suppress(Unfit):
+            imprints = [part.imprint(noted, leaves) for part, noted in zip(self.parts, saved, strict=True)]
+            self._imprint = StateImprint(leaves, imprints, list(self.parameters()))
+        return SurveyResult(leaves, saved)
 
     def forget_survey(self) -> None:
         """Hold no tensor any more that the last survey met."""
-        self._last_survey = None
+        self._last_survey = self._imprint = None
 
     def _survey_gradients(self, leaves: Leaves) -> tuple[tuple[nn.Parameter, Ref], ...]:
         for part in self.parts:
@@ -146,8 +174,15 @@ class TrainState:
             return True
         return host is not None and any(isinstance(captured, list) and captured for captured in host.captured)
 
-    def check(self, survey: SurveyResult, doing: str) -> None:
-        """Raise `StateMismatch`, naming every difference, if `survey` can no longer be restored exactly."""
+    def check(self, survey: SurveyResult, doing: str) -> bool:
+        """Raise `StateMismatch`, naming every difference, if `survey` can no longer be restored exactly.
+
+        Answers whether all its tensors and modules stand where it found them, and no others have come.
+        """
+        imprint = self._imprint
+        known = imprint is not None and imprint.leaves is survey.leaves and len(survey.saved) == len(self.parts)
+        if known and imprint is not None and imprint.stands():
+            return True
         if len(survey.saved) != len(self.parts):
             found = [f"{part.name} was registered later" for part in self.parts[len(survey.saved) :]]
         else:
@@ -168,6 +203,7 @@ class TrainState:
                 f"the train state changed its structure since the snapshot: {shown}",
                 "Undo the change, or take a new snapshot: older ones cannot be restored any more.",
             )
+        return False
 
     def _lost_to_a_graph(self, leaves: Leaves) -> list[str]:
         """Tensors that a captured graph uses and that the rollback would let go of: its replays would go astray."""
@@ -197,31 +233,40 @@ class TrainState:
         host: HostValues,
         devices: Sequence[torch.device],
         adopt: Callable[[torch.Tensor], None] = lambda _: None,
-    ) -> None:
+        *,
+        standing: bool = False,
+    ) -> bool:
         """Put back everything that is not bytes: identities, host values, then random state.
 
         `adopt` is called with each tensor that is handed over to the user's objects. Random state is written last, also
-        when the snapshot holds none but a `load_state_dict` of the user's may draw.
+        when the snapshot holds none but a `load_state_dict` of the user's may draw. `standing`: what `check` has
+        answered, and nothing but bytes has changed since. Answers whether there are gradients afterwards.
         """
+        imprint = self._imprint if standing else None
         random_state = host.rng
         if random_state is None and self._calls_the_user(host):
             random_state = rng.read(devices)
-        keep = {storage.key for storage in survey.leaves.storages}
-        self.drop_gradients(keep)
+        keep = frozenset(storage.key for storage in survey.leaves.storages) if imprint is None else imprint.memory
+        left = self.drop_gradients(keep, None if imprint is None else imprint.parameters)
         errors = []
-        for part, saved, captured in zip(self.parts, survey.saved, host.captured, strict=True):
+        for i, (part, saved, captured) in enumerate(zip(self.parts, survey.saved, host.captured, strict=True)):
             try:
                 own = clone_tree(captured)  # each time, so that nobody can ever reach the snapshot
                 for tensor in _pytree.tree_leaves(own):
                     if isinstance(tensor, torch.Tensor):
                         adopt(tensor)
-                part.restore(saved, own, survey.leaves)
+                if imprint is None:
+                    part.restore(saved, own, survey.leaves)
+                else:
+                    part.restore_standing(saved, own, survey.leaves, imprint.parts[i])
             except Exception as error:  # the other parts come back all the same; the caller learns of the first failure
                 errors.append((part.name, error))
-        self.drop_gradients(keep)  # of parameters that are back in their places
+        if imprint is None or self._calls_the_user(host):
+            left = self.drop_gradients(keep)  # of parameters that are back in their places
         for parameter, ref in survey.gradients:
             parameter.grad = put_back(survey.leaves, ref)
-        bumped = [known.tensor for known in (*survey.leaves.leaves, *survey.leaves.wrappers)]
+        known = (*survey.leaves.leaves, *survey.leaves.wrappers) if imprint is None else ()
+        bumped = [each.tensor for each in known] if imprint is None else imprint.tensors
         if bumped:
             # a backward over a graph that saved one of these now raises instead of using restored bytes silently
             torch.autograd.graph.increment_version(bumped)
@@ -230,21 +275,32 @@ class TrainState:
         if errors:
             names = ", ".join(name for name, _ in errors)
             raise RuntimeError(f"{names} could not be restored ({errors[0][1]}); everything else was") from errors[0][1]
+        return left or bool(survey.gradients)
 
-    def drop_gradients(self, keep: Container[StorageKey] = ()) -> None:
+    def drop_gradients(
+        self, keep: Container[StorageKey] = (), parameters: Sequence[nn.Parameter] | None = None
+    ) -> bool:
         """Set every governed gradient to None; one that is a view of a bucket or belongs to a captured graph is zeroed.
 
         Args:
             keep: Memory that has its bytes already: views of it are not zeroed.
+            parameters: The governed ones, if they are known.
+
+        Returns:
+            Whether some gradient is there still.
         """
-        for parameter in self.parameters():
-            grad = parameter.grad
+        left = False
+        known = list(self.parameters()) if parameters is None else parameters
+        for parameter, grad in zip(known, map(_gradient_of, known), strict=True):
             if grad is None:
                 continue
             if not grad._is_view() and not self.is_static(grad):
                 parameter.grad = None
-            elif storage_key(grad) not in keep:
+                continue
+            left = True
+            if storage_key(grad) not in keep:
                 grad.zero_()
+        return left
 
     def note_capture(self, *, with_optimizers: bool) -> None:
         """A graph capture has ended: whatever exists now may be written at its address by every replay.
@@ -290,6 +346,10 @@ class TrainState:
         update_tree(hasher, [_without_identities(saved) for saved in survey.saved])
         update_tree(hasher, host.captured)
         return hasher.hexdigest()
+
+
+_TRIES, _TRY_EVERY = 4, 16
+_gradient_of = operator.attrgetter("grad")
 
 
 def _without_identities(tree: Any) -> Any:

@@ -1,0 +1,125 @@
+"""The compiled sweep, torch's operators and the transfers between tiers write the same bytes on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from state.blocks import POISONS, Blocks, shapes
+from torch import nn
+
+from tolaria import GovernorConfig, TolariaGovernor, judge, kernels
+from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.route import transfer
+
+pytestmark = pytest.mark.cuda
+Flat = Sequence[torch.Tensor]
+
+
+def by_sweep(destinations: Flat, sources: Flat) -> None:
+    sweep = Sweep(sources, destinations, [Finite.ANYTHING] * len(sources))
+    assert sweep.is_compiled or not any(source.numel() for source in sources)
+    sweep.run(Side.LIVE, copy=True)
+
+
+def by_sweep_back(destinations: Flat, sources: Flat) -> None:
+    Sweep(destinations, sources, [Finite.ANYTHING] * len(sources)).run(Side.HELD, copy=True)
+
+
+def by_reading_sweep(destinations: Flat, sources: Flat) -> None:
+    answer = torch.zeros(2, dtype=torch.int64, device="cuda")
+    Sweep(sources, destinations, [Finite.FLOAT32] * len(sources)).run(Side.LIVE, copy=True, answer=answer)
+    assert int(answer[0]) == int(kernels.portable_digest([source.cpu() for source in sources]))
+
+
+def by_words(destinations: Flat, sources: Flat) -> None:
+    copy_words(destinations, sources)
+
+
+def by_main_memory(destinations: Flat, sources: Flat) -> None:
+    """There and back again."""
+    held = [torch.empty(source.numel(), dtype=torch.uint8).pin_memory() for source in sources]
+    transfer(held, sources)
+    transfer(destinations, held)
+    torch.cuda.synchronize()
+
+
+PATHS = {
+    "sweep": by_sweep,
+    "sweep back": by_sweep_back,
+    "sweep that reads": by_reading_sweep,
+    "words": by_words,
+    "main memory": by_main_memory,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25)
+@given(drawn=shapes, seed=st.integers(0, 2**16))
+def test_the_bytes_arrive_and_nothing_else_is_written(path: str, drawn: list[tuple[int, int, int]], seed: int) -> None:
+    Blocks(drawn, seed, "cuda").verify(PATHS[path])
+
+
+@pytest.mark.parametrize("path", ["sweep", "sweep that reads"])
+def test_ten_thousand_tiny_blocks(path: str) -> None:
+    Blocks([(1 + i % 9, i % 3, i % 5) for i in range(10_000)], 1, "cuda").verify(PATHS[path])
+
+
+@pytest.mark.parametrize("path", ["sweep", "words"])
+def test_one_block_of_eight_gigabytes(path: str) -> None:
+    """Beyond what 32 bits count, in bytes and in words."""
+    size = (8 << 30) + 13
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_(0, 256)
+    for poison in POISONS:
+        destination = torch.full((size,), poison, dtype=torch.uint8, device="cuda")
+        PATHS[path]([destination], [source])
+        assert torch.equal(destination, source)
+        del destination
+
+
+@pytest.mark.parametrize("barrier", ["context", "blocking"])
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_storage_that_has_grown_gets_its_bytes_where_it_is_now(barrier: str, tier: str) -> None:
+    """Its address of then may belong to somebody else by now."""
+    model = nn.BatchNorm1d(1 << 20).cuda()
+    config = GovernorConfig(barrier=barrier, tier=tier, rng="keep", probation=0, slots=2)
+    with TolariaGovernor(model, config=config, detector=judge.non_finite()) as governor:
+        mean = model.running_mean
+        mean.fill_(3.0)
+        governor.snapshot().wait("sealed")
+        before = mean.untyped_storage().data_ptr()
+        mean.untyped_storage().resize_(16 << 20)
+        assert mean.untyped_storage().data_ptr() != before
+        stranger = torch.full((1 << 20,), 7.0, device="cuda")
+        assert stranger.data_ptr() == before, "or this shows nothing"
+        mean.fill_(5.0)
+        governor.execute_rollback().wait()
+        assert bool((mean == 3.0).all())
+        assert bool((stranger == 7.0).all())
+
+
+def test_host_time_is_spent_on_no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between layout changes neither a snapshot nor a rollback surveys, lays a route or takes memory."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20))).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    config = GovernorConfig(rng="keep", probation=0, slots=2)
+    with TolariaGovernor(model, optimizer, config=config, detector=judge.non_finite()) as governor:
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+            governor.snapshot().wait("sealed")
+        state = governor._keeper.state
+        expected = [p.detach().clone() for p in model.parameters()]
+        for part in state.parts:
+            monkeypatch.setattr(part, "survey", lambda leaves: pytest.fail("was walked"))
+        taken = torch.cuda.memory_stats()["allocation.all.allocated"]
+        for _ in range(3):
+            governor.snapshot().wait("sealed")
+            governor.execute_rollback().wait()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == taken
+        assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
