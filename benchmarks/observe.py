@@ -3,7 +3,7 @@
     python benchmarks/observe.py [--layers 12] [--width 1024] [--steps 60] [--device cuda]
 
 A transformer (bf16, fused AdamW) is trained with a governor that takes no snapshots after the first. Per step, medians
-in microseconds of host time: norms of gradients and weights, the veto, sending the numbers off, judging what has arrived;
+in microseconds of host time: norms of gradients and weights, the veto, sending the numbers off, judging what arrived;
 then the whole of `step` beside what a loop without a governor does in its place, and both loops by the wall clock.
 """
 

@@ -186,6 +186,7 @@ class TolariaGovernor:
 
         Raises:
             PhaseError: Called from inside a section or a backward.
+            UnsupportedState: Called while this thread captures a graph; nothing was changed.
             RetryBudgetExceeded: The panics do not end; the state is the last good one.
             NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
         """
@@ -194,6 +195,7 @@ class TolariaGovernor:
             self._update.plain(list(parameters), clip, metric, loss, closure)
             self._course.completed = step = self._course.completed + 1
             return StepResult(verdict=Verdict(Health.HEALTHY, step), rolled_back=False, skipped=False, step=step)
+        self._keeper.sections.require_no_capture("stepping")
         self._require_boundary("stepping")
         self._keeper.run_requests(after_step=False)
         acting = self.config.mode == "act"
