@@ -108,10 +108,10 @@ class Update:
         norm, bad = observe.gradient_norm(grads)
         value = observe.read_loss(loss)
         flagged = self._flagged() if bad else []
-        by_scaler = bool(flagged) and (not may_veto or not self._is_beyond(flagged))
+        by_scaler = self.scaler is not None and bad > 0 and not (may_veto and self._is_beyond(flagged))
         vetoed = bad > 0 and not by_scaler and may_veto
         if vetoed and self.scaler is not None:
-            self.scaler._per_optimizer_states.clear()  # as after its `update`, which this step does not deserve
+            self.scaler._per_optimizer_states.clear()  # as its `update` leaves it, but for the scale
         if not vetoed:
             # what the scaler skips needs no clipping; what only observe mode lets pass is clipped as it would be anyway
             if clip is not None and norm is not None and not by_scaler:
@@ -193,8 +193,9 @@ class Update:
         self, parameters: Sequence[nn.Parameter], grads: Sequence[torch.Tensor]
     ) -> list[tuple[Optimizer | None, list[torch.Tensor]]]:
         """`observe.norms` of all gradients: by optimizer where a scaler skips each by itself, else together."""
-        if self.scaler is None or len(self.optimizers) == 1 or not grads:
-            return [(self.optimizers[0] if self.scaler is not None else None, observe.norms(grads))]
+        if self.scaler is None or len(self.optimizers) <= 1 or not grads:
+            scaled = self.optimizers[0] if self.scaler is not None and self.optimizers else None
+            return [(scaled, observe.norms(grads))]
         owned = [(optimizer, list(_parameters(optimizer))) for optimizer in self.optimizers]
         known = {id(parameter) for _, some in owned for parameter in some}
         read: list[tuple[Optimizer | None, list[torch.Tensor]]] = [

@@ -470,3 +470,16 @@ def test_a_fused_sgd_whose_step_a_scaler_skips(first: bool, govern: Govern, kit:
         governor.step(loss=loss)
         assert number != 0 or not first or not run.optimizer.state
     assert run.state() == plain.state()
+
+
+def test_gradients_that_nobody_steps_are_none_of_a_scalers_business(govern: Govern, kit: Any) -> None:
+    """They stay scaled, so they overflow where all others are finite."""
+    run, scaler = kit.Run(), make_scaler(init_scale=256.0)
+    optimizer = torch.optim.AdamW(run.model[0].parameters())
+    governor = govern(run.model, optimizer, scaler=scaler)
+    before = kit.freeze(run.model[0].weight)
+    scaler.scale(run.loss(run.batches[0]).square()).backward()
+    poison_gradient(run)
+    assert not governor.step(loss=1.0).rolled_back
+    assert kit.freeze(run.model[0].weight) != before
+    assert governor.statistics().vetoes == 0
