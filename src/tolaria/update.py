@@ -153,10 +153,11 @@ class Update:
         read = self._norms(parameters, grads)
         norms = [norm for _, some in read for norm in some]
         skipped = self.skipped_by_scaler()
-        refusal = self._refusal(read) if may_veto else None
-        if clip is not None and norms:
+        total = observe.total_norm(norms) if norms else None
+        refusal = self._refusal(read, total) if may_veto else None
+        if clip is not None and total is not None:
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, observe.total_norm(norms).to(dtype))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, total.to(dtype))
         with self._scaled_learning_rate(lr_factor):
             returned = self._step(closure, guarded=may_veto, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
@@ -204,7 +205,9 @@ class Update:
         rest = [parameter for parameter in parameters if id(parameter) not in known]
         return [*read, (None, observe.norms(observe.gradients(rest)))]
 
-    def _refusal(self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]]) -> torch.Tensor | None:
+    def _refusal(
+        self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]], total: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """1 on a device where a gradient is not finite and no scaler has seen it; None where nobody could act on it.
 
         What a scaler has seen it skips by itself, optimizer by optimizer, and that is routine.
@@ -213,8 +216,8 @@ class Update:
         for optimizer, norms in read:
             if norms:
                 theirs = 0.0 if optimizer is None else self.skipped_by_scaler(optimizer)
-                bad = veto.found(norms)
-                flags.append(bad * theirs.to(bad.device).eq(0) if isinstance(theirs, torch.Tensor) else bad)
+                bad = veto.found(total if len(read) == 1 and total is not None else observe.total_norm(norms))
+                flags.append(veto.unseen(bad, theirs) if isinstance(theirs, torch.Tensor) else bad)
         if not flags:
             return None
         refusal = veto.any_of(flags)

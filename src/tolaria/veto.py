@@ -14,7 +14,7 @@ All of it is enqueued on the caller's current streams and waits for nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -80,13 +80,25 @@ def can_be_predicated(optimizer: Optimizer) -> bool:
     )
 
 
-def found(norms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Whether something behind `observe.norms` is not finite: shape [], float32, 1 or 0. At least one norm."""
-    return torch.ne(observe.total_norm(norms) * 0, 0).float()  # neither a NaN nor an infinity times 0 is 0
+def found(norm: torch.Tensor) -> torch.Tensor:
+    """Whether a norm is not finite: shape [] in and out, float32, 1 or 0."""
+    return _flag(torch.ne, norm * 0, 0)  # neither a NaN nor an infinity times 0 is 0
+
+
+def unseen(bad: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """1 where `bad` is 1 and `theirs`, what a scaler has found, is 0."""
+    return _flag(torch.gt, bad, theirs.to(bad.device))
+
+
+def _flag(compare: Callable[..., torch.Tensor], one: torch.Tensor, other: Any) -> torch.Tensor:
+    """A comparison as the kernels want it, in one launch: shape [], float32."""
+    return compare(one, other, out=torch.empty((), dtype=torch.float32, device=one.device))
 
 
 def any_of(flags: Sequence[torch.Tensor]) -> torch.Tensor:
     """1 where one of the flags is, on a device if one of them is there. At least one."""
+    if len(flags) == 1:
+        return flags[0]
     home = observe.home_of(flags)
     return torch.stack([flag.to(home, non_blocking=True) for flag in flags]).amax(0)
 
@@ -132,8 +144,8 @@ def _merged(theirs: Any, flag: torch.Tensor | None) -> torch.Tensor | None:
     if not isinstance(theirs, torch.Tensor):
         return flag
     if flag is None:
-        return torch.ne(theirs, 0).float()
-    return torch.ne(theirs.to(flag.device, non_blocking=True) + flag, 0).float()
+        return _flag(torch.ne, theirs, 0)
+    return _flag(torch.ne, theirs.to(flag.device, non_blocking=True) + flag, 0)
 
 
 @torch.no_grad()

@@ -16,11 +16,10 @@ OPTIMIZERS = {
     "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2, device="cuda"), fused=True, capturable=True),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, weight_decay=0.1, fused=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True),
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
     "for-loop": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, foreach=False),
 }
-EXACT = ("adamw", "tensor lr", "amsgrad", "momentum", "adagrad")
+EXACT = ("adamw", "tensor lr", "amsgrad", "momentum")
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,9 @@ def deterministic():
 class Run:
     def __init__(self, name, scaler=False, **settings):
         torch.manual_seed(0)
-        # of half precision too: two kinds of words
-        self.model = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 4, dtype=torch.bfloat16)]).cuda()
+        # of half precision too, where no scaler has to unscale it: two kinds of words
+        self.half = torch.float32 if scaler else torch.bfloat16
+        self.model = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 4, dtype=self.half)]).cuda()
         self.optimizer = OPTIMIZERS[name](self.model.parameters())
         self.scaler = torch.amp.GradScaler("cuda", init_scale=256.0) if scaler else None
         self.batches = [torch.randn(8, 16, device="cuda") for _ in range(24)]
@@ -48,7 +48,7 @@ class Run:
         )
 
     def backward(self, x):
-        loss = self.model[1](self.model[0](x).tanh().bfloat16()).float().square().mean()
+        loss = self.model[1](self.model[0](x).tanh().to(self.half)).float().square().mean()
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return loss
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import veto
+from tolaria import observe, veto
 
 FUSED = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
@@ -219,9 +219,9 @@ def test_sparse_gradients():
 )
 def test_what_is_found_in_norms(values, bad, dtype):
     norms = [torch.tensor(values, dtype=dtype), torch.ones(3)]
-    assert veto.found(norms).dtype is torch.float32
-    assert float(veto.found(norms)) == (0.0 if bad is None else bad)
-    assert veto.found(norms).shape == ()
+    assert veto.found(observe.total_norm(norms)).dtype is torch.float32
+    assert float(veto.found(observe.total_norm(norms))) == (0.0 if bad is None else bad)
+    assert veto.found(observe.total_norm(norms)).shape == ()
 
 
 def test_flags_are_brought_together():
