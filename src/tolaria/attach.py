@@ -27,7 +27,7 @@ from torch.utils import _pytree
 
 from tolaria import capture, gradients
 from tolaria.driver import Driver
-from tolaria.errors import StaleGradients, UsageError
+from tolaria.errors import StaleGradients, UnsupportedState, UsageError
 from tolaria.operations import SectionKind, Streams
 from tolaria.state.train_state import TrainState
 
@@ -183,6 +183,15 @@ class Sections:
     def replaying(self) -> AbstractContextManager[Any]:
         """A replay may write anything."""
         return self.section(SectionKind.WRITE) if self.is_open else contextlib.nullcontext()
+
+    def require_no_capture(self, doing: str) -> None:
+        """Raise `UnsupportedState` while this thread captures a graph."""
+        if self._is_capturing():
+            raise UnsupportedState(
+                doing,
+                "this thread is capturing a CUDA graph, and a governed step decides on the host what comes next",
+                "Capture forward, backward or the optimizer's own step, and call step or observe after each replay.",
+            )
 
     def _is_capturing(self) -> bool:
         thread = threading.get_ident()

@@ -45,7 +45,7 @@ class GovernorConfig:
             no draw repeats), or ``"keep"`` it as it runs. None: restore with one live governor in the process, keep
             as soon as there are several.
         on_veto: What follows a non-finite gradient once its step was refused: ``"rollback"`` (exact) or ``"keep"`` (go
-            on from the refused step; BatchNorm statistics and random state have moved).
+            on from the refused step; BatchNorm statistics and random state have moved). See docs/veto.md.
         check_weights_every: Look for non-finite weights every that many steps (and before every snapshot).
         reexecute_every: Run the steps since the last snapshot again when they include a multiple of this number, and
             compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.

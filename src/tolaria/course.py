@@ -148,12 +148,11 @@ class Course:
             return panic or self._seal_arrived(wait)
 
     def _judge(self, sent: Sent) -> tuple[VitalSigns, Verdict]:
-        """Ask the detectors, unless the train state is known to be half written; move probation on.
+        """Ask the detectors, unless the state is known to be half written or a veto says enough; move probation on.
 
-        A step that was not applied (a veto, a scaler that skipped) shows nothing about the state, so it counts for no
-        probation.
+        A step that was not applied (a veto, a scaler that skipped) shows nothing, so it counts for no probation.
         """
-        vital, by_scaler = sent.read()
+        vital, by_scaler, vetoed, _ = arrived = sent.read()
         self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
         if sent.torn:
             verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
@@ -162,12 +161,13 @@ class Course:
         if self._scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
             evidence = {"skips": float(self._scaler_skips)}
             verdict = Verdict(Health.PANIC, vital.step, "GradScaler skips every step", vital.step, evidence)
+        verdict = arrived.overrule(verdict)
         self._judged.append((vital.step, self._judgement))
         self.verdict = verdict
-        self.count(panics=int(verdict.is_panic))
+        self.count(panics=int(verdict.is_panic), vetoes=int(vetoed))
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
-        elif not sent.skipped and not by_scaler:
+        elif not (sent.skipped or by_scaler or vetoed):
             self.keeper.advance(vital.step)
         return vital, verdict
 

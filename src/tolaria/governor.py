@@ -186,6 +186,7 @@ class TolariaGovernor:
 
         Raises:
             PhaseError: Called from inside a section or a backward.
+            UnsupportedState: Called while this thread captures a graph; nothing was changed.
             RetryBudgetExceeded: The panics do not end; the state is the last good one.
             NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
         """
@@ -194,6 +195,7 @@ class TolariaGovernor:
             self._update.plain(list(parameters), clip, metric, loss, closure)
             self._course.completed = step = self._course.completed + 1
             return StepResult(verdict=Verdict(Health.HEALTHY, step), rolled_back=False, skipped=False, step=step)
+        self._keeper.sections.require_no_capture("stepping")
         self._require_boundary("stepping")
         self._keeper.run_requests(after_step=False)
         acting = self.config.mode == "act"
@@ -223,20 +225,17 @@ class TolariaGovernor:
         stale = acting and self._keeper.sections.are_stale()
         update, is_static = self._update, self._keeper.state.is_static
         parameters, trained = self._keeper.state.roster()
-        # a veto that is kept needs to be decided before the optimizer steps
-        late = self._keeper.reads_late and update.can_read_late and not (acting and self.config.on_veto == "keep")
-        if late:
-            done = update.run_late(parameters, loss, clip, metric, closure, factor, is_static, stale)
-        else:
-            done = update.run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
-        if done.vetoed:
-            self._course.count(vetoes=1)
+        keeps = self.config.on_veto == "keep"
+        late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
+        run = update.run_late if late else update.run
+        done = run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
         step = self._course.completed + 1
         numbers: dict[str, Scalar] = {
             "loss": done.loss,
             "grad_norm": done.grad_norm,
             "nonfinite_gradients": done.nonfinite_gradients,
             "scaler_skipped": done.scaler_skipped,
+            "vetoed": done.late_veto,
             "metric": metric,
         }
         lists: dict[str, Sequence[torch.Tensor]] = {"gradients": done.norms} if done.norms else {}
@@ -250,7 +249,8 @@ class TolariaGovernor:
             reading=self._readings.send({**numbers, **_extra(signs)}, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             torn=self._keeper.driver.state.torn,
-            judges_gradients=not (done.vetoed and self.config.on_veto == "keep"),
+            vetoed=done.vetoed,
+            keeps_vetoes=keeps,
         )
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:

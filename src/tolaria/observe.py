@@ -155,12 +155,12 @@ def mean_loss(loss: Loss) -> Scalar:
     values = [value for value in map(mean_loss, loss) if value is not None]
     if not values:
         return None
-    home = _home([value for value in values if isinstance(value, torch.Tensor)])
+    home = home_of([value for value in values if isinstance(value, torch.Tensor)])
     values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
     return sum(values[1:], start=values[0]) / len(values)
 
 
-def _home(tensors: Sequence[torch.Tensor]) -> torch.device:
+def home_of(tensors: Sequence[torch.Tensor]) -> torch.device:
     """Where to bring scalars together without waiting: a device, since what comes to the host has to be waited for."""
     devices = [tensor.device for tensor in tensors]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
@@ -271,5 +271,5 @@ def total_norm(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The L2 norm of everything behind `norms`, on a device; nothing waits. At least one part."""
     if len(parts) == 1:
         return torch.linalg.vector_norm(parts[0])
-    home = _home(parts)
+    home = home_of(parts)
     return torch.linalg.vector_norm(torch.cat([part.to(home, torch.float64, non_blocking=True) for part in parts]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from tolaria import observe
+from tolaria import observe, veto
 
 Closure = Callable[[], Any]
 IsStatic = Callable[[torch.Tensor], bool]
@@ -29,6 +30,8 @@ class Outcome:
         nonfinite_gradients: Gradient tensors with a non-finite value.
         norms: L2 norms of the single gradients, on their devices, to be read late; see `observe.norms`.
         vetoed: The step was refused because of them.
+        late_veto: shape [], float32, on a device: 1 where the device refuses it. None where the host has decided, and
+            where the device cannot.
         stale: The step was refused because its backward straddled a rollback.
         scaler_skipped: The scaler did not apply the step, which is routine; not 0 means it did not.
     """
@@ -38,6 +41,7 @@ class Outcome:
     nonfinite_gradients: int = 0
     norms: Sequence[torch.Tensor] = ()
     vetoed: bool
+    late_veto: torch.Tensor | None = None
     stale: bool
     scaler_skipped: observe.Scalar
 
@@ -56,13 +60,23 @@ class Update:
     ) -> None:
         self.optimizers, self.schedulers = list(optimizers), list(schedulers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._means = veto.Choice()
 
-    @property
-    def can_read_late(self) -> bool:
-        """Whether an update needs no number on the host: a scaler over an optimizer that cannot skip by itself does."""
-        return self.scaler is None or all(
+    def can_read_late(self, *, may_veto: bool, keeps: bool) -> bool:
+        """Whether the next update needs no number on the host.
+
+        It does with a scaler over an optimizer that cannot skip by itself, in the first step of torch's fused SGD with
+        momentum, and where a veto is kept (`keeps`) but cannot be carried out bit for bit on the device.
+        """
+        if self.scaler is not None and not all(
             getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in self.optimizers
-        )
+        ):
+            return False
+        if not may_veto:
+            return True
+        if any(map(veto.unwritten_momenta, self.optimizers)):
+            return False
+        return not keeps or self._means.are_exact(self.optimizers)
 
     def run(
         self,
@@ -93,16 +107,22 @@ class Update:
         grads = observe.gradients(parameters) if closure is None else []
         norm, bad = observe.gradient_norm(grads)
         value = observe.read_loss(loss)
-        by_scaler = self.scaler is not None and bad > 0
+        flagged = self._flagged() if bad else []
+        by_scaler = self.scaler is not None and bad > 0 and not (may_veto and self._is_beyond(flagged))
         vetoed = bad > 0 and not by_scaler and may_veto
+        if vetoed and self.scaler is not None:
+            self.scaler._per_optimizer_states.clear()  # as its `update` leaves it, but for the scale
         if not vetoed:
             # what the scaler skips needs no clipping; what only observe mode lets pass is clipped as it would be anyway
             if clip is not None and norm is not None and not by_scaler:
                 # the same type as the norm had before it was read, or the factor would be rounded otherwise
                 dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
                 torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
+            unwritten = [(each, veto.unwritten_momenta(each)) for each in flagged] if may_veto else []
             with self._scaled_learning_rate(lr_factor):
-                returned = self._step(closure)
+                returned = self._step(closure, guarded=may_veto)
+            for optimizer, momenta in unwritten:
+                veto.forget_momenta(optimizer, momenta)
             value = observe.read_loss(returned) if value is None else value
             if not by_scaler and not is_stale:
                 self._step_schedulers(value if metric is None else metric)
@@ -119,43 +139,90 @@ class Update:
         metric: float | None,
         closure: Closure | None,
         lr_factor: float,
+        may_veto: bool,
         is_static: IsStatic,
         is_stale: bool = False,
     ) -> Outcome:
-        """`run` without waiting for the device: nothing is vetoed, and schedulers also follow a step a scaler skips.
+        """`run` without waiting for the device, which vetoes by itself; schedulers also follow a step that it refuses.
 
         Whoever learns later that a gradient was not finite rolls back, so nothing is lost but time. A
         `ReduceLROnPlateau` without `metric` needs the loss itself, and waits for it.
         """
         self._unscale()
         grads = observe.gradients(parameters) if closure is None else []
-        norms = observe.norms(grads)
+        read = self._norms(parameters, grads)
+        norms = [norm for _, some in read for norm in some]
         skipped = self.skipped_by_scaler()
-        if clip is not None and norms:
+        total = observe.total_norm(norms) if norms else None
+        refusal = self._refusal(read, total) if may_veto else None
+        if clip is not None and total is not None:
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, observe.total_norm(norms).to(dtype))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, total.to(dtype))
         with self._scaled_learning_rate(lr_factor):
-            returned = self._step(closure)
+            returned = self._step(closure, guarded=may_veto, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
         if not is_stale and self.schedulers:
             if metric is None and self._wants_metric():
                 metric = observe.read_loss(value)
             self._step_schedulers(metric)
         self._clear(parameters, is_static)
-        return Outcome(loss=value, norms=norms, vetoed=False, stale=is_stale, scaler_skipped=skipped)
+        return Outcome(loss=value, norms=norms, vetoed=False, late_veto=refusal, stale=is_stale, scaler_skipped=skipped)
 
-    def skipped_by_scaler(self) -> torch.Tensor | float:
-        """What the scaler has found in the unscaled gradients: not 0 where it will skip."""
+    def skipped_by_scaler(self, optimizer: Optimizer | None = None) -> torch.Tensor | float:
+        """What the scaler has found in the unscaled gradients (of one optimizer): not 0 where it will skip."""
         if self.scaler is None:
             return 0.0
         found = [
             flag
-            for optimizer in self.optimizers
-            for flag in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+            for each in (self.optimizers if optimizer is None else [optimizer])
+            for flag in self.scaler._per_optimizer_states[id(each)]["found_inf_per_device"].values()
         ]
         if not found:
             return 0.0
         return sum((flag.to(found[0].device, non_blocking=True) for flag in found[1:]), start=found[0].clone())
+
+    def _flagged(self) -> list[Optimizer]:
+        """The optimizers whose step the scaler will skip. Waits for the device."""
+        return [optimizer for optimizer in self.optimizers if bool(self.skipped_by_scaler(optimizer))]
+
+    def _is_beyond(self, flagged: Sequence[Optimizer]) -> bool:
+        """Whether an optimizer is about to apply what is not finite and the scaler has not seen. Waits."""
+        others = [optimizer for optimizer in self.optimizers if all(optimizer is not each for each in flagged)]
+        return any(observe.num_nonfinite(observe.gradients(_parameters(optimizer))) for optimizer in others)
+
+    def _norms(
+        self, parameters: Sequence[nn.Parameter], grads: Sequence[torch.Tensor]
+    ) -> list[tuple[Optimizer | None, list[torch.Tensor]]]:
+        """`observe.norms` of all gradients: by optimizer where a scaler skips each by itself, else together."""
+        if self.scaler is None or len(self.optimizers) <= 1 or not grads:
+            scaled = self.optimizers[0] if self.scaler is not None and self.optimizers else None
+            return [(scaled, observe.norms(grads))]
+        owned = [(optimizer, list(_parameters(optimizer))) for optimizer in self.optimizers]
+        known = {id(parameter) for _, some in owned for parameter in some}
+        read: list[tuple[Optimizer | None, list[torch.Tensor]]] = [
+            (optimizer, observe.norms(observe.gradients(some))) for optimizer, some in owned
+        ]
+        rest = [parameter for parameter in parameters if id(parameter) not in known]
+        return [*read, (None, observe.norms(observe.gradients(rest)))]
+
+    def _refusal(
+        self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]], total: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """1 on a device where a gradient is not finite and no scaler has seen it; None where nobody could act on it.
+
+        What a scaler has seen it skips by itself, optimizer by optimizer, and that is routine.
+        """
+        flags = []
+        for optimizer, norms in read:
+            if norms:
+                theirs = 0.0 if optimizer is None else self.skipped_by_scaler(optimizer)
+                bad = veto.found(total if len(read) == 1 and total is not None else observe.total_norm(norms))
+                flags.append(veto.unseen(bad, theirs) if isinstance(theirs, torch.Tensor) else bad)
+        if not flags:
+            return None
+        refusal = veto.any_of(flags)
+        reachable = all(self._means.of(each, refusal.device) is not veto.Means.NONE for each in self.optimizers)
+        return refusal if reachable else None
 
     def plain(
         self,
@@ -169,7 +236,7 @@ class Update:
         if clip is not None:
             self._unscale()
             torch.nn.utils.clip_grad_norm_(parameters, clip)
-        returned = self._step(closure)
+        returned = self._step(closure, guarded=False)
         if metric is None and self._wants_metric():
             metric = observe.read_loss(returned if loss is None else loss)
         self._step_schedulers(metric)
@@ -200,14 +267,28 @@ class Update:
             if self.scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY":
                 self.scaler.unscale_(optimizer)
 
-    def _step(self, closure: Closure | None) -> Any:
+    def _step(self, closure: Closure | None, *, guarded: bool, refusal: torch.Tensor | None = None) -> Any:
+        """Step every optimizer.
+
+        Args:
+            closure: Handed to each.
+            guarded: Make what a scaler has found 0 or 1, as the optimizers expect it.
+            refusal: Nothing shall happen where it is 1; see `veto`.
+        """
         returned = None
         arguments = () if closure is None else (closure,)
         for optimizer in self.optimizers:
-            if self.scaler is not None:
-                returned = self.scaler.step(optimizer, *arguments)
-            else:
-                returned = optimizer.step(*arguments)
+            means = veto.Means.NONE if refusal is None else self._means.of(optimizer, refusal.device)
+            if refusal is not None and means is veto.Means.BLANK:
+                veto.blank(optimizer, refusal)
+            by_flag = means is veto.Means.PREDICATE or (
+                guarded and self.scaler is not None and self._means.is_exact(optimizer)
+            )
+            with veto.predicated(optimizer, refusal) if by_flag else contextlib.nullcontext():
+                if self.scaler is not None:
+                    returned = self.scaler.step(optimizer, *arguments)
+                else:
+                    returned = optimizer.step(*arguments)
         if self.scaler is not None:
             self.scaler.update()
         return returned
@@ -237,6 +318,10 @@ class Update:
         finally:
             for group, lr in zip(groups, saved, strict=True):
                 _set_lr(group, lr)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _set_lr(group: dict[str, Any], lr: Any) -> None:

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tolaria.observe import Reading
-from tolaria.records import VitalSigns
+from tolaria.records import Health, Verdict, VitalSigns
 
 EXTRA = "extra:"
 """Prefix of the caller's own signs among the numbers of a `Reading`."""
+
+
+class Arrived(NamedTuple):
+    """One completed step whose numbers are there.
+
+    Attributes:
+        signs: To be judged.
+        by_scaler: A scaler did not apply the step, which is routine.
+        vetoed: It was refused because of its gradients, by the host or on a device.
+        kept: And the run goes on from there.
+    """
+
+    signs: VitalSigns
+    by_scaler: bool
+    vetoed: bool
+    kept: bool
+
+    def overrule(self, verdict: Verdict) -> Verdict:
+        """A veto that is not kept is a panic whatever the detectors say: what surrounds the step has moved."""
+        if not self.vetoed or self.kept or verdict.is_panic:
+            return verdict
+        onset = self.signs.step if verdict.onset is None else verdict.onset
+        return Verdict(Health.PANIC, self.signs.step, "non-finite gradients", onset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -18,24 +42,29 @@ class Sent:
 
     Attributes:
         step: Its number.
-        reading: ``loss``, ``grad_norm``, ``nonfinite_gradients``, ``nonfinite_weights``, ``scaler_skipped``, ``metric``
-            where they exist, and the caller's signs; or lists ``gradients`` and ``weights`` of norms in their place.
+        reading: ``loss``, ``grad_norm``, ``nonfinite_gradients``, ``nonfinite_weights``, ``scaler_skipped``, ``vetoed``
+            (by the device) and ``metric`` where they exist, and the caller's signs; or lists ``gradients`` and
+            ``weights`` of norms in their place.
         skipped: The optimizer step was known not to be applied when it was sent.
         torn: The train state was known to be half written.
-        judges_gradients: False where a veto is kept, so that the refused gradients are nobody's business any more.
+        vetoed: The host has refused it because of its gradients.
+        keeps_vetoes: Go on after a veto: the refused gradients are nobody's business any more.
     """
 
     step: int
     reading: Reading
     skipped: bool = False
     torn: bool = False
-    judges_gradients: bool = True
+    vetoed: bool = False
+    keeps_vetoes: bool = False
 
-    def read(self) -> tuple[VitalSigns, bool]:
-        """The vital signs, and whether a scaler skipped the step. Waits for what has not arrived."""
+    def read(self) -> Arrived:
+        """What there is to judge. Waits for what has not arrived."""
         self.reading.wait()
         numbers, lists = self.reading.numbers, self.reading.lists
-        by_scaler = bool(numbers.get("scaler_skipped"))
+        vetoed = self.vetoed or bool(numbers.get("vetoed"))
+        by_scaler = bool(numbers.get("scaler_skipped")) and not vetoed
+        kept = vetoed and self.keeps_vetoes
         loss, norm = numbers.get("loss"), numbers.get("grad_norm")
         bad, weights = numbers.get("nonfinite_gradients") or 0, numbers.get("nonfinite_weights")
         if lists.get("gradients"):
@@ -44,10 +73,10 @@ class Sent:
         if "weights" in lists:
             weights = _num_nonfinite(lists["weights"])
         # what a scaler skips is routine: its gradients show nothing
-        judges = self.judges_gradients and not by_scaler
+        judges = not kept and not by_scaler
         signs = VitalSigns(
             step=self.step,
-            loss=loss if self.judges_gradients else _finite_or_none(loss),
+            loss=_finite_or_none(loss) if kept else loss,
             grad_norm=norm if judges else None,
             nonfinite_gradients=int(bad) if judges else 0,
             nonfinite_weights=None if weights is None else int(weights),
@@ -58,7 +87,7 @@ class Sent:
                 if name.startswith(EXTRA)
             },
         )
-        return signs, by_scaler
+        return Arrived(signs, by_scaler, vetoed, kept)
 
 
 def _num_nonfinite(values: list[float]) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import CaptureInProgress, StateMismatch
+from tolaria import CaptureInProgress, StateMismatch, UnsupportedState
 
 
 @pytest.fixture
@@ -97,6 +97,25 @@ def test_during_a_capture_requests_are_refused_or_queued(govern, model):
 
     captured(governor, inside)
     assert governor.execute_rollback().success
+
+
+def test_a_governed_step_is_no_part_of_a_graph(govern, model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    governor = govern(model, optimizer)
+    governor.snapshot()
+    before = governor.digest()
+    backward(model)
+
+    def inside():
+        with pytest.raises(UnsupportedState, match="capturing a CUDA graph"):
+            governor.step(loss=1.0)
+
+    captured(governor, inside)
+    assert governor.digest() == before
+    assert governor.statistics().steps == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    governor.step(loss=1.0)
+    assert governor.statistics().steps == 1
 
 
 def test_a_replay_is_a_write_section(govern, model):

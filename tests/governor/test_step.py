@@ -408,3 +408,78 @@ def test_a_step_inside_a_section_is_refused_before_anything_is_done(govern: Gove
         governor.step(loss=1.0)
     assert run.state() == before
     assert all(parameter.grad is not None for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize("on_veto", ["rollback", "keep"])
+def test_a_scaler_does_not_hide_what_it_has_not_seen(on_veto: Any, govern: Govern, kit: Any) -> None:
+    """Gradients that go wrong after they were unscaled; the next ones are unscaled again."""
+    plain, scaler = kit.Run(), make_scaler(init_scale=256.0)
+    run, guarded = kit.Run(), make_scaler(init_scale=256.0)
+    governor = govern(run.model, run.optimizer, scaler=guarded, config=GovernorConfig(on_veto=on_veto))
+    for one, its in ((plain, scaler), (run, guarded)):
+        torch.manual_seed(4)
+        for number, batch in enumerate(one.batches[:5]):
+            if one is run and number == 3:
+                governor.snapshot()
+            loss = one.loss(batch)
+            its.scale(loss).backward()
+            its.unscale_(one.optimizer)
+            if number == 3:
+                poison_gradient(one)
+            if one is run:
+                result = governor.step(loss=loss)
+                assert (result.skipped, result.rolled_back) == (number == 3, number == 3 and on_veto == "rollback")
+            elif number != 3:
+                its.step(one.optimizer)
+                its.update()
+            else:
+                its._per_optimizer_states.clear()
+            one.optimizer.zero_grad()
+    parameters = [kit.freeze(list(one.model.parameters())) for one in (plain, run)]
+    if on_veto == "keep":
+        assert parameters[0] == parameters[1]
+        assert kit.freeze(scaler.state_dict()) == kit.freeze(guarded.state_dict())
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+    assert governor.statistics().vetoes == 1
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fused_sgd_whose_step_a_scaler_skips(first: bool, govern: Govern, kit: Any) -> None:
+    """Torch leaves buffers behind that nobody has written, when it is the first step."""
+
+    def make(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05, momentum=0.9, fused=True)
+
+    bad = 0 if first else 2
+    plain, run = kit.Run(optimizer=make), kit.Run(optimizer=make)
+    torch.manual_seed(4)
+    for number, batch in enumerate(plain.batches[:5]):
+        plain.backward(batch)
+        if number != bad:
+            plain.optimizer.step()
+        plain.optimizer.zero_grad()
+    torch.manual_seed(4)
+    scaler = make_scaler(init_scale=1.0, growth_interval=1000)
+    governor = govern(run.model, run.optimizer, scaler=scaler)
+    for number, batch in enumerate(run.batches[:5]):
+        loss = run.loss(batch)
+        scaler.scale(loss).backward()
+        if number == bad:
+            poison_gradient(run)
+            scaler._scale.fill_(2.0)  # back to 1.0 after the skip
+        governor.step(loss=loss)
+        assert number != 0 or not first or not run.optimizer.state
+    assert run.state() == plain.state()
+
+
+def test_gradients_that_nobody_steps_are_none_of_a_scalers_business(govern: Govern, kit: Any) -> None:
+    """They stay scaled, so they overflow where all others are finite."""
+    run, scaler = kit.Run(), make_scaler(init_scale=256.0)
+    optimizer = torch.optim.AdamW(run.model[0].parameters())
+    governor = govern(run.model, optimizer, scaler=scaler)
+    before = kit.freeze(run.model[0].weight)
+    scaler.scale(run.loss(run.batches[0]).square()).backward()
+    poison_gradient(run)
+    assert not governor.step(loss=1.0).rolled_back
+    assert kit.freeze(run.model[0].weight) != before
+    assert governor.statistics().vetoes == 0
