@@ -176,6 +176,8 @@ class Statistics:
     panics: int = 0
     vetoes: int = 0  # optimizer steps not applied because a gradient was not finite
     stale_vetoes: int = 0  # optimizer steps not applied because their backward straddled a rollback
+    troubles: int = 0  # panics that were not the return of another one; silent corruption included
+    troubles_returned: int = 0  # those of them that came again after their replay: lasting, the others were transient
     skipped_batches: int = 0
     replayed_batches: int = 0
     steps_lost: int = 0
@@ -210,6 +212,9 @@ class Incident:
         env_id: The caller's number for this environment or model.
         tier: Where the snapshot was: ``"device"`` or ``"host"``; ``"none"`` where nothing was put back.
         note: Anything unusual, for example why a replay became a skip.
+        attempt: How often this trouble has been met, from 1; from 2 on it is lasting. 0 where nobody counts.
+        lr_factor: Factor on the learning rate of the next step.
+        moments: What became of the restored moments: ``"keep"``, ``"reset"`` or ``"damp"``.
     """
 
     step: int
@@ -228,3 +233,6 @@ class Incident:
     env_id: int = 0
     tier: str = "none"
     note: str = ""
+    attempt: int = 0
+    lr_factor: float = 1.0
+    moments: str = "keep"

@@ -275,8 +275,7 @@ class Rounds:
             panic_batch=self._number,
             reach=_REACH,
             can_replay=can_replay,
-            max_retries=config.max_retries,
-            retry_window=config.retry_window,
+            policy=config.recovery,
         )
         report = RollbackReport(success=False, status="failed", env_id=config.env_id, reason=verdict.reason)
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the count
@@ -301,8 +300,8 @@ class Rounds:
         if plan.action is recover.Action.STOP:
             raise RetryBudgetExceeded(
                 f"recovering in round {self._number}",
-                f"{len(course.recovery.ticks)} panics within {config.retry_window} rounds (the last: "
-                f"{verdict.reason}), expected at most {config.max_retries}",
+                f"{len(course.recovery.ticks)} panics within {config.recovery.retry_window} rounds (the last: "
+                f"{verdict.reason}), expected at most {config.recovery.max_retries}",
                 f"It is the snapshot of round {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
             ) from error
         return plan.action, report

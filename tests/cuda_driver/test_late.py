@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import Detector, Health, SlotsBusy, SnapshotRejected, TolariaGovernor, Verdict
+from tolaria import Detector, Health, Recovery, SlotsBusy, SnapshotRejected, TolariaGovernor, Verdict
 from tolaria.config import MOST_OUTSTANDING
 from tolaria.cuda import ContextDevice
 from tolaria.judge import non_finite
 from tolaria.ring import SlotPhase, Tier, newest_good
+
+EXACT = Recovery(cool_lr=1.0)  # the learning rate stays, whatever lasts
 
 
 def waits(machine):
@@ -129,7 +131,7 @@ def test_two_poisoned_batches(late, govern, make_run):
     run = make_run()
     batches = run.poisoned(12)
     batches.insert(30, batches[12])
-    with govern(run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=4) as governor:
+    with govern(run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=4, recovery=EXACT) as governor:
         run.train(governor, batches)
         assert governor.rollbacks == 4
         assert run.state() == expected

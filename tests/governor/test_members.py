@@ -16,6 +16,7 @@ from tolaria import (
     GovernorConfig,
     Health,
     NoSnapshot,
+    Recovery,
     SnapshotRejected,
     TolariaGovernor,
     UnsupportedState,
@@ -360,7 +361,7 @@ def test_a_resumed_run_judges_like_the_uninterrupted_one(make: Any, govern: Gove
 
 def test_counters_and_retry_budget_survive_a_resume(govern: Govern, kit: Any) -> None:
     run = kit.Run()
-    config = GovernorConfig(max_retries=3)
+    config = GovernorConfig(recovery=Recovery(max_retries=3))
     governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=config)
     bad = 2
     for number, batch in governor.watch(list(enumerate(run.batches[:6]))):

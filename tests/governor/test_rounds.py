@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tolaria import TolariaGovernor
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import PhaseError, RetryBudgetExceeded, SnapshotRejected, UnsupportedState, UsageError
 from tolaria.records import Health
 from tolaria.rounds import Rounds, drift
@@ -293,7 +293,7 @@ def test_rounds_between_snapshots_are_lost_and_their_draws_are_not_repeated() ->
 
 
 def test_the_panics_of_a_hopeless_run_end_it() -> None:
-    learner = Learner(max_retries=4)
+    learner = Learner(recovery=Recovery(max_retries=4))
     learner.guard.run(learner.learn)
     before = [parameter.clone() for parameter in learner.model.parameters()]
     learner.faults = {(attempt, 0): scale for attempt in range(2, 99)}
