@@ -24,7 +24,8 @@ import torch
 from torch.optim import Optimizer
 
 from tolaria import observe, ring
-from tolaria.errors import SnapshotRejected
+from tolaria.brake import brake_foreign_steps
+from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.governor import TolariaGovernor
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
@@ -59,6 +60,11 @@ class FollowingGovernor(TolariaGovernor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        try:
+            brake_foreign_steps(self, "a framework's loop", "skip_further")  # it counts batches it would never be given
+        except UnsupportedState:
+            self.close()
+            raise
         self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tolaria import observe, recover, ring
+from tolaria.brake import brake_foreign_steps
 from tolaria.coordinate import world_size
 from tolaria.course import Course
 from tolaria.errors import RetryBudgetExceeded, SafetyError, SnapshotRejected, UnsupportedState, UsageError
@@ -71,6 +72,7 @@ class Rounds:
                 f"snapshot_every={snapshot_every!r}, expected a whole number of at least 1",
                 "Correct the value.",
             )
+        brake_foreign_steps(governor, "rounds", "skip_further", "go_back")
         self.governor = governor
         self.snapshot_every = snapshot_every
         self._number = 0  # of rounds begun
@@ -291,11 +293,12 @@ class Rounds:
             except SafetyError:
                 course.recovery = before
                 raise
-            course._after_rollback(report, NO_REWIND)
+            course.treat(plan)
+            course._after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)
             if draws is not None:
                 rng.write(draws)
             note = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-            course.report(vital, verdict, plan.action.value, report, note=note)
+            course.report(vital, verdict, plan.action.value, report, note=note, plan=plan)
         self._since, self._reference, self._put_off = 0, self._copied_weights(), False
         if plan.action is recover.Action.STOP:
             raise RetryBudgetExceeded(
