@@ -122,6 +122,9 @@ class GovernorConfig:
         on_veto: What follows a non-finite gradient once its step was refused: ``"rollback"`` (exact) or ``"keep"`` (go
             on from the refused step; BatchNorm statistics and random state have moved).
         check_weights_every: Look for non-finite weights every that many steps (and before every snapshot).
+        update_ratio_every: Measure the sign ``update_ratio`` every that many steps: how far a step has moved the
+            weights, in L2 norms of theirs. The weights are held twice during such a step. 0: never.
+        by_group: Gradient norms (and update ratios) of each parameter group as well, as signs ``grad_norm/<group>``.
         reexecute_every: Run the steps since the last snapshot again when they include a multiple of this number, and
             compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.
         strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
@@ -153,6 +156,8 @@ class GovernorConfig:
     rng: RngPolicy | None = None
     on_veto: OnVeto = "rollback"
     check_weights_every: int = 1
+    update_ratio_every: int = 0
+    by_group: bool = False
     reexecute_every: int = 0
     strict: bool = False
     recovery: Recovery = field(default_factory=Recovery)
@@ -179,7 +184,7 @@ class GovernorConfig:
             raise _bad(self, "writer", "a SummaryWriter, with add_scalar and add_text")
         if self.cadence != "auto":
             _at_least(self, "cadence", 1)
-        for name in ("probation", "reach", "scrub_every", "reexecute_every"):
+        for name in ("probation", "reach", "scrub_every", "update_ratio_every", "reexecute_every"):
             _at_least(self, name, 0)
         for name in ("slots", "keep_batches", "device_budget", "host_budget"):
             if getattr(self, name) is not None:
