@@ -30,7 +30,7 @@ from tolaria.judge import Detector
 from tolaria.keeper import Keeper
 from tolaria.operations import Inspection
 from tolaria.pace import Pace
-from tolaria.records import Health, Journal, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.records import Health, Journal, Statistics, StepResult, Tally, Verdict, VitalSigns
 from tolaria.reexecute import Reexecution
 from tolaria.report import Board, Ledger, RollbackReport, SnapshotInfo, incident_of, logger
 from tolaria.shield import Shield
@@ -53,7 +53,6 @@ class Course:
     Attributes:
         completed: Optimizer steps in the past of the present state; goes back with a rollback.
         tick: Steps judged, undone ones included; never goes back.
-        statistics: Counters; never go back.
         recovery: Memory of past panics; never goes back.
         verdict: The newest one.
     """
@@ -61,12 +60,11 @@ class Course:
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
         self.config = config
         self.completed = self.tick = 0
-        self.statistics, self.recovery = Statistics(), recover.RecoveryState()
+        self._tally, self.recovery = Tally(), recover.RecoveryState()
         self._detector = detector
         self._judgement = detector.init()
         self._rng_policy = rng_policy
         self._ledger = Ledger(config.ledger, config.on_incident, Board.of(config.writer, config.write_every))
-        self._count_lock = threading.Lock()
         self._last_automatic = 0  # `completed` at the last automatic snapshot
         self._due: VitalSigns | None = None  # of the step whose snapshot waits for the end of the loop body
         self.abandoned = 0  # `completed` when the last rollback took place
@@ -170,7 +168,7 @@ class Course:
         self._judged.append((vital.step, self._judgement))
         self.verdict = verdict
         self.count(panics=int(verdict.is_panic))
-        self._ledger.watch(vital, verdict, self.statistics)
+        self._ledger.watch(vital, verdict, self._tally.read)
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
         elif not sent.skipped and not by_scaler:
@@ -465,9 +463,12 @@ class Course:
 
     def count(self, **increments: float) -> None:
         """Add to the statistics; from any thread."""
-        with self._count_lock:
-            now = self.statistics
-            self.statistics = replace(now, **{name: getattr(now, name) + by for name, by in increments.items()})
+        self._tally.add(increments)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counters so far; they never go back."""
+        return self._tally.read()
 
     def learning_rate_factor(self) -> float:
         """Factor on the learning rate for the next step."""
@@ -485,9 +486,7 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        now = resume.Bookkeeping(
-            self.completed, self.tick, judgement=self._judgement, recovery=self.recovery, statistics=self.statistics
-        )
+        now = resume.Bookkeeping(self.completed, self.tick, self._judgement, self.recovery, self.statistics)
         return resume.as_json(now)
 
     def load_state_dict(self, saved: Any) -> None:
@@ -495,6 +494,6 @@ class Course:
         books = resume.from_json(saved)
         self.completed = self._last_automatic = books.completed
         self.tick, self._judgement, self.recovery = books.tick, books.judgement, books.recovery
-        self.statistics = books.statistics
+        self._tally.set(books.statistics)
         self._forget_outstanding(-1)
         self._judged.clear()

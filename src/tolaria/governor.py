@@ -267,14 +267,17 @@ class TolariaGovernor:
 
     def _observe(self, loss: Loss, signs: Mapping[str, torch.Tensor | float], wait: bool) -> Verdict:
         self._require_boundary("observing")
-        parameters, trained = self._keeper.state.roster()
         numbers: dict[str, Scalar] = {"loss": observe.mean_loss(loss)}
         lists: dict[str, Sequence[torch.Tensor]] = {}
         late = self._keeper.reads_late
-        if "grad_norm" not in signs:
-            observe.look_at_gradients(parameters, late, numbers, lists)
-        if (self._course.completed + 1) % self.config.check_weights_every == 0:
-            observe.look_at_weights(trained, late, numbers, lists)
+        looks_at_gradients = "grad_norm" not in signs
+        looks_at_weights = (self._course.completed + 1) % self.config.check_weights_every == 0
+        if looks_at_gradients or looks_at_weights:  # else nobody need walk through the model
+            parameters, trained = self._keeper.state.roster()
+            if looks_at_gradients:
+                observe.look_at_gradients(parameters, late, numbers, lists)
+            if looks_at_weights:
+                observe.look_at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
         reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)

@@ -467,7 +467,7 @@ class Keeper:
 
 
 def _with_ring(state: HostState, slots: Ring) -> HostState:
-    return replace(state, ring=slots)
+    return state if slots is state.ring else replace(state, ring=slots)
 
 
 def _places(storages: Sequence[Storage]) -> set[torch.device]:

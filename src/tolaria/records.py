@@ -5,8 +5,9 @@ observe -> `VitalSigns` -> judge -> `Verdict` -> snapshot | rollback -> recover 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -189,6 +190,35 @@ class Statistics:
     # steps of the snapshots held now, oldest first; no counters, so they are not compared and not resumed
     held_on_device: tuple[int, ...] = field(default=(), compare=False)
     held_on_host: tuple[int, ...] = field(default=(), compare=False)
+
+
+class Tally:
+    """Statistics that grow; added to several times a step, so they become a record only when somebody asks.
+
+    Threads: any.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, Any] = {}
+        self.set(Statistics())
+
+    def add(self, increments: Mapping[str, float]) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            for name, by in increments.items():
+                if by:
+                    self._counts[name] += by
+
+    def set(self, statistics: Statistics) -> None:
+        """Go on from these."""
+        with self._lock:
+            self._counts = {one.name: getattr(statistics, one.name) for one in fields(Statistics)}
+
+    def read(self) -> Statistics:
+        """As they are now."""
+        with self._lock:
+            return Statistics(**self._counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,7 +229,7 @@ class Board:
         """None for nobody."""
         return None if writer is None else cls(writer, every)
 
-    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Statistics) -> None:
+    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Callable[[], Statistics]) -> None:
         """The signs of a judged step, if it is one of those to be written or not healthy."""
         if vital.step % self._every and verdict.health is Health.HEALTHY:
             return
@@ -237,7 +237,7 @@ class Board:
         for name, value in {**named, **vital.extra}.items():
             if value is not None:
                 self._writer.add_scalar(f"tolaria/signs/{name}", float(value), vital.step)
-        self._count(vital.step, statistics)
+        self._count(vital.step, statistics())
 
     def tell(self, incident: Incident, statistics: Statistics) -> None:
         """One incident as text, and what it comes to in all."""
@@ -262,7 +262,7 @@ class Ledger:
         self._path, self._sink, self._board = path, sink, board
         self._watching = board
 
-    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Statistics) -> None:
+    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Callable[[], Statistics]) -> None:
         """One judged step. Never raises."""
         if self._watching is None:
             return
