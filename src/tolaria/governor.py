@@ -257,6 +257,10 @@ class TolariaGovernor:
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots.
 
+        Args:
+            loss: As for `step`.
+            **signs: As for `step`. With ``grad_norm`` gradients are not looked at; ``metric`` is the figure of merit.
+
         Returns:
             The verdict; with the `context` barrier, of the newest step whose numbers have arrived, or the gravest of
             several that have arrived together.

@@ -28,7 +28,8 @@ class VitalSigns:
         loss: Loss of the step, a float (NaN and infinities allowed); None when the caller gave none. With several
             losses or accumulated micro-batches: their mean.
         grad_norm: L2 norm over all gradients before clipping; None where there was no gradient.
-        nonfinite_gradients: Number of gradient tensors that hold a NaN or an infinity.
+        nonfinite_gradients: Number of gradient tensors that hold a NaN or an infinity; 0 where nobody looked, because
+            `observe` was given a norm, which then tells.
         nonfinite_weights: Number of parameter tensors that hold one, None when not looked at in this step.
         metric: The caller's own figure of merit, higher is better; None when not given.
         extra: Further signs by name (approximate KL, entropy, ...).

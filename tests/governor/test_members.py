@@ -139,14 +139,14 @@ def test_observe_certifies_and_reads_its_signs(govern: Govern, kit: Any) -> None
         "step": 1,
         "loss": 2.0,
         "grad_norm": 7.0,
-        "nonfinite_gradients": 1,
+        "nonfinite_gradients": 0,  # a norm that is handed in stands for the gradients
         "nonfinite_weights": 0,
         "metric": 0.5,
         "extra": {"entropy": 0.1},
     }
     run.poison()
     governor.observe()
-    assert (heard[1].loss, heard[1].nonfinite_weights) == (None, 1)
+    assert (heard[1].loss, heard[1].nonfinite_gradients, heard[1].nonfinite_weights) == (None, 1, 1)
 
 
 # ------------------------------------------------------------ snapshot
