@@ -262,8 +262,7 @@ class TolariaGovernor:
             **signs: As for `step`. With ``grad_norm`` gradients are not looked at; ``metric`` is the figure of merit.
 
         Returns:
-            The verdict; with the `context` barrier, of the newest step whose numbers have arrived, or the gravest of
-            several that have arrived together.
+            The verdict; with the `context` barrier, the gravest of those that have arrived by now.
         """
         if self.is_disabled:
             return Verdict(Health.HEALTHY, self._course.completed)
