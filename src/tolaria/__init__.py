@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tolaria.config import GovernorConfig
+    from tolaria.config import GovernorConfig, Recovery
     from tolaria.errors import (
         BudgetExceeded,
         CaptureInProgress,
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from tolaria.report import RollbackReport, SnapshotInfo
 
 _HOMES = {
-    "config": ("GovernorConfig",),
+    "config": ("GovernorConfig", "Recovery"),
     "errors": (
         "BudgetExceeded",
         "CaptureInProgress",
@@ -111,6 +111,7 @@ __all__ = [
     "NoSnapshot",
     "PhaseError",
     "QuiesceTimeout",
+    "Recovery",
     "RetryBudgetExceeded",
     "RollbackDisturbed",
     "RollbackFailed",

@@ -48,6 +48,9 @@ class Sections:
         at_boundary: Called before the calling thread opens its outermost section and after it has closed it, outside
             of a backward pass; with True when that section was a write, so that an optimizer has just stepped.
         on_stale: Called after stale gradients were dropped.
+
+    Attributes:
+        around_step: Entered around every optimizer step; for loops whose steps are made by somebody else.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Sections:
         self._at_boundary, self._on_stale = at_boundary, on_stale
         self._detach: list[Callable[[], None]] = []
         self._captured_steps: set[int] = set()  # threads that have stepped an optimizer inside their capture
+        self.around_step: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         self.is_open = True
 
     # ------------------------------------------------------------ sections
@@ -120,7 +124,8 @@ class Sections:
         with self.section(SectionKind.WRITE):
             stale = self._drop_stale(token)
             if not stale:
-                result = call(*args, **kwargs)
+                with self.around_step():
+                    result = call(*args, **kwargs)
                 self._driver.change(lambda s: gradients.forget_gradients(s, token))
                 return result
         self._on_stale()

@@ -23,9 +23,9 @@ from tolaria.judge import Detector
 from tolaria.keeper import Keeper
 from tolaria.operations import Inspection
 from tolaria.pace import Pace
-from tolaria.records import Health, Journal, Statistics, StepResult, Verdict, VitalSigns
+from tolaria.records import Health, Journal, Statistics, StepResult, Tally, Verdict, VitalSigns
 from tolaria.reexecute import Reexecution
-from tolaria.report import Ledger, RollbackReport, SnapshotInfo, incident_of, logger
+from tolaria.report import Board, Ledger, RollbackReport, SnapshotInfo, incident_of, logger
 from tolaria.shield import Shield
 from tolaria.state import rng
 from tolaria.target import Target
@@ -46,7 +46,6 @@ class Course:
     Attributes:
         completed: Optimizer steps in the past of the present state; goes back with a rollback.
         tick: Steps judged, undone ones included; never goes back.
-        statistics: Counters; never go back.
         recovery: Memory of past panics; never goes back.
         verdict: The newest one.
     """
@@ -54,18 +53,16 @@ class Course:
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
         self.config = config
         self.completed = self.tick = 0
-        self.statistics = Statistics()
-        self.recovery = recover.RecoveryState()
+        self._tally, self.recovery = Tally(), recover.RecoveryState()
         self._detector = detector
         self._judgement = detector.init()
         self._rng_policy = rng_policy
-        self._ledger = Ledger(config.ledger, config.on_incident)
-        self._count_lock = threading.Lock()
+        self._ledger = Ledger(config.ledger, config.on_incident, Board.of(config.writer, config.write_every))
         self._last_automatic = 0  # `completed` at the last automatic snapshot
         self._due: VitalSigns | None = None  # of the step whose snapshot waits for the end of the loop body
         self.abandoned = 0  # `completed` when the last rollback took place
         self._position = 0  # of the data, at the snapshot restored last
-        self._history: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_HISTORY_STEPS)  # (step, its batches)
+        self._history = recover.Consumption(_HISTORY_STEPS)
         self._judged: deque[tuple[int, Any]] = deque(maxlen=_HISTORY_STEPS)  # (step, state of the detector after it)
         self._outstanding: deque[Sent] = deque()  # completed, not judged yet
         self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic whose rollback could not be made yet
@@ -78,6 +75,7 @@ class Course:
     def begin(self, keeper: Keeper, feed: Feed) -> None:
         """Take on snapshots and data of the run. Separate from construction: the keeper reads our journal."""
         self.keeper, self.feed = keeper, feed
+        feed.on_left_out = lambda: self.count(skipped_batches=1)
         self._pace = Pace(self.config.effective_cadence(keeper.lag))
         every = self.config.reexecute_every * (self.config.mode == "act")
         self.again = Reexecution(every, keeper, feed, lambda: self._rewind(range(0)), self.count)
@@ -107,10 +105,8 @@ class Course:
             elif not self._outstanding:
                 self._judgement = judgement
             self._scaler_skips = 0  # a run of skips belongs to the abandoned future
-        self._last_automatic = self.completed
-        self._due = None
-        while self._history and self._history[-1][0] > self.completed:
-            self._history.pop()
+        self._last_automatic, self._due = self.completed, None
+        self._history.undo(self.completed)
 
     def _forget_outstanding(self, after: int) -> None:
         for sent in self._outstanding:
@@ -123,7 +119,7 @@ class Course:
     def account(self, sent: Sent) -> None:
         """A step is completed: count it, note its batches, and queue its numbers to be judged."""
         self.completed, self.tick = sent.step, self.tick + 1
-        self._history.append((sent.step, self.feed.consume()))
+        self._history.note(sent.step, self.feed.consume())
         self.count(steps=1)
         self._outstanding.append(sent)
 
@@ -165,6 +161,7 @@ class Course:
         self._judged.append((vital.step, self._judgement))
         self.verdict = verdict
         self.count(panics=int(verdict.is_panic), vetoes=int(vetoed))
+        self._ledger.watch(vital, verdict, self._tally.read)
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
         elif not (sent.skipped or by_scaler or vetoed):
@@ -362,24 +359,19 @@ class Course:
             refuse_several_ranks(vital.step)
         onset = vital.step if verdict.onset is None else verdict.onset
         before = self.recovery
-        onset_batch, panic_batch = self._batches(onset, vital.step)
+        batches = self._history.of(onset, vital.step)
+        first, last = batches or (self.tick - (vital.step - onset), self.tick)  # counts of steps stand in
         self.recovery, plan = recover.decide(
-            self.recovery,
+            before,
+            policy=self.config.recovery,
             tick=self.tick,
-            onset_batch=onset_batch,
-            panic_batch=panic_batch,
+            onset_batch=first,
+            panic_batch=last,
             reach=self.config.probation,
             can_replay=self.feed.is_used,
-            max_retries=self.config.max_retries,
-            retry_window=self.config.retry_window,
             transient=transient,
         )
         report = RollbackReport(success=False, status="failed", env_id=self.config.env_id, reason=verdict.reason)
-        skip = {
-            recover.Action.REPLAY: range(0),
-            recover.Action.SKIP: None if plan.first_skipped is None else range(plan.first_skipped, panic_batch + 1),
-            recover.Action.STOP: None,
-        }[plan.action]
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
             try:
                 self.keeper.restore(
@@ -388,6 +380,7 @@ class Course:
                     completed=lambda: self.abandoned,
                     generations_back=plan.generations_back,
                     onset=onset,
+                    steps_back=plan.steps_back,
                     verify_before=True,
                     patient=True,
                     read_back=True,
@@ -395,22 +388,24 @@ class Course:
             except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
                 raise
-            rewind = self._rewind(skip)
-            self._after_rollback(report, rewind)
+            rewind = self._rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)
+            self.treat(plan)
+            self._after_rollback(report, rewind, rekeys=plan.rekeys)
             self.again.note_return(self.completed)
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
-            self.report(vital, verdict, action, report, rewind, rewind.note)
+            self.report(vital, verdict, action, report, rewind, rewind.note, plan)
         if plan.action is recover.Action.STOP:
-            raise recover.spent(self.recovery, self.config, vital.step, verdict.reason, report.snapshot_step)
+            raise recover.spent(self.recovery, self.config.recovery, vital.step, verdict.reason, report.snapshot_step)
         return rewind
 
-    def _rewind(self, skip: range | None) -> Rewind:
-        return self.feed.rewind(self._position, skip, self._rng_policy() == "restore")
+    def treat(self, plan: recover.Plan) -> None:
+        """What a policy changes in the state that was restored: the learning rate from here on, and the moments."""
+        self.count(troubles=int(plan.attempt == 1), troubles_returned=int(plan.attempt == 2))
+        self.recovery = recover.cooled(self.recovery, plan, self.completed)
+        self.keeper.treat_moments(plan.moments)
 
-    def _batches(self, onset: int, step: int) -> tuple[int, int]:
-        """First and last batch of the steps from `onset` to `step`; without `watch`, counts of steps stand in."""
-        taken = [batch for at, batches in self._history if onset <= at <= step for batch in batches]
-        return (min(taken), max(taken)) if taken else (self.tick - (step - onset), self.tick)
+    def _rewind(self, skip: range | None, *, further: int = 0, rekeys: bool = False) -> Rewind:
+        return self.feed.rewind(self._position, skip, self._rng_policy() == "restore" and not rekeys, further)
 
     def roll_back(self, report: RollbackReport, to: Target, optimizer: Optimizer | None, verify: str | None) -> None:
         """A rollback on request. Data goes on: batches delivered since the snapshot are not delivered again."""
@@ -433,7 +428,7 @@ class Course:
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
 
-    def _after_rollback(self, report: RollbackReport, rewind: Rewind) -> None:
+    def _after_rollback(self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False) -> None:
         """Count it, and re-key random state where draws would repeat."""
         self._pace.interrupted()
         self.count(
@@ -446,7 +441,7 @@ class Course:
         )
         policy = self._rng_policy()
         # skipped batches had drawn shuffle seeds or augmentation from random state that was just put back
-        if policy == "fork" or (policy == "restore" and rewind.drew):
+        if policy == "fork" or (policy == "restore" and (rewind.drew or rekeys)):
             rng.rekey(self.statistics.rollbacks)
 
     def report(
@@ -457,22 +452,28 @@ class Course:
         report: RollbackReport | None,
         rewind: Rewind = NO_REWIND,
         note: str = "",
+        plan: recover.Plan = recover.NO_PLAN,
     ) -> None:
         """One line in the ledger."""
-        barrier, batches = self.keeper.ground.barrier.value, (rewind.replayed, rewind.skipped)
-        self._ledger.write(incident_of(vital, verdict, action, report, batches, note, barrier, self.config.env_id))
+        barrier, batches = self.keeper.ground.barrier.value, (rewind.replayed, rewind.skipped + rewind.ahead)
+        incident = incident_of(vital, verdict, action, report, batches, note, barrier, self.config.env_id)
+        after = replace(incident, attempt=plan.attempt, moments=plan.moments, lr_factor=self.learning_rate_factor())
+        self._ledger.write(after, self.statistics)
 
     # ------------------------------------------------------------ counters, resume
 
     def count(self, **increments: float) -> None:
         """Add to the statistics; from any thread."""
-        with self._count_lock:
-            now = self.statistics
-            self.statistics = replace(now, **{name: getattr(now, name) + by for name, by in increments.items()})
+        self._tally.add(increments)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counters so far; they never go back."""
+        return self._tally.read()
 
     def learning_rate_factor(self) -> float:
         """Factor on the learning rate for the next step."""
-        return recover.learning_rate_factor(self.recovery, self.tick, self.config.cool_lr, self.config.cool_steps)
+        return recover.learning_rate_factor(self.recovery, self.completed, self.config.recovery)
 
     def forget(self) -> None:
         """A new episode: detectors and the retry budget start afresh."""
@@ -486,9 +487,7 @@ class Course:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        now = resume.Bookkeeping(
-            self.completed, self.tick, judgement=self._judgement, recovery=self.recovery, statistics=self.statistics
-        )
+        now = resume.Bookkeeping(self.completed, self.tick, self._judgement, self.recovery, self.statistics)
         return resume.as_json(now)
 
     def load_state_dict(self, saved: Any) -> None:
@@ -496,6 +495,6 @@ class Course:
         books = resume.from_json(saved)
         self.completed = self._last_automatic = books.completed
         self.tick, self._judgement, self.recovery = books.tick, books.judgement, books.recovery
-        self.statistics = books.statistics
+        self._tally.set(books.statistics)
         self._forget_outstanding(-1)
         self._judged.clear()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,14 @@ class Rewind:
         skipped: Batches that will not.
         note: Why fewer could be replayed than was asked for; empty otherwise.
         drew: Some skipped batch had drawn from global random state while it was fetched.
+        ahead: Batches that were not fetched yet, and will be left out when they are.
     """
 
     replayed: int
     skipped: int
     note: str
     drew: bool
+    ahead: int = 0
 
 
 NO_REWIND = Rewind(0, 0, "", False)
@@ -95,6 +97,7 @@ class Feed:
 
     Attributes:
         passes: Deliveries of a loader that have ended; what follows one is not the body of its loop.
+        on_left_out: Called with each batch that is fetched only to be left out.
 
     Threads: one may rewind while others are delivered to; a loader itself is asked without any lock held.
     """
@@ -108,6 +111,8 @@ class Feed:
         self._open: list[int] = []
         self._next = 0
         self._dropped: set[int] = set()
+        self._left_out_before = 0  # batches below this index are left out when they are fetched
+        self.on_left_out: Callable[[], None] = lambda: None
         self._delivering = 0
         self.passes = 0
         self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
@@ -196,7 +201,7 @@ class Feed:
                     before = rng.read(self._devices) if self._track_draws() else None
                     source = iter(loader) if source is None else source
                     try:
-                        batch = next(source)
+                        batch = self._next_wanted(source)
                     except StopIteration:
                         settle(True)
                         if self._queue:
@@ -209,6 +214,17 @@ class Feed:
             with self._lock:
                 self._delivering -= 1
                 self.passes += 1
+
+    def _next_wanted(self, source: Iterator[Any]) -> Any:
+        """The next batch of the loader that no rollback has decided to leave out."""
+        while True:
+            batch = next(source)
+            with self._lock:
+                if self._next >= self._left_out_before:
+                    return batch
+                self._dropped.add(self._next)
+                self._next += 1
+            self.on_left_out()
 
     def _first(self, batch: Any, before: rng.RngState | None) -> Delivery:
         after = None if before is None else rng.read(self._devices)
@@ -244,8 +260,10 @@ class Feed:
                 delivery.before, delivery.after = None, now
         return delivery
 
-    def rewind(self, position: int, skip: range | None, restores_random_state: bool) -> Rewind:
+    def rewind(self, position: int, skip: range | None, restores_random_state: bool, further: int = 0) -> Rewind:
         """Deliver again everything from `position` on, except the indices in `skip`; None skips all of it.
+
+        `further` batches behind `skip` are left out as well, also those that no loader has delivered yet.
 
         Up to the first batch that is left out the run repeats itself, so random state at each delivery is put back to
         what it was there (if rollbacks restore it at all).
@@ -253,7 +271,12 @@ class Feed:
         What is no longer kept, or was changed in place, makes a replay impossible: then all of it is skipped.
         """
         with self._lock:
-            return self._rewind(position, skip, restores_random_state)
+            before = self._left_out_before
+            if skip is not None and further:
+                skip = range(skip.start, skip.stop + further)
+                self._left_out_before = max(before, skip.stop)
+            ahead = max(0, self._left_out_before - max(self._next, before))
+            return replace(self._rewind(position, skip, restores_random_state), ahead=ahead)
 
     def obstacle(self, position: int) -> str:
         """Why not everything from `position` on could be delivered again; empty if it could."""
@@ -268,7 +291,8 @@ class Feed:
         dropped = delivered if skip is None else [d for d in due if d.index in skip]
         note = self._obstacle(position, due, dropped) if skip is not None else ""
         if note:
-            dropped, note = delivered, f"{note}: replay became a skip"
+            dropped = [d for d in due if d.index < upcoming or (skip is not None and d.index in skip)]
+            note = f"{note}: replay became a skip"
         gone = {d.index for d in dropped}
         self._queue = deque(d for d in due if d.index not in gone)
         self._kept = deque(d for d in self._kept if d.index not in gone)

@@ -24,7 +24,9 @@ import torch
 from torch.optim import Optimizer
 
 from tolaria import observe, ring
-from tolaria.errors import SnapshotRejected
+from tolaria.brake import brake_foreign_steps
+from tolaria.errors import SnapshotRejected, UnsupportedState
+from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
@@ -59,6 +61,11 @@ class FollowingGovernor(TolariaGovernor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        try:
+            brake_foreign_steps(self, "a framework's loop", "skip_further")  # it counts batches it would never be given
+        except UnsupportedState:
+            self.close()
+            raise
         self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
@@ -101,6 +108,8 @@ class FollowingGovernor(TolariaGovernor):
         """
         if self.is_disabled:
             return
+        scale = scale_of(self._update.scaler, self._update.optimizers)
+        self._gauge.note(self._course.completed + 1, optimizer, scale)
         if optimizer is None:
             parameters = self._keeper.state.roster()[0]
         else:
@@ -108,35 +117,25 @@ class FollowingGovernor(TolariaGovernor):
         grads = observe.gradients(parameters)
         key = id(optimizer)
         if self._keeper.reads_late:
-            self._gradients[key] = self._read_late(grads)
+            self._gradients[key] = self._read_late(grads, scale)
             return
         norm, bad = observe.gradient_norm(grads)
         # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
         bad += self._gradients[key].bad if key in self._gradients else 0
         skipped = float(self._update.scaler is not None and bad > 0)
-        scale = self._scale()
         self._gradients[key] = _Gradients(
             norm if norm is None or scale is None else norm / float(scale), bad, (), skipped
         )
 
-    def _read_late(self, grads: Sequence[torch.Tensor]) -> _Gradients:
+    def _read_late(self, grads: Sequence[torch.Tensor], scale: torch.Tensor | None) -> _Gradients:
         norms = observe.norms(grads)
         if self._update.scaler is None or not norms:
             return _Gradients(None, 0, norms, 0.0)
-        scale = self._scale()
         if scale is None:
             return _Gradients(None, 0, norms, self._update.skipped_by_scaler())
         # the optimizer will unscale by itself, and skip what is not finite
         skipped = (~torch.isfinite(observe.total_norm(norms))).float()
         return _Gradients(None, 0, [each / scale for each in norms], skipped)
-
-    def _scale(self) -> torch.Tensor | None:
-        """What the gradients are multiplied by, a scalar on the device: None where somebody has unscaled them."""
-        scaler = self._update.scaler
-        if scaler is None:
-            return None
-        states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in self._update.optimizers]
-        return None if any(state["stage"].name != "READY" for state in states) else scaler._scale
 
     def stepped(
         self,
@@ -199,11 +198,10 @@ class FollowingGovernor(TolariaGovernor):
             lists["gradients"] = norms
         trained = self._keeper.state.roster()[1]
         if step % self.config.check_weights_every == 0:
-            if self._keeper.reads_late:
-                lists["weights"] = observe.norms(trained)
-            else:
-                numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
-        numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}
+            observe.look_at_weights(trained, self._keeper.reads_late, numbers, lists)
+        others = {**observe.named_losses(loss), **signs}
+        numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in others.items()}
+        numbers |= {EXTRA + name: value for name, value in self._gauge.read(step).items()}
         return Sent(
             step=step,
             reading=self._readings.send(numbers, lists),

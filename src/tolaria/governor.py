@@ -18,6 +18,7 @@ from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
 from tolaria.feed import Feed
+from tolaria.gauge import Gauge, scale_of
 from tolaria.keeper import Keeper
 from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
@@ -101,10 +102,7 @@ class TolariaGovernor:
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
-        course, config = (
-            self._course,
-            self.config,
-        )  # nothing inside may refer to the governor, so that it can be dropped
+        course, config = self._course, self.config  # nothing inside may hold the governor, so that it can be dropped
 
         def follows() -> bool:
             return _rng_policy(config) != "keep"
@@ -118,6 +116,7 @@ class TolariaGovernor:
             count=course.count,
         )
         self._readings = Readings(self._keeper.clocks, 2 * len(self._keeper.state.roster()[0]) + _OTHER_NUMBERS)
+        self._gauge = Gauge(self._update.optimizers, self.config.update_ratio_every, self.config.by_group)
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
@@ -174,12 +173,13 @@ class TolariaGovernor:
         Gradients are set to None afterwards.
 
         Args:
-            loss: Scalar tensor or float; a sequence for accumulated micro-batches (judged by their mean). None with
-                `closure`: what the closure returns is judged.
+            loss: Scalar tensor or float. Several: a sequence (accumulated micro-batches), or a mapping, which also
+                makes each a sign ``loss/<name>``; judged is their mean. None with `closure`: what that returns.
             clip: Clip the gradient norm to this value (after unscaling).
             metric: The caller's own figure of merit, higher is better; also handed to a `ReduceLROnPlateau`.
             closure: For optimizers that evaluate the loss themselves (LBFGS).
-            **signs: Further vital signs by name.
+            **signs: Further vital signs by name, numbers or tensors on any device. ``grad_norm``: the caller's own,
+                from before clipping, is judged in the place of ours.
 
         Returns:
             The verdict, whether the state was rolled back, whether the optimizer step was not applied.
@@ -225,28 +225,29 @@ class TolariaGovernor:
         stale = acting and self._keeper.sections.are_stale()
         update, is_static = self._update, self._keeper.state.is_static
         parameters, trained = self._keeper.state.roster()
+        step = self._course.completed + 1
+        self._gauge.note(step, scale=scale_of(update.scaler, update.optimizers), gradients=closure is None)
         keeps = self.config.on_veto == "keep"
         late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
         run = update.run_late if late else update.run
         done = run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
-        step = self._course.completed + 1
+        others = {**observe.named_losses(loss), **signs}
+        given = others.pop("grad_norm", None)
         numbers: dict[str, Scalar] = {
             "loss": done.loss,
-            "grad_norm": done.grad_norm,
+            "grad_norm": done.grad_norm if given is None else observe.mean_sign(given),
             "nonfinite_gradients": done.nonfinite_gradients,
             "scaler_skipped": done.scaler_skipped,
             "vetoed": done.late_veto,
             "metric": metric,
+            **{EXTRA + name: value for name, value in self._gauge.read(step).items()},
         }
         lists: dict[str, Sequence[torch.Tensor]] = {"gradients": done.norms} if done.norms else {}
         if step % self.config.check_weights_every == 0:
-            if late:
-                lists["weights"] = observe.norms(trained)
-            else:
-                numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
+            observe.look_at_weights(trained, late, numbers, lists)
         return Sent(
             step=step,
-            reading=self._readings.send({**numbers, **_extra(signs)}, lists),
+            reading=self._readings.send({**numbers, **_extra(others)}, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             torn=self._keeper.driver.state.torn,
             vetoed=done.vetoed,
@@ -256,9 +257,12 @@ class TolariaGovernor:
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
         """Judge one step of a loop that steps its optimizer itself, without acting. Healthy ones certify snapshots.
 
+        Args:
+            loss: As for `step`.
+            **signs: As for `step`. With ``grad_norm`` gradients are not looked at; ``metric`` is the figure of merit.
+
         Returns:
-            The verdict; with the `context` barrier, of the newest step whose numbers have arrived, or the gravest of
-            several that have arrived together.
+            The verdict; with the `context` barrier, the gravest of those that have arrived by now.
         """
         if self.is_disabled:
             return Verdict(Health.HEALTHY, self._course.completed)
@@ -266,17 +270,19 @@ class TolariaGovernor:
 
     def _observe(self, loss: Loss, signs: Mapping[str, torch.Tensor | float], wait: bool) -> Verdict:
         self._require_boundary("observing")
-        parameters, trained = self._keeper.state.roster()
-        grads = observe.gradients(parameters)
         numbers: dict[str, Scalar] = {"loss": observe.mean_loss(loss)}
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        if self._keeper.reads_late:
-            lists = {"gradients": observe.norms(grads), "weights": observe.norms(trained)}
-        else:
-            numbers["grad_norm"], numbers["nonfinite_gradients"] = observe.gradient_norm(grads)
-            numbers["nonfinite_weights"] = observe.num_nonfinite(trained)
+        late = self._keeper.reads_late
+        looks_at_gradients = "grad_norm" not in signs
+        looks_at_weights = (self._course.completed + 1) % self.config.check_weights_every == 0
+        if looks_at_gradients or looks_at_weights:  # else nobody need walk through the model
+            parameters, trained = self._keeper.state.roster()
+            if looks_at_gradients:
+                observe.look_at_gradients(parameters, late, numbers, lists)
+            if looks_at_weights:
+                observe.look_at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
-        others = {name: value for name, value in signs.items() if name not in own}
+        others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
         reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))

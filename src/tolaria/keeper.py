@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import budget, capture, protocol, ring
+from tolaria import budget, capture, moments, protocol, ring
 from tolaria.arrivals import Arrivals
 from tolaria.attach import Sections, current_backward
 from tolaria.backlog import Backlog
 from tolaria.barriers import Ground
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Moments
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
 from tolaria.errors import (
@@ -34,7 +34,7 @@ from tolaria.errors import (
     SnapshotRejected,
 )
 from tolaria.observe import Clock
-from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol
+from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
 from tolaria.protocol import RolledBack, Taken
 from tolaria.records import Journal, Statistics
 from tolaria.report import RollbackReport, SnapshotInfo, disturbed
@@ -94,6 +94,7 @@ class Keeper:
         survey = state.survey()
         devices = DeviceSet(config.barrier)
         devices.open(_places(survey.leaves.storages))
+        moments.refuse_unknown((part.optimizer for part in state.optimizers), config.recovery.moments)
         self.state, self.config, self.devices = state, config, devices
         self.accelerators = [torch.device(name) for name, port in devices.items() if port.barrier is not Barrier.HOST]
         to_spare = not self.accelerators and config.host_slots
@@ -356,6 +357,7 @@ class Keeper:
         to: Target = None,
         generations_back: int = 0,
         onset: int | None = None,
+        steps_back: int = 0,
         optimizer: Optimizer | None = None,
         verify_before: bool = False,
         patient: bool = False,
@@ -372,6 +374,7 @@ class Keeper:
             generations_back: With `to` None: that many good snapshots further back, as far as there are any.
             onset: With `to` None: only snapshots from before this step, if there is one. A manual one may have been
                 taken after a bad step whose verdict had not arrived.
+            steps_back: And at least that many steps before it, as far as there are any.
             optimizer: Cleared in the same critical section if it is not governed.
             verify_before: Check digests before the first write.
             patient: Wait for graph captures of other threads to end.
@@ -395,7 +398,7 @@ class Keeper:
             read_back=read_back or self.reads_late,
             routine=routine,
         )
-        choose = chooser(to, generations_back, onset)
+        choose = chooser(to, generations_back, onset, steps_back)
         done = self._submit(shield, submit(choose=choose, verify_before=verify_before))
         panic_step = completed()
         done, verified = self._verified_now(shield, done, submit)
@@ -412,6 +415,15 @@ class Keeper:
         report.corrupted_steps = done.corrupted
         report._finish = lambda: (self._duration(done), *self._verify(done, verified))
         return done
+
+    def treat_moments(self, how: Moments) -> None:
+        """Change the moments that a rollback has restored, as a registered writer.
+
+        So it stands behind the reading back of what was restored, and before whatever comes next.
+        """
+        if how != "keep":
+            with self.sections.section(SectionKind.FOREIGN):
+                moments.treat((part.optimizer for part in self.state.optimizers), how, self.config.recovery.damp)
 
     def _submit(self, shield: Shield, rollback: Protocol) -> RolledBack:
         done: RolledBack = self.driver.submit(rollback, shield)
@@ -464,7 +476,7 @@ class Keeper:
 
 
 def _with_ring(state: HostState, slots: Ring) -> HostState:
-    return replace(state, ring=slots)
+    return state if slots is state.ring else replace(state, ring=slots)
 
 
 def _places(storages: Sequence[Storage]) -> set[torch.device]:

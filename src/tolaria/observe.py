@@ -18,7 +18,7 @@ import torch
 
 from tolaria.state.wrappers import inner_tensors, is_wrapper
 
-Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | None
+Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | Mapping[str, torch.Tensor | float] | None
 Scalar = torch.Tensor | float | None
 """A number on the host, or a tensor of one element that holds it on some device."""
 
@@ -152,12 +152,18 @@ def mean_loss(loss: Loss) -> Scalar:
         return loss
     if isinstance(loss, torch.Tensor):
         return mean_sign(loss)
-    values = [value for value in map(mean_loss, loss) if value is not None]
+    several = loss.values() if isinstance(loss, Mapping) else loss
+    values = [value for value in map(mean_loss, several) if value is not None]
     if not values:
         return None
     home = home_of([value for value in values if isinstance(value, torch.Tensor)])
     values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
     return sum(values[1:], start=values[0]) / len(values)
+
+
+def named_losses(loss: Loss) -> dict[str, torch.Tensor | float]:
+    """Of several losses by name, each as a sign ``loss/<name>``."""
+    return {f"loss/{name}": value for name, value in loss.items()} if isinstance(loss, Mapping) else {}
 
 
 def home_of(tensors: Sequence[torch.Tensor]) -> torch.device:
@@ -170,7 +176,10 @@ def mean_sign(value: torch.Tensor | float) -> Scalar:
     """`read_sign` without reading."""
     if not isinstance(value, torch.Tensor):
         return float(value)
-    return value.detach().double() if value.numel() == 1 else value.detach().double().mean()
+    if value.numel() != 1:
+        return value.detach().double().mean()
+    # `Readings` brings numbers of all kinds to float64 together; a wide integer would lose digits on the way
+    return value.detach() if value.is_floating_point() else value.detach().double()
 
 
 def read_loss(loss: Loss) -> float | None:
@@ -179,8 +188,9 @@ def read_loss(loss: Loss) -> float | None:
         return None
     if isinstance(loss, torch.Tensor):
         return float(loss.detach().double().mean())
-    if isinstance(loss, (list, tuple)):
-        values = [value for value in map(read_loss, loss) if value is not None]
+    if isinstance(loss, (list, tuple, Mapping)):
+        several = loss.values() if isinstance(loss, Mapping) else loss
+        values = [value for value in map(read_loss, several) if value is not None]
         return sum(values) / len(values) if values else None
     return float(loss)  # type: ignore[arg-type]
 
@@ -234,6 +244,32 @@ def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
     if not looked_at or math.isfinite(float(torch.nn.utils.get_total_norm(looked_at))):
         return 0
     return sum(not bool(torch.isfinite(t).all()) for t in looked_at)
+
+
+def look_at_gradients(
+    parameters: Iterable[torch.nn.Parameter],
+    late: bool,
+    numbers: dict[str, Scalar],
+    lists: dict[str, Sequence[torch.Tensor]],
+) -> None:
+    """Add what is to be sent of the gradients: norms to be read `late`, or the norm and how many are not finite."""
+    if late:
+        lists["gradients"] = norms(gradients(parameters))
+    else:
+        numbers["grad_norm"], numbers["nonfinite_gradients"] = gradient_norm(gradients(parameters))
+
+
+def look_at_weights(
+    weights: Iterable[torch.Tensor],
+    late: bool,
+    numbers: dict[str, Scalar],
+    lists: dict[str, Sequence[torch.Tensor]],
+) -> None:
+    """Add what is to be sent of the weights: norms to be read `late`, or how many of them are not finite."""
+    if late:
+        lists["weights"] = norms(weights)
+    else:
+        numbers["nonfinite_weights"] = num_nonfinite(weights)
 
 
 def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

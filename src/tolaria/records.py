@@ -5,8 +5,9 @@ observe -> `VitalSigns` -> judge -> `Verdict` -> snapshot | rollback -> recover 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ class VitalSigns:
         loss: Loss of the step, a float (NaN and infinities allowed); None when the caller gave none. With several
             losses or accumulated micro-batches: their mean.
         grad_norm: L2 norm over all gradients before clipping; None where there was no gradient.
-        nonfinite_gradients: Number of gradient tensors that hold a NaN or an infinity.
+        nonfinite_gradients: Number of gradient tensors that hold a NaN or an infinity; 0 where nobody looked, because
+            `observe` was given a norm, which then tells.
         nonfinite_weights: Number of parameter tensors that hold one, None when not looked at in this step.
         metric: The caller's own figure of merit, higher is better; None when not given.
         extra: Further signs by name (approximate KL, entropy, ...).
@@ -176,6 +178,8 @@ class Statistics:
     panics: int = 0
     vetoes: int = 0  # optimizer steps not applied because a gradient was not finite
     stale_vetoes: int = 0  # optimizer steps not applied because their backward straddled a rollback
+    troubles: int = 0  # panics that were not the return of another one; silent corruption included
+    troubles_returned: int = 0  # those of them that came again after their replay: lasting, the others were transient
     skipped_batches: int = 0
     replayed_batches: int = 0
     steps_lost: int = 0
@@ -187,6 +191,35 @@ class Statistics:
     # steps of the snapshots held now, oldest first; no counters, so they are not compared and not resumed
     held_on_device: tuple[int, ...] = field(default=(), compare=False)
     held_on_host: tuple[int, ...] = field(default=(), compare=False)
+
+
+class Tally:
+    """Statistics that grow; added to several times a step, so they become a record only when somebody asks.
+
+    Threads: any.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, Any] = {}
+        self.set(Statistics())
+
+    def add(self, increments: Mapping[str, float]) -> None:
+        """Add to counters by name."""
+        with self._lock:
+            for name, by in increments.items():
+                if by:
+                    self._counts[name] += by
+
+    def set(self, statistics: Statistics) -> None:
+        """Go on from these."""
+        with self._lock:
+            self._counts = {one.name: getattr(statistics, one.name) for one in fields(Statistics)}
+
+    def read(self) -> Statistics:
+        """As they are now."""
+        with self._lock:
+            return Statistics(**self._counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +243,9 @@ class Incident:
         env_id: The caller's number for this environment or model.
         tier: Where the snapshot was: ``"device"`` or ``"host"``; ``"none"`` where nothing was put back.
         note: Anything unusual, for example why a replay became a skip.
+        attempt: How often this trouble has been met, from 1; from 2 on it is lasting. 0 where nobody counts.
+        lr_factor: Factor on the learning rate of the next step.
+        moments: What became of the restored moments: ``"keep"``, ``"reset"`` or ``"damp"``.
     """
 
     step: int
@@ -228,3 +264,6 @@ class Incident:
     env_id: int = 0
     tier: str = "none"
     note: str = ""
+    attempt: int = 0
+    lr_factor: float = 1.0
+    moments: str = "keep"

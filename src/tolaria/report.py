@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -10,10 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tolaria.config import Writer
 from tolaria.errors import PhaseError, RollbackDisturbed, SnapshotRejected
-from tolaria.records import SCHEMA_VERSION, Incident, Verdict, VitalSigns
+from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, Verdict, VitalSigns
 
 logger = logging.getLogger("tolaria")
+
+_SIGNS = ("loss", "grad_norm", "nonfinite_gradients", "nonfinite_weights", "metric")
+_COUNTS = ("rollbacks", "steps_lost", "vetoes", "skipped_batches", "replayed_batches")
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -206,21 +211,72 @@ def incident_of(
     )
 
 
+class Board:
+    """Writes incidents, vital signs and counts to a TensorBoard writer of the user's. Tags begin with ``tolaria/``.
+
+    Steps are those of the governor: a step that is made again is written again.
+
+    Args:
+        writer: Anything with `add_scalar` and `add_text` of a `SummaryWriter`.
+        every: Steps from one set of scalars to the next.
+    """
+
+    def __init__(self, writer: Writer, every: int) -> None:
+        self._writer, self._every = writer, every
+
+    @classmethod
+    def of(cls, writer: Writer | None, every: int) -> Board | None:
+        """None for nobody."""
+        return None if writer is None else cls(writer, every)
+
+    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Callable[[], Statistics]) -> None:
+        """The signs of a judged step, if it is one of those to be written or not healthy."""
+        if vital.step % self._every and verdict.health is Health.HEALTHY:
+            return
+        named = {name: getattr(vital, name) for name in _SIGNS}
+        for name, value in {**named, **vital.extra}.items():
+            if value is not None:
+                self._writer.add_scalar(f"tolaria/signs/{name}", float(value), vital.step)
+        self._count(vital.step, statistics())
+
+    def tell(self, incident: Incident, statistics: Statistics) -> None:
+        """One incident as text, and what it comes to in all."""
+        self._writer.add_text("tolaria/incidents", f"```json\n{incident_line(incident)}\n```", incident.step)
+        self._count(incident.step, statistics)
+
+    def _count(self, step: int, statistics: Statistics) -> None:
+        for name in _COUNTS:
+            self._writer.add_scalar(f"tolaria/{name}", float(getattr(statistics, name)), step)
+
+
 class Ledger:
-    """Where incidents go: one warning line in the log, one line in the file, one call of the user's sink.
+    """Where incidents go: one warning line in the log, one line in the file, the board, one call of the user's sink.
 
     Args:
         path: JSON-lines file, created with the first incident, appended to, flushed line by line; None for none.
         sink: Called with each incident; an error in it is logged, never raised.
+        board: Shows them in TensorBoard; None for nobody. After an error there, which is logged, it gets no more signs.
     """
 
-    def __init__(self, path: str | None, sink: Callable[[Incident], None] | None) -> None:
-        self._path, self._sink = path, sink
+    def __init__(self, path: str | None, sink: Callable[[Incident], None] | None, board: Board | None = None) -> None:
+        self._path, self._sink, self._board = path, sink, board
+        self._watching = board
 
-    def write(self, incident: Incident) -> None:
+    def watch(self, vital: VitalSigns, verdict: Verdict, statistics: Callable[[], Statistics]) -> None:
+        """One judged step. Never raises."""
+        if self._watching is None:
+            return
+        try:
+            self._watching.watch(vital, verdict, statistics)
+        except Exception:
+            self._watching = None
+            logger.exception("vital signs could not be written, and none are from here on")
+
+    def write(self, incident: Incident, statistics: Statistics) -> None:
         """Report one incident. Never raises: a full disk must not end a run that was just saved."""
         logger.warning("%s", describe(incident))
-        for tell in (self._append, self._sink):
+        shown = None if self._board is None else functools.partial(self._board.tell, statistics=statistics)
+        for tell in (self._append, shown, self._sink):
             try:
                 if tell is not None:
                     tell(incident)

@@ -232,6 +232,8 @@ def advance(ring: Ring, probation: int, step: int) -> Ring:
             return replace(slot, healthy=healthy, phase=SlotPhase.CERTIFIED)
         return replace(slot, healthy=healthy)
 
+    if not any(slot.in_probation for slot in ring):
+        return ring
     return tuple(map(one, ring))
 
 

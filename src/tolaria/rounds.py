@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tolaria import observe, recover, ring
+from tolaria.brake import brake_foreign_steps
 from tolaria.coordinate import world_size
 from tolaria.course import Course
 from tolaria.errors import RetryBudgetExceeded, SafetyError, SnapshotRejected, UnsupportedState, UsageError
@@ -71,6 +72,7 @@ class Rounds:
                 f"snapshot_every={snapshot_every!r}, expected a whole number of at least 1",
                 "Correct the value.",
             )
+        brake_foreign_steps(governor, "rounds", "skip_further", "go_back")
         self.governor = governor
         self.snapshot_every = snapshot_every
         self._number = 0  # of rounds begun
@@ -275,8 +277,7 @@ class Rounds:
             panic_batch=self._number,
             reach=_REACH,
             can_replay=can_replay,
-            max_retries=config.max_retries,
-            retry_window=config.retry_window,
+            policy=config.recovery,
         )
         report = RollbackReport(success=False, status="failed", env_id=config.env_id, reason=verdict.reason)
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the count
@@ -292,17 +293,18 @@ class Rounds:
             except SafetyError:
                 course.recovery = before
                 raise
-            course._after_rollback(report, NO_REWIND)
+            course.treat(plan)
+            course._after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)
             if draws is not None:
                 rng.write(draws)
             note = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
-            course.report(vital, verdict, plan.action.value, report, note=note)
+            course.report(vital, verdict, plan.action.value, report, note=note, plan=plan)
         self._since, self._reference, self._put_off = 0, self._copied_weights(), False
         if plan.action is recover.Action.STOP:
             raise RetryBudgetExceeded(
                 f"recovering in round {self._number}",
-                f"{len(course.recovery.ticks)} panics within {config.retry_window} rounds (the last: "
-                f"{verdict.reason}), expected at most {config.max_retries}",
+                f"{len(course.recovery.ticks)} panics within {config.recovery.retry_window} rounds (the last: "
+                f"{verdict.reason}), expected at most {config.recovery.max_retries}",
                 f"It is the snapshot of round {report.snapshot_step}: save or inspect it; incidents are in the ledger.",
             ) from error
         return plan.action, report

@@ -13,19 +13,27 @@ Target = SnapshotInfo | int | None
 """A snapshot, the step of one, or None: the newest good one."""
 
 
-def chooser(to: Target, generations_back: int, onset: int | None) -> Callable[[Ring, int | None], Slot | None]:
+def chooser(
+    to: Target, generations_back: int, onset: int | None, steps_back: int = 0
+) -> Callable[[Ring, int | None], Slot | None]:
     """The choice as the protocol asks for it: of the ring, and only below a serial number where one is given.
 
     Args:
         to: What was asked for.
         generations_back: With `to` None: that many good snapshots further back, as far as there are any.
         onset: With `to` None: only snapshots from before this step, if there is one.
+        steps_back: With `onset`: and at least that many steps before it; where none is, the oldest from before it.
     """
 
     def newest(slots: Ring, before: int | None) -> Slot | None:
         earlier = tuple(slot for slot in slots if onset is None or slot.completed < onset)
         slots = earlier if ring.newest_good(earlier, before) is not None else slots
         chosen = ring.newest_good(slots, before)
+        while steps_back and onset is not None and chosen is not None and chosen.completed + steps_back > onset:
+            older = ring.newest_good(slots, chosen.snapshot)
+            if older is None:
+                break
+            chosen = older
         for _ in range(generations_back):
             older = None if chosen is None else ring.newest_good(slots, chosen.snapshot)
             chosen = older or chosen

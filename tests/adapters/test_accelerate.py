@@ -16,11 +16,11 @@ from adapters.material import NAN, batches, frozen, is_finite, recorded, scripte
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tolaria import GovernorConfig, UnsupportedState, UsageError
+from tolaria import GovernorConfig, Recovery, UnsupportedState, UsageError
 from tolaria.accelerate import AcceleratedGovernor, govern
 from tolaria.judge import non_finite
 
-CONFIG = GovernorConfig(cadence=3, probation=2)
+CONFIG = GovernorConfig(cadence=3, probation=2, recovery=Recovery(cool_lr=1.0))  # whatever lasts, all stays exact
 
 
 class Run:

@@ -15,7 +15,7 @@ from adapters.material import NAN, batches, frozen, is_finite, recorded, scripte
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from tolaria import GovernorConfig, RetryBudgetExceeded, UnsupportedState
+from tolaria import GovernorConfig, Recovery, RetryBudgetExceeded, UnsupportedState
 from tolaria.judge import non_finite
 from tolaria.lightning import TolariaCallback
 
@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(checkpoint callback|LeafSpec|isinstance|lr_scheduler.step|val_dataloader|Be aware).*",
 )
 
-CONFIG = GovernorConfig(cadence=3, probation=2)
+EXACT = Recovery(cool_lr=1.0)  # whatever lasts, all stays exact
+CONFIG = GovernorConfig(cadence=3, probation=2, recovery=EXACT)
 
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
@@ -265,7 +266,7 @@ def test_suspicion_at_the_end_of_an_epoch_is_replayed(pl: Any) -> None:
 
 def test_no_rollback_crosses_the_start_of_an_epoch(pl: Any) -> None:
     found: list[Any] = []
-    config = GovernorConfig(cadence=3, probation=2, on_incident=found.append)
+    config = GovernorConfig(cadence=3, probation=2, recovery=EXACT, on_incident=found.append)
     run = fit(pl, batches(), [guard({22: ("panic", 6)}, config)])
     assert [(incident.step, incident.restored_step) for incident in found] == [(22, 20)]
     assert run.lightning_module.validated == [0, 0, 1, 1]
@@ -537,7 +538,10 @@ def test_loaders_that_are_made_anew_each_epoch(pl: Any) -> None:
 
 
 def test_panics_without_end_end_the_fit_at_the_last_good_state(pl: Any) -> None:
-    callback = guard({n: ("panic", 0) for n in range(8, 100)}, GovernorConfig(cadence=3, probation=2, max_retries=3))
+    callback = guard(
+        {n: ("panic", 0) for n in range(8, 100)},
+        GovernorConfig(cadence=3, probation=2, recovery=Recovery(max_retries=3)),
+    )
     torch.manual_seed(3)
     module = make_module(pl)
     with pytest.raises(RetryBudgetExceeded):

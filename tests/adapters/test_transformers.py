@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tolaria import GovernorConfig, RetryBudgetExceeded, UnsupportedState, UsageError
+from tolaria import GovernorConfig, Recovery, RetryBudgetExceeded, UnsupportedState, UsageError
 from tolaria.judge import non_finite
 from tolaria.transformers import TolariaCallback
 
-CONFIG = GovernorConfig(cadence=3, probation=2)
+EXACT = Recovery(cool_lr=1.0)  # whatever lasts, all stays exact
+CONFIG = GovernorConfig(cadence=3, probation=2, recovery=EXACT)
 
 
 class Model(nn.Module):
@@ -316,7 +317,7 @@ def test_the_loss_is_judged_as_the_model_answers_it(accumulate: int, with_traine
 
 
 def test_alone_it_drops_the_steps_since_the_snapshot() -> None:
-    every_step = GovernorConfig(cadence=1, probation=0)  # trusted once the next step is healthy
+    every_step = GovernorConfig(cadence=1, probation=0, recovery=EXACT)  # trusted once the next step is healthy
     clean = train(samples(dropped=[6, 7]))
     callback = guard(config=every_step)
     run = train(samples(bad=[7]), callback, with_trainer=False)
@@ -327,7 +328,7 @@ def test_alone_it_drops_the_steps_since_the_snapshot() -> None:
 def test_alone_no_rollback_crosses_the_start_of_an_epoch() -> None:
     """Batches of the former epoch could not come again, and the shuffle of this one would be drawn twice."""
     found: list[Any] = []
-    config = GovernorConfig(cadence=3, probation=2, on_incident=found.append)
+    config = GovernorConfig(cadence=3, probation=2, recovery=EXACT, on_incident=found.append)
     train(samples(), guard({22: ("panic", 3)}, config), with_trainer=False)
     assert [(incident.step, incident.restored_step) for incident in found] == [(22, 20)]
 
@@ -341,7 +342,10 @@ def test_alone_it_needs_a_loss_in_the_output() -> None:
 
 
 def test_panics_without_end_end_the_training_at_the_last_good_state() -> None:
-    callback = guard({n: ("panic", 0) for n in range(8, 100)}, GovernorConfig(cadence=3, probation=2, max_retries=3))
+    callback = guard(
+        {n: ("panic", 0) for n in range(8, 100)},
+        GovernorConfig(cadence=3, probation=2, recovery=Recovery(max_retries=3)),
+    )
     model = Model()
     with pytest.raises(RetryBudgetExceeded):
         train(samples(), callback, model=model)

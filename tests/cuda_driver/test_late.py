@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import Detector, Health, SlotsBusy, SnapshotRejected, TolariaGovernor, Verdict
+from tolaria import Detector, Health, Recovery, SlotsBusy, SnapshotRejected, TolariaGovernor, Verdict, moments
 from tolaria.config import MOST_OUTSTANDING
 from tolaria.cuda import ContextDevice
 from tolaria.judge import non_finite
+from tolaria.keeper import Keeper
 from tolaria.ring import SlotPhase, Tier, newest_good
+
+EXACT = Recovery(cool_lr=1.0)  # the learning rate stays, whatever lasts
 
 
 def waits(machine):
@@ -129,7 +132,7 @@ def test_two_poisoned_batches(late, govern, make_run):
     run = make_run()
     batches = run.poisoned(12)
     batches.insert(30, batches[12])
-    with govern(run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=4) as governor:
+    with govern(run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=4, recovery=EXACT) as governor:
         run.train(governor, batches)
         assert governor.rollbacks == 4
         assert run.state() == expected
@@ -659,3 +662,53 @@ def test_verdicts_are_counted_once(late, govern, run):
     verdicts += [result.verdict for result in run.train(governor, run.batches[:12])]
     assert seen == list(range(1, 13))
     assert all(verdict.health is Health.HEALTHY for verdict in verdicts)
+
+
+# ------------------------------------------------------------ recovery policies
+
+
+@pytest.mark.parametrize("lag", [0, 2, None])
+def test_moments_are_changed_behind_the_reading_back(lag, late, govern, make_run):
+    """What a rollback restored is read back as it was, and the change comes after: nobody is taken for a disturber."""
+    late.lag = lag
+    run, incidents = make_run(), []
+    policy = Recovery(moments="reset")
+    with govern(
+        run.model,
+        run.optimizer,
+        scheduler=run.scheduler,
+        cadence=4,
+        probation=4,
+        recovery=policy,
+        on_incident=incidents.append,
+    ) as governor:
+        run.train(governor, run.poisoned(17))
+        assert [incident.moments for incident in incidents] == ["keep", "reset"]
+        assert governor.statistics().rollbacks_disturbed == 0
+        restored = incidents[1].restored_step
+        mine = run.state()
+    by_hand = make_run()
+    for step, batch in enumerate(by_hand.batches):
+        if step == restored:
+            by_hand.optimizer.state.clear()
+        by_hand.backward(batch)
+        by_hand.optimizer.step()
+        by_hand.scheduler.step()
+        by_hand.optimizer.zero_grad()
+    assert by_hand.state() == mine
+
+
+def test_a_change_that_is_no_section_disturbs(late, govern, make_run, monkeypatch):
+    """The red twin: the same change, but of a writer that asks nobody."""
+
+    def bare(keeper, how):
+        if how != "keep":
+            moments.treat([part.optimizer for part in keeper.state.optimizers], how, 0.0)
+
+    monkeypatch.setattr(Keeper, "treat_moments", bare)
+    late.lag = None
+    run = make_run()
+    policy = Recovery(moments="reset")
+    with govern(run.model, run.optimizer, cadence=4, probation=4, recovery=policy) as governor:
+        run.train(governor, run.poisoned(17))
+        assert governor.statistics().rollbacks_disturbed > 0

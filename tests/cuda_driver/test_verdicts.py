@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import QuiesceTimeout
+from tolaria import QuiesceTimeout, Recovery
 from tolaria.snapshot import Vault
 
 
@@ -37,7 +37,7 @@ def test_a_snapshot_by_hand_after_a_bad_step_is_not_gone_back_to(late, govern, m
 def test_one_bad_step_is_one_panic_also_for_a_loop_that_rolls_back_by_hand(late, govern, make_run):
     late.lag = 4
     run = make_run()
-    with govern(run.model, run.optimizer, cadence=4, probation=4, max_retries=1000) as governor:
+    with govern(run.model, run.optimizer, cadence=4, probation=4, recovery=Recovery(max_retries=1000)) as governor:
         governor.snapshot()
         panics = 0
         for batch in run.poisoned(10):

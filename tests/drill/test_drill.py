@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.drill import command
 from tolaria.drill.catalogue import WORKLOADS, Entry
 from tolaria.drill.faults import KINDS
@@ -123,8 +123,8 @@ def test_the_picture_shows_every_fault_and_incident(finished: Any) -> None:
 
 
 def test_the_governor_has_its_defaults() -> None:
-    assert WORKLOADS["digits"].config() == GovernorConfig(cool_lr=1.0)
-    assert WORKLOADS["gpt"].config() == GovernorConfig(cool_lr=1.0, reexecute_every=100)
+    assert WORKLOADS["digits"].config() == GovernorConfig(recovery=Recovery(cool_lr=1.0))
+    assert WORKLOADS["gpt"].config() == GovernorConfig(recovery=Recovery(cool_lr=1.0), reexecute_every=100)
 
 
 def test_without_rollbacks_the_drill_has_findings(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.drill import command, gpt
 from tolaria.drill.catalogue import WORKLOADS, Entry
 from tolaria.drill.faults import Fault, FaultKind, Injector, Moment, fewest_steps, plan, spoil
@@ -230,7 +230,7 @@ def test_without_reexecution_nobody_finds_the_silent_flip(
     seed: int, deaf: Audience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The red twin. It is harmless to the loss, and it stays for ever."""
-    monkeypatch.setattr(Entry, "config", lambda *_: GovernorConfig(cool_lr=1.0))
+    monkeypatch.setattr(Entry, "config", lambda *_: GovernorConfig(recovery=Recovery(cool_lr=1.0)))
     result = drill([at("silent_bit_flip", 0.93)], 100, seed, deaf)
     assert result.guarded.incidents == []
     assert result.report["recovered"] == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import InvalidConfig, UsageError
 from tolaria.group import GovernorGroup
 
@@ -43,7 +43,7 @@ class Environment:
 
 def together(panics: dict[int, tuple[int, ...]], threaded: bool = False) -> tuple[dict[int, str], list[int]]:
     """Digests of four environments, and the rollbacks of each."""
-    with GovernorGroup(GovernorConfig(max_retries=1000)) as group:
+    with GovernorGroup(GovernorConfig(recovery=Recovery(max_retries=1000))) as group:
         environments = {number: Environment(group, number, panics.get(number, ())) for number in range(4)}
         digests: dict[int, str] = {}
 

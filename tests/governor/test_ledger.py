@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from tolaria import GovernorConfig, Health, Incident, RetryBudgetExceeded, TolariaGovernor, Verdict, VitalSigns
+from tolaria import (
+    GovernorConfig,
+    Health,
+    Incident,
+    Recovery,
+    RetryBudgetExceeded,
+    TolariaGovernor,
+    Verdict,
+    VitalSigns,
+)
 from tolaria.judge import Detector
 
 Govern = Callable[..., TolariaGovernor]
@@ -34,6 +43,9 @@ FIELDS = {
     "env_id",
     "tier",
     "note",
+    "attempt",
+    "lr_factor",
+    "moments",
 }
 
 
@@ -77,6 +89,8 @@ def test_one_line_per_incident(govern: Govern, kit: Any, tmp_path: Path) -> None
     assert [line["reason"] for line in lines] == ["non-finite loss"] * 3 + ["because I say so"]
     assert [line["certified"] for line in lines] == [True] * 4
     assert lines[3]["env_id"] == 6
+    assert [line["attempt"] for line in lines] == [1, 2, 1, 0]
+    assert [(line["lr_factor"], line["moments"]) for line in lines] == [(1.0, "keep")] * 4
     assert all(line["rollback_ms"] > 0 and line["barrier"] == "host" for line in lines)
     assert [incident.action for incident in heard] == [line["action"] for line in lines]
     assert governor.statistics().rollbacks == len(lines)
@@ -188,6 +202,6 @@ def test_a_sink_may_look_at_the_governor(govern: Govern, kit: Any) -> None:
 def test_the_end_of_a_run_is_in_the_ledger(govern: Govern, kit: Any, tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with pytest.raises(RetryBudgetExceeded):
-        train(kit, govern, dict.fromkeys(range(12), 99), ledger=str(path), max_retries=3)
+        train(kit, govern, dict.fromkeys(range(12), 99), ledger=str(path), recovery=Recovery(max_retries=3))
     lines = [strict(line) for line in path.read_text().splitlines()]
     assert [line["action"] for line in lines] == ["replay", "skip", "skip", "stop"]

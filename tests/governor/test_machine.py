@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tolaria import GovernorConfig, PhaseError, RollbackFailed, SnapshotInfo, TolariaGovernor
+from tolaria import GovernorConfig, PhaseError, Recovery, RollbackFailed, SnapshotInfo, TolariaGovernor
 
 SLOTS = 4
 
@@ -54,7 +54,9 @@ class Machine(RuleBasedStateMachine):
             self.run.optimizer,
             scheduler=self.run.scheduler,
             detector=self.kit.non_finite(),
-            config=GovernorConfig(cadence=10_000, slots=SLOTS, probation=1, max_retries=10_000, rng="restore"),
+            config=GovernorConfig(
+                cadence=10_000, slots=SLOTS, probation=1, recovery=Recovery(max_retries=10_000), rng="restore"
+            ),
         )
         self.governor.register("extra", self.extra)
         self.held: list[tuple[SnapshotInfo, int, Any]] = []

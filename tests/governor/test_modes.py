@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria import GovernorConfig, Health, TolariaGovernor, UnsupportedState
+from tolaria import GovernorConfig, Health, Recovery, TolariaGovernor, UnsupportedState
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -39,7 +39,7 @@ def test_observing_changes_no_number(
         plain.optimizer.zero_grad()
     run = kit.Run()
     ledger = tmp_path / "incidents.jsonl"
-    config = GovernorConfig(mode="observe", cadence=2, probation=1, cool_lr=0.1, ledger=str(ledger))
+    config = GovernorConfig(mode="observe", cadence=2, probation=1, recovery=Recovery(cool_lr=0.1), ledger=str(ledger))
     attached = (dict(vars(run.model)), run.optimizer.step)
     governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=config)
     assert (dict(vars(run.model)), run.optimizer.step) == attached

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria import GovernorConfig, Incident, RetryBudgetExceeded, StateMismatch, TolariaGovernor
+from tolaria import GovernorConfig, Incident, Recovery, RetryBudgetExceeded, StateMismatch, TolariaGovernor
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -56,6 +56,7 @@ def plain(kit: Any, numbers: Any) -> Any:
 
 
 ALWAYS = 10_000
+EXACT = Recovery(cool_lr=1.0)  # the learning rate stays, whatever lasts
 
 
 # ------------------------------------------------------------ replay and skip
@@ -92,7 +93,7 @@ def test_a_batch_that_is_bad_again_is_skipped(bad: int, govern: Govern, kit: Any
 
 def test_two_troubles_are_two(govern: Govern, kit: Any) -> None:
     expected = plain(kit, [number for number in range(20) if number not in (3, 15)])
-    story = Story(kit, govern).train(range(20), {3: ALWAYS, 15: ALWAYS})
+    story = Story(kit, govern, recovery=EXACT).train(range(20), {3: ALWAYS, 15: ALWAYS})
     assert story.actions == ["replay", "skip", "replay", "skip"]
     assert story.run.state() == expected
 
@@ -112,7 +113,9 @@ def test_neighbouring_bad_batches(govern: Govern, kit: Any) -> None:
     """A window of garbage: each return skips what it found, until all of it is out."""
     garbage = {5, 6, 7}
     expected = plain(kit, [number for number in range(14) if number not in garbage])
-    story = Story(kit, govern, max_retries=10, probation=2).train(range(14), dict.fromkeys(garbage, ALWAYS))
+    story = Story(kit, govern, recovery=Recovery(max_retries=10), probation=2).train(
+        range(14), dict.fromkeys(garbage, ALWAYS)
+    )
     assert story.actions[0] == "replay"
     assert set(story.actions[1:]) == {"skip"}
     assert len(story.delivered) == len(set(story.delivered)) + story.governor.statistics().steps_lost - 3
@@ -134,7 +137,7 @@ def test_trouble_that_stays_reaches_further_back(govern: Govern, kit: Any) -> No
 
 
 def test_the_retry_budget_ends_the_run_at_the_last_good_state(govern: Govern, kit: Any) -> None:
-    story = Story(kit, govern, kit.scripted(dict.fromkeys(range(6, 100), "panic")), max_retries=3)
+    story = Story(kit, govern, kit.scripted(dict.fromkeys(range(6, 100), "panic")), recovery=Recovery(max_retries=3))
     good: list[Any] = []
     story.governor.register("probe", (lambda: good.append(story.run.state()), lambda _: None))
     with pytest.raises(RetryBudgetExceeded) as caught:
@@ -150,7 +153,7 @@ def test_the_retry_budget_ends_the_run_at_the_last_good_state(govern: Govern, ki
 
 def test_panics_far_apart_do_not_add_up(govern: Govern, kit: Any) -> None:
     panics = dict.fromkeys(range(5, 60, 6), "panic")
-    story = Story(kit, govern, kit.scripted(panics), max_retries=2, retry_window=10)
+    story = Story(kit, govern, kit.scripted(panics), recovery=Recovery(max_retries=2, retry_window=10))
     story.train([number % 40 for number in range(45)])
     assert len(story.actions) == len(panics)
     assert "stop" not in story.actions
@@ -354,7 +357,7 @@ def test_cool_down_touches_the_rate_during_the_step_only(as_tensor: bool, govern
     governor = govern(
         run.model,
         run.optimizer,
-        config=GovernorConfig(cadence=2, probation=1, cool_lr=0.5, cool_steps=4, rng="restore"),
+        config=GovernorConfig(cadence=2, probation=1, recovery=Recovery(cool_lr=0.5, warm_steps=4), rng="restore"),
     )
     group = run.optimizer.param_groups[0]
     held = group["lr"]
@@ -377,7 +380,7 @@ def test_cool_down_touches_the_rate_during_the_step_only(as_tensor: bool, govern
 
 
 def test_one_lasting_incident_does_not_cool(govern: Govern, kit: Any) -> None:
-    story = Story(kit, govern, cool_lr=0.1)
+    story = Story(kit, govern, recovery=Recovery(cool_lr=0.1))
     rates = set()
     lr = story.run.optimizer.param_groups[0]
     story.run.optimizer.register_step_pre_hook(lambda *_: rates.add(lr["lr"]))

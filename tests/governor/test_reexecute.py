@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from tolaria import Incident, RetryBudgetExceeded, TolariaGovernor
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.reexecute import SILENT
 from tolaria.ring import SlotPhase
 
@@ -269,7 +269,7 @@ def test_a_panic_while_steps_are_run_again_is_answered_as_any_other(govern: Gove
 
 
 def test_differences_count_in_the_retry_budget(govern: Govern, kit: Any) -> None:
-    fit = Fit(kit, govern, {7: {1}, 12: {1}, 17: {1}}, max_retries=2)
+    fit = Fit(kit, govern, {7: {1}, 12: {1}, 17: {1}}, recovery=Recovery(max_retries=2))
     with pytest.raises(RetryBudgetExceeded, match=SILENT):
         fit.train()
     assert fit.silent == [(10, 5, "replay"), (15, 10, "replay"), (20, 15, "stop")]

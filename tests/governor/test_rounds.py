@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tolaria import TolariaGovernor
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import PhaseError, RetryBudgetExceeded, SnapshotRejected, UnsupportedState, UsageError
 from tolaria.records import Health
 from tolaria.rounds import Rounds, drift
@@ -293,7 +293,7 @@ def test_rounds_between_snapshots_are_lost_and_their_draws_are_not_repeated() ->
 
 
 def test_the_panics_of_a_hopeless_run_end_it() -> None:
-    learner = Learner(max_retries=4)
+    learner = Learner(recovery=Recovery(max_retries=4))
     learner.guard.run(learner.learn)
     before = [parameter.clone() for parameter in learner.model.parameters()]
     learner.faults = {(attempt, 0): scale for attempt in range(2, 99)}
@@ -362,3 +362,41 @@ def test_target_networks_may_jump() -> None:
 
     assert all(learner.guard.run(learn).learnt for _ in range(3))
     assert learner.governor.rollbacks == 0
+
+
+# ------------------------------------------------------------ policies
+
+
+def spoil(rounds: tuple[int, ...], **recovery: Any) -> tuple[Learner, list[float], list[float]]:
+    """Rounds, some bad at both attempts: the learner, the rate at each step, and the step counts of Adam."""
+    learner = Learner(recovery=Recovery(**recovery))
+    rates: list[float] = []
+    counts: list[float] = []
+    group = learner.optimizer.param_groups[0]
+    learner.optimizer.register_step_pre_hook(lambda *_: rates.append(group["lr"]))
+    attempts = 0
+    for number in range(6):
+        bad = number in rounds
+        for attempt in range(attempts + 1, attempts + 3):
+            if bad:
+                learner.faults[attempt, 0] = scale
+        learner.guard.run(learner.learn)
+        attempts += 2 if bad else 1
+        counts.append(float(next(iter(learner.optimizer.state.values()))["step"]))
+    return learner, rates, counts
+
+
+def test_rounds_that_are_dropped_twice_cool_the_rate_of_those_that_follow() -> None:
+    learner, rates, _ = spoil((1, 3), cool_lr=0.5, warm_steps=2)
+    assert learner.governor.statistics().troubles_returned == 2
+    made = [rate for index, rate in enumerate(rates) if index % STEPS == 0]
+    # six rounds, of which two were made twice; after the second was dropped, two rounds warm the rate up again
+    assert made == pytest.approx([0.05] * 6 + [0.025, 0.0375])
+    assert learner.optimizer.param_groups[0]["lr"] == 0.05
+    assert set(spoil((1, 3), cool_lr=1.0)[1]) == {0.05}
+
+
+def test_a_dropped_round_can_reset_moments() -> None:
+    _, _, counts = spoil((2,), moments="reset")
+    assert counts == [4, 8, 0, 4, 8, 12]
+    assert spoil((2,))[2] == [4, 8, 8, 12, 16, 20]

@@ -25,7 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Check
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from tolaria import sb3
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import InvalidConfig, RetryBudgetExceeded, UnsupportedState
 from tolaria.sb3 import TolariaCallback
 
@@ -226,7 +226,7 @@ def test_unguarded_it_does_reach_it(kind: str) -> None:
 
 
 def test_environments_that_are_always_poisoned_end_the_run() -> None:
-    model, callback = build("PPO", poison=(-1,)), TolariaCallback(GovernorConfig(max_retries=3))
+    model, callback = build("PPO", poison=(-1,)), TolariaCallback(GovernorConfig(recovery=Recovery(max_retries=3)))
     with pytest.raises(RetryBudgetExceeded, match="non-finite observation of environments 1"):
         model.learn(timesteps("PPO"), callback=callback)
     assert callback.rollbacks == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.drill import gpt_faults
 from tolaria.drill.digits import Digits
 from tolaria.drill.faults import KINDS, FaultKind
@@ -55,7 +55,7 @@ class Entry:
         Those are the cool-down of the learning rate and nothing else: moments and random state are restored by default.
         """
         path = None if ledger is None else str(ledger)
-        return GovernorConfig(cool_lr=1.0, reexecute_every=self.reexecute_every, ledger=path)
+        return GovernorConfig(recovery=Recovery(cool_lr=1.0), reexecute_every=self.reexecute_every, ledger=path)
 
 
 _MOVED = (("gradient_explosion", 0.14), ("zeroed_moments", 0.245), ("foreign_write", 0.355), ("bit_flip", 0.46))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import inf, isfinite
 from typing import NamedTuple
 
-from tolaria.judge.detector import Detector, median, require
+from tolaria.judge.detector import Detector, healthy, median, require
 from tolaria.records import Health, Verdict, VitalSigns
 
 _RECENT = 16  # losses whose median shows what was learnt
@@ -66,19 +66,19 @@ def collapse(
 
     def update(state: Progress, signs: VitalSigns) -> tuple[Progress, Verdict]:
         now, loss, step = Progress(*state), sign(signs), signs.step
-        healthy = Verdict(Health.HEALTHY, step)
+        fine = healthy(step)
         if loss is None or not isfinite(loss):
-            return now, healthy
+            return now, fine
         if now.level is None:
             first = (*now.first, loss)
-            return now._replace(first=first, level=median(first) if len(first) == 5 else None), healthy
+            return now._replace(first=first, level=median(first) if len(first) == 5 else None), fine
         if now.best is None or not _is_back(now, now.level, loss, return_to):
             recent = (*now.recent[-_RECENT + 1 :], loss)
             best = now.best
             if len(recent) == _RECENT:
                 middle = median(recent)
                 best = middle if best is None else min(best, middle)
-            return now._replace(recent=recent, best=best, streak=0, panicked=False), healthy
+            return now._replace(recent=recent, best=best, streak=0, panicked=False), fine
         streak = now.streak + 1
         onset = step if streak == 1 else now.onset
         numbers = {"loss": loss, "level": now.level, "best": now.best, "steps": float(streak)}

@@ -7,7 +7,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from tolaria.judge.collapse import collapse
-from tolaria.judge.detector import Detector, require
+from tolaria.judge.detector import Detector, healthy, require
 from tolaria.judge.drift import loss_drift
 from tolaria.judge.finite import non_finite
 from tolaria.judge.spike import loss_spike
@@ -55,7 +55,7 @@ def any_of(*detectors: Detector[Any]) -> Detector[JointState]:
             if verdict.health is not Health.HEALTHY:
                 alarmed.append(verdict)
         if not alarmed:
-            return JointState(tuple(states)), Verdict(Health.HEALTHY, signs.step)
+            return JointState(tuple(states)), healthy(signs.step)
         worst = _worst(alarmed)
         if worst.is_panic and panicked:
             worst = replace(worst, health=Health.SUSPECT)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 from tolaria.errors import InvalidConfig
-from tolaria.records import Verdict, VitalSigns
+from tolaria.records import Health, Verdict, VitalSigns
 
 S = TypeVar("S")
 
@@ -32,6 +33,12 @@ class Detector(Generic[S]):
     update: Callable[[S, VitalSigns], tuple[S, Verdict]]
 
 
+@lru_cache(maxsize=1)
+def healthy(step: int) -> Verdict:
+    """The verdict that nothing is wrong. All detectors share one, because most steps are healthy."""
+    return Verdict(Health.HEALTHY, step)
+
+
 def state_from_json(value: Any) -> Any:
     """Turn what `json.loads` gives for a detector's state back into that state (lists become tuples)."""
     return tuple(map(state_from_json, value)) if isinstance(value, (list, tuple)) else value
@@ -46,7 +53,8 @@ def median(values: Sequence[float]) -> float:
 
 def difference(value: float, other: float) -> float:
     """`value` minus `other`, finite for finite arguments."""
-    return max(-HUGE, min(HUGE, value - other))
+    found = value - other
+    return found if -HUGE <= found <= HUGE else max(-HUGE, min(HUGE, found))
 
 
 def hump(levels: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import NamedTuple
 
-from tolaria.judge.detector import RESOLUTION, Detector, difference, hump, median, require
+from tolaria.judge.detector import RESOLUTION, Detector, difference, healthy, hump, median, require
 from tolaria.records import Health, Verdict, VitalSigns
 
 _BLOCK = 8  # losses whose median is one block
@@ -92,7 +92,7 @@ def loss_drift(*, threshold: float = 1.8, proportion: float = 3.0) -> Detector[D
             return _after_panic(now, pending, threshold, proportion, step)
         now = _learn(now, pending)
         if len(now.spreads) < _WARM_UP:
-            return now, Verdict(Health.HEALTHY, step)
+            return now, healthy(step)
         return _decide(now, pending, threshold, proportion, step)
 
     return Detector(DriftState, update)
@@ -105,13 +105,13 @@ def _decide(
     unit = _unit(now, proportion / threshold)
     low = min(now.levels[-_REACH:])
     if unit <= 0.0:
-        return now, Verdict(Health.HEALTHY, step)
+        return now, healthy(step)
     rise = difference(now.levels[-1], low) / unit
     near = difference(median(now.blocks[-_NEAR:]), low) / unit
     is_disturbed = difference(max(losses), low) / unit >= _FAR
     now = now._replace(quiet=0 if is_disturbed else min(_LEVELS, now.quiet + 1))
     if near < _SUSPECT:
-        return now._replace(onset=None, length=0, damaged=False), Verdict(Health.HEALTHY, step)
+        return now._replace(onset=None, length=0, damaged=False), healthy(step)
     length = now.length + 1
     onset = max(0, step - _NEAR * _BLOCK + 1) if now.onset is None else now.onset
     damaged = now.damaged or (now.onset is None and now.quiet <= _SLOW)
@@ -122,7 +122,7 @@ def _decide(
         after = now._replace(blocks=(), levels=before, onset=onset, length=0, panicked=True)
         return after, Verdict(Health.PANIC, step, _RISE if has_risen else _PLATEAU, onset, numbers)
     if length > _LONGEST:
-        return now._replace(levels=now.levels[-1:], onset=None, length=0, damaged=False), Verdict(Health.HEALTHY, step)
+        return now._replace(levels=now.levels[-1:], onset=None, length=0, damaged=False), healthy(step)
     after = now._replace(onset=onset, length=length, damaged=damaged)
     return after, Verdict(Health.SUSPECT, step, _PLATEAU if damaged else _RISE, onset, numbers)
 
@@ -136,15 +136,15 @@ def _after_panic(
     roaming = max(now.roaming, unit * threshold / _ROAMING)
     if difference(median(losses), low) / unit < _SUSPECT:
         after = now._replace(pending=(), onset=None, length=0, damaged=False, panicked=False, roaming=roaming)
-        return after, Verdict(Health.HEALTHY, step)
+        return after, healthy(step)
     if now.length + 1 >= _RELEARN:
-        return DriftState(roaming=roaming), Verdict(Health.HEALTHY, step)
+        return DriftState(roaming=roaming), healthy(step)
     return now._replace(pending=(), length=now.length + 1), _unchanged(now, step)
 
 
 def _unchanged(state: DriftState, step: int) -> Verdict:
     if state.onset is None:
-        return Verdict(Health.HEALTHY, step)
+        return healthy(step)
     return Verdict(Health.SUSPECT, step, _PLATEAU if state.damaged else _RISE, state.onset)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf, isfinite
 from typing import TypeAlias
 
-from tolaria.judge.detector import Detector, require
+from tolaria.judge.detector import Detector, healthy, require
 from tolaria.records import Health, Verdict, VitalSigns
 
 NonFiniteState: TypeAlias = tuple[int | None, int]
@@ -32,7 +32,7 @@ def non_finite(*, recovery: int = 3) -> Detector[NonFiniteState]:
         reason, count = _non_finite_reason(signs)
         if not reason:
             if onset is None or clean + 1 >= recovery:
-                return (None, 0), Verdict(Health.HEALTHY, signs.step)
+                return (None, 0), healthy(signs.step)
             return (onset, clean + 1), Verdict(Health.SUSPECT, signs.step, "recovering from non-finite values", onset)
         health = Health.PANIC if onset is None else Health.SUSPECT
         onset = signs.step if onset is None else onset

@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import NamedTuple, TypeAlias
 
-from tolaria.judge.detector import HUGE, RESOLUTION, Detector, difference, hump, median, require
+from tolaria.judge.detector import HUGE, RESOLUTION, Detector, difference, healthy, hump, median, require
 from tolaria.records import Health, Verdict, VitalSigns
 
 _WINDOW = 32  # accepted losses remembered one by one
@@ -134,13 +134,13 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
         history, baseline = History(*state[0]), Baseline(*state[1])
         episode = None if state[2] is None else Episode(*state[2])
         loss, step = signs.loss, signs.step
-        healthy = Verdict(Health.HEALTHY, step)
+        fine = healthy(step)
         if loss is None or not isfinite(loss):
             open_since = episode.onset if episode is not None and loss is not None else None
-            verdict = healthy if open_since is None else Verdict(Health.SUSPECT, step, "loss spike", open_since)
+            verdict = fine if open_since is None else Verdict(Health.SUSPECT, step, "loss spike", open_since)
             return (history, baseline, episode), verdict
         if len(history.recent) < 3 or baseline.scale == 0.0:
-            return (*_learn(history, baseline, (loss,)), None), healthy
+            return (*_learn(history, baseline, (loss,)), None), fine
         fall = history.fall
         if episode is None or not episode.panicked:
             below = min(HUGE, difference(baseline.near, loss) / baseline.scale)
@@ -149,7 +149,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
         increment = evidence - allowance
         if episode is None:
             if increment <= 0.0:
-                return (*_learn(history, baseline, (loss,), fall), None), healthy
+                return (*_learn(history, baseline, (loss,), fall), None), fine
             episode = Episode(step)
         if episode.panicked:
             return _after_panic(history, baseline, episode, increment <= allowance, step)
@@ -159,7 +159,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
         counted = score - sum(top)
         pending = (*episode.pending[-_WINDOW + 1 :], loss)
         if score <= 0.0 or counted <= _RELEASE or episode.steps >= _LONGEST:
-            return (*_learn(history, baseline, pending), None), healthy
+            return (*_learn(history, baseline, pending), None), fine
         caution = max(1.0, min(2.0, _YOUNG / (_BLOCK * len(history.levels) + history.filled + 1)))
         numbers = {
             "loss": loss,
@@ -175,7 +175,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
         after = episode._replace(score=score, top=top, steps=episode.steps + 1, pending=pending)
         if counted >= _SUSPECT_SCORE or increment >= _SUSPECT_STEP:
             return (history, baseline, after), Verdict(Health.SUSPECT, step, "loss spike", episode.onset, numbers)
-        return (history, baseline, after), healthy
+        return (history, baseline, after), fine
 
     return Detector(init, update)
 
@@ -210,9 +210,9 @@ def _after_panic(
     """Nobody rolled back: stay suspicious until the loss is normal again, or until this has become the normal."""
     calm = episode.score + 1.0 if is_normal else 0.0
     if calm >= _CALM:
-        return (history, baseline, None), Verdict(Health.HEALTHY, step)
+        return (history, baseline, None), healthy(step)
     if episode.steps >= _RELEARN:
-        return (History(), Baseline(), None), Verdict(Health.HEALTHY, step)
+        return (History(), Baseline(), None), healthy(step)
     after = episode._replace(score=calm, steps=episode.steps + 1)
     return (history, baseline, after), Verdict(Health.SUSPECT, step, "loss spike", episode.onset)
 
@@ -275,7 +275,8 @@ def _first_rises(recent: tuple[float, ...]) -> float:
 
 def _moves(levels: tuple[float, ...]) -> float:
     """How far the levels have risen before and healed by themselves, and how far they rise in general."""
-    slow = [median(levels[i : i + 4]) for i in range(len(levels) - 3)]
+    fours = (sorted(levels[i : i + 4]) for i in range(len(levels) - 3))
+    slow = [0.5 * ordered[1] + 0.5 * ordered[2] for ordered in fours]
     rises = sorted(max(0.0, difference(after, before)) for before, after in zip(levels, levels[2:], strict=False))
     common = rises[-1 - len(rises) // 20] if len(rises) >= 6 else 0.0
     return max(hump(levels), _HUMP * hump(slow), _ROAMING * common)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import exp, inf, isfinite, log
 from typing import NamedTuple
 
-from tolaria.judge.detector import Detector, median, require
+from tolaria.judge.detector import Detector, healthy, median, require
 from tolaria.records import Health, Verdict, VitalSigns
 
 _MEMORY = 48  # logarithms remembered
@@ -66,7 +66,7 @@ def surge(sign: Sign, reason: str, *, ratio: float = 20.0, steps: int = 4) -> De
             return now, _still(now, signs.step, reason)
         height = log(value)
         if now.bound is None or height <= now.bound:
-            return _learn(now, (height,), least), Verdict(Health.HEALTHY, signs.step)
+            return _learn(now, (height,), least), healthy(signs.step)
         onset = signs.step if now.onset is None else now.onset
         after = now._replace(onset=onset, streak=now.streak + 1)
         if now.panicked:
@@ -84,7 +84,7 @@ def surge(sign: Sign, reason: str, *, ratio: float = 20.0, steps: int = 4) -> De
 
 def _still(state: SurgeState, step: int, reason: str) -> Verdict:
     onset = SurgeState(*state).onset
-    return Verdict(Health.HEALTHY, step) if onset is None else Verdict(Health.SUSPECT, step, reason, onset)
+    return healthy(step) if onset is None else Verdict(Health.SUSPECT, step, reason, onset)
 
 
 def _learn(state: SurgeState, heights: tuple[float, ...], least: float) -> SurgeState:

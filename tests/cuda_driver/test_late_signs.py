@@ -1,0 +1,113 @@
+"""Signs of every kind travel with their step: nothing waits, and what arrives is what a CPU run reads at once."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tolaria import Detector, GovernorConfig, Health, TolariaGovernor, Verdict
+from tolaria.follow import FollowingGovernor
+
+
+def recorder(seen):
+    def update(state, signs):
+        seen.append(signs)
+        return state, Verdict(Health.HEALTHY, signs.step)
+
+    return Detector(lambda: 0, update)
+
+
+def waits(machine):
+    return sum(
+        call.startswith(("cuEventSynchronize", "cuStreamSynchronize", "cuCtxSynchronize")) for call in machine.calls
+    )
+
+
+CONFIG = {"update_ratio_every": 1, "by_group": True, "cadence": 4, "probation": 2}
+
+
+def steps(run, governor, count):
+    """Losses by name, a norm of the caller's own, tensors and numbers as signs."""
+    for number, batch in enumerate(run.batches[:count]):
+        loss = run.backward(batch)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.5)
+        governor.step(
+            loss={"policy": loss, "value": 2.0 * loss.detach()},
+            grad_norm=norm,
+            approx_kl=torch.tensor(number / 8),
+            entropy=torch.full((2,), 0.5, dtype=torch.bfloat16),
+            explained_variance=0.25,
+            seen=torch.tensor(2**40 + number),
+        )
+    governor.check_vital_signs(1.0, grad_norm=1.0)
+
+
+def by_value(seen):
+    return [
+        (signs.loss, signs.grad_norm, signs.nonfinite_gradients, signs.nonfinite_weights, signs.extra) for signs in seen
+    ]
+
+
+def test_signs_that_arrive_late_are_those_that_are_read_at_once(late, govern, make_run, monkeypatch):
+    late.lag = 3
+    seen: list = []
+    run = make_run()
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, detector=recorder(seen), **CONFIG)
+    steps(run, governor, 12)
+    monkeypatch.undo()  # and now without that device
+    at_once: list = []
+    other = make_run()
+    with TolariaGovernor(
+        other.model,
+        other.optimizer,
+        scheduler=other.scheduler,
+        detector=recorder(at_once),
+        config=GovernorConfig(**CONFIG),
+    ) as plain:
+        assert plain.capabilities().barrier == "host"
+        steps(other, plain, 12)
+    assert len(seen) == 13
+    for mine, theirs in zip(by_value(seen), by_value(at_once), strict=True):
+        assert mine[:2] == pytest.approx(theirs[:2], rel=1e-6)
+        assert mine[2:4] == theirs[2:4]
+        assert mine[4] == pytest.approx(theirs[4], rel=1e-5)
+    assert seen[3].extra["seen"] == 2**40 + 3  # brought to float64 before it meets 32-bit numbers
+    assert {"loss/policy", "loss/value", "update_ratio", "update_ratio/0", "grad_norm/0", "entropy"} < set(
+        seen[3].extra
+    )
+
+
+def test_nothing_waits_for_them(late, govern, make_run):
+    late.lag = None
+    run = make_run()
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, detector=recorder([]), **CONFIG)
+    governor.snapshot()
+    late.clear()
+    for batch in run.batches[:12]:
+        loss = run.backward(batch)
+        governor.step(loss={"policy": loss, "value": 2.0 * loss.detach()}, approx_kl=loss.detach())
+    assert waits(late) == 0
+    late.clear()
+    governor.check_vital_signs(1.0)
+    assert waits(late) > 0  # the count counts
+
+
+def test_a_framework_s_steps_wait_for_nothing_either(late, make_run):
+    late.lag = None
+    run, seen = make_run(), []
+    config = GovernorConfig(host_slots=0, scrub_every=0, **CONFIG)
+    with FollowingGovernor(run.model, run.optimizer, config=config, detector=recorder(seen)) as governor:
+        governor.begin()
+        late.clear()
+        for batch in run.batches[:6]:
+            loss = run.backward(batch)
+            governor.gradients_ready(run.optimizer)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            governor.stepped(loss=loss)
+        assert waits(late) == 0
+        governor.is_trusted()
+        assert [set(signs.extra) for signs in seen] == [{"update_ratio", "update_ratio/0", "grad_norm/0"}] * 6
+        assert all(math.isfinite(value) and value > 0 for signs in seen for value in signs.extra.values())
