@@ -215,9 +215,8 @@ class _Run:
         training = self._training
         config = GovernorConfig(
             cadence=CADENCE,
-            cool_lr=self._kind.cool_lr,
             reexecute_every=1 if self._mode == "full" else 0,
-            max_retries=self._kind.max_retries,
+            recovery=Recovery(cool_lr=self._kind.cool_lr, max_retries=self._kind.max_retries),
             on_incident=self._note,
         )
         detector = _blind() if self._mode == "blind" else None
