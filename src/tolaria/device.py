@@ -47,6 +47,9 @@ class Device(Protocol):
         It begins behind the governor's copies so far. Answers the event of its end, or None when it is over.
         """
 
+    def move(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        """Copy flat uint8 tensors pairwise between this device and page-locked memory, on the current stream."""
+
     def on_stream(self) -> AbstractContextManager[None]:
         """What is launched inside is ordered behind the governor's copies."""
         ...
@@ -75,6 +78,10 @@ class QueuedDevice(Device, Protocol):
 
 class _AtOnce:
     """What a device without a queue of ours does when asked for order: nothing, since its callers wait."""
+
+    def move(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        for destination, source in zip(destinations, sources, strict=True):
+            destination.copy_(source, non_blocking=True)
 
     def enqueue(self, work: Callable[[], None]) -> None:
         work()

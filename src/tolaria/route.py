@@ -173,13 +173,13 @@ class TransferRoute(DeviceRoute):
     def _take(self, answer: torch.Tensor | None) -> None:
         if answer is not None:
             self._sweep.run(Side.LIVE, copy=False, answer=answer)
-        transfer(self._held, self._live)
+        self._port.move(self._held, self._live)
 
     def restore(self) -> None:
-        live, held = self._live, self._held
+        port, live, held = self._port, self._live, self._held
 
         def copy() -> None:
-            transfer(live, held)
+            port.move(live, held)
 
         self._port.enqueue(copy)
 
@@ -199,9 +199,3 @@ def lay(
         return HostRoute(cast("HostDevice", port), live, held)
     kind = TransferRoute if on_host else DeviceRoute
     return kind(port, live, held, finite, first, doubtful)
-
-
-def transfer(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy flat uint8 tensors pairwise between an accelerator and page-locked memory, on the current stream."""
-    for destination, source in zip(destinations, sources, strict=True):
-        destination.copy_(source, non_blocking=True)

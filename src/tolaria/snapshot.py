@@ -42,7 +42,7 @@ from tolaria.operations import (
 )
 from tolaria.records import Journal
 from tolaria.ring import Tier
-from tolaria.route import lay, transfer
+from tolaria.route import lay
 from tolaria.slot import Layout, SlotMemory
 from tolaria.state.digest import host_digest, host_digest_of
 from tolaria.state.leaves import Leaves, any_page_locked
@@ -494,6 +494,6 @@ def _queued(port: Device) -> QueuedDevice:
 
 def _transferring(destination: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
     def copy() -> None:
-        transfer([destination], [source])
+        destination.copy_(source, non_blocking=True)
 
     return copy

@@ -17,6 +17,7 @@ are noted in `violations`, and the calls in the order in which they were made in
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from collections import deque
@@ -54,6 +55,15 @@ class CUresult(IntEnum):
 class CUstreamCaptureMode(IntEnum):
     CU_STREAM_CAPTURE_MODE_GLOBAL = GLOBAL
     CU_STREAM_CAPTURE_MODE_RELAXED = RELAXED
+
+
+class CUmemcpySrcAccessOrder(IntEnum):
+    CU_MEMCPY_SRC_ACCESS_ORDER_INVALID = 0
+    CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1
+
+
+class CUmemcpyAttributes:
+    srcAccessOrder = CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_INVALID
 
 
 OK = CUresult.CUDA_SUCCESS
@@ -341,6 +351,10 @@ class FakeDriver:
 
     CUresult = CUresult
     CUstreamCaptureMode = CUstreamCaptureMode
+    CUDA_VERSION = 13000
+    CUdeviceptr = int
+    CUmemcpyAttributes = CUmemcpyAttributes
+    CUmemcpySrcAccessOrder = CUmemcpySrcAccessOrder
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -513,6 +527,28 @@ class FakeDriver:
         before = self._machine.mode()
         self._machine.local.mode = int(mode)
         return OK, CUstreamCaptureMode(before)
+
+    @_answers
+    def cuMemcpyBatchAsync(
+        self,
+        destinations: list[int],
+        sources: list[int],
+        sizes: list[int],
+        count: int,
+        attributes: list[CUmemcpyAttributes],
+        begins: list[int],
+        num_attributes: int,
+        handle: Any,
+    ) -> Any:
+        """At once: it is asked for by work whose turn has come."""
+        self._machine.note("cuMemcpyBatchAsync", str(count))
+        if not len(destinations) == len(sources) == len(sizes) == count or begins != [0] or num_attributes != 1:
+            return (CUresult.CUDA_ERROR_INVALID_HANDLE,)
+        if attributes[0].srcAccessOrder is not CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM:
+            self._machine.violate("cuMemcpyBatchAsync: the sources may be read before their stream has come there")
+        for destination, source, size in zip(destinations, sources, sizes, strict=True):
+            ctypes.memmove(destination, source, size)
+        return (OK,)
 
     # ------------------------------------------------------------ rules
 

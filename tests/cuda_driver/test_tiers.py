@@ -29,9 +29,13 @@ def weights(number):
     return model
 
 
-def write(governor, model, number):
+def write_to(governor, tensor, number):
     with governor.using(), torch.no_grad():
-        model.weight.fill_(number)
+        tensor.fill_(number)
+
+
+def write(governor, model, number):
+    write_to(governor, model.weight, number)
 
 
 def all_are(tensor, number):
@@ -447,6 +451,22 @@ def test_a_report_does_not_answer_for_a_slot_that_holds_another_snapshot_by_now(
 
 
 # ------------------------------------------------------------ the host tier
+
+
+@pytest.mark.parametrize(("version", "calls"), [(13000, 2), (12090, 0)])
+def test_many_storages_travel_in_one_call_where_the_driver_can(version, calls, late, govern):
+    late.driver.version = version
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    governor = govern(model, tier="host")
+    governor.snapshot()
+    for number, parameter in enumerate(model.parameters()):
+        write_to(governor, parameter, number)
+    governor.execute_rollback()
+    late.finish()
+    assert all(map(torch.equal, model.parameters(), before))
+    # torch copies the last one
+    assert [call for call in late.calls if "Batch" in call] == ["cuMemcpyBatchAsync 3"] * calls
 
 
 def test_the_host_tier_trains_and_a_poisoned_batch_leaves_no_trace(late, govern, make_run):

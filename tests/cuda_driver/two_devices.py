@@ -16,7 +16,7 @@ from tolaria.kernels import Finite, Side, Tally
 from tolaria.operations import Barrier, Direction, Events, HostState, Inspection, Part, Places
 from tolaria.protocol import Ground
 from tolaria.ring import Tier
-from tolaria.route import lay, transfer
+from tolaria.route import lay
 
 GROUND = Ground(Barrier.CONTEXT, 5.0)
 
@@ -78,7 +78,7 @@ class Store:
     def transfer(self, op: Any) -> Events:
         moves = {
             name: functools.partial(
-                transfer,
+                self.devices[name].move,
                 [self.held[op.target][name, part] for part in Part],
                 [self.held[op.source][name, part] for part in Part],
             )

@@ -12,8 +12,9 @@ from state.blocks import POISONS, Blocks, shapes
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, kernels
+from tolaria.cuda import ContextDevice, TorchStreams, find_driver
+from tolaria.device import BlockingDevice
 from tolaria.kernels import Finite, Side, Sweep, copy_words
-from tolaria.route import transfer
 
 pytestmark = pytest.mark.cuda
 Flat = Sequence[torch.Tensor]
@@ -40,11 +41,24 @@ def by_words(destinations: Flat, sources: Flat) -> None:
 
 
 def by_main_memory(destinations: Flat, sources: Flat) -> None:
-    """There and back again."""
+    """There and back again, block by block."""
     held = [torch.empty(source.numel(), dtype=torch.uint8).pin_memory() for source in sources]
-    transfer(held, sources)
-    transfer(destinations, held)
+    port = BlockingDevice("cuda:0")
+    port.move(held, sources)
+    port.move(destinations, held)
+    port.synchronize()
+
+
+def by_main_memory_at_once(destinations: Flat, sources: Flat) -> None:
+    """There and back again, in two calls of the driver, on the governor's own stream."""
+    driver, why_not = find_driver()
+    assert driver is not None, why_not
+    held = [torch.empty(source.numel(), dtype=torch.uint8).pin_memory() for source in sources]
     torch.cuda.synchronize()
+    port = ContextDevice("cuda:0", driver, TorchStreams())
+    port.enqueue(lambda: port.move(held, sources))
+    port.enqueue(lambda: port.move(destinations, held))
+    port.close()
 
 
 PATHS = {
@@ -53,6 +67,7 @@ PATHS = {
     "sweep that reads": by_reading_sweep,
     "words": by_words,
     "main memory": by_main_memory,
+    "main memory at once": by_main_memory_at_once,
 }
 
 

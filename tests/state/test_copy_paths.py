@@ -19,7 +19,7 @@ from tolaria import TolariaGovernor
 from tolaria import device as device_module
 from tolaria.device import CpuDevice
 from tolaria.kernels import Finite, Side, Sweep, copy_words
-from tolaria.route import HostRoute, transfer
+from tolaria.route import HostRoute
 
 Flat = Sequence[torch.Tensor]
 
@@ -42,7 +42,7 @@ def by_sweep_back(destinations: Flat, sources: Flat) -> None:
 
 
 def by_transfer(destinations: Flat, sources: Flat) -> None:
-    transfer(destinations, sources)
+    CpuDevice().move(destinations, sources)
 
 
 def by_route(destinations: Flat, sources: Flat) -> None:

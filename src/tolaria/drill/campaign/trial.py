@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from tolaria.config import GovernorConfig
+from tolaria.config import GovernorConfig, Recovery
 from tolaria.drill.campaign.kinds import CONTROL, Kind
 from tolaria.drill.campaign.outcome import Facts, Outcome, judge
 from tolaria.drill.campaign.strokes import InjectedError, Moment, Striker
