@@ -37,7 +37,7 @@ STEPS = BATCH // PART * EPOCHS  # of the optimizer, in one batch
 
 
 def build(faults: dict[int, str] | None = None) -> Trainer:
-    """PPO on CartPole as in TorchRL's tutorial, small; `faults` strike after or before steps of the optimizer."""
+    """A small PPO on CartPole, put together as TorchRL's tutorial does; `faults` strike at steps of the optimizer."""
     torch.manual_seed(7)
     env = GymEnv("CartPole-v1", device="cpu", categorical_action_encoding=True)
     env.set_seed(7)
