@@ -43,13 +43,20 @@ class Picture:
         return part
 
     def write_gated(self, gate: Gate, value: float = NEW) -> None:
-        """From another thread: each stream writes its share of one parameter, waits, writes its share of the other."""
+        """From another thread: each stream writes its share of one parameter, waits, writes its share of the other.
+
+        Half done for certain when this returns: every first share has been written.
+        """
 
         def run() -> None:
             with torch.no_grad(), self.governor.using(write=True):
                 for number, stream in enumerate(self.writers):
                     with torch.cuda.stream(stream):
                         self.part(0, number).fill_(value)
+                for stream in self.writers:  # before any is held back: some may share a hardware queue
+                    stream.synchronize()
+                for number, stream in enumerate(self.writers):
+                    with torch.cuda.stream(stream):
                         gate.close(stream)
                         self.part(1, number).fill_(value)
 
@@ -96,6 +103,11 @@ def no_synchronize(device: BlockingDevice) -> None:
     """In the place of `BlockingDevice.synchronize`: waits for nothing."""
 
 
+def synchronize_here(device: BlockingDevice) -> None:
+    """In the place of `BlockingDevice.synchronize`: waits for the caller's current stream, and so for the copies."""
+    torch.cuda.current_stream().synchronize()
+
+
 def no_section(driver: Driver, *_: Any) -> int:
     """In the place of `Driver.open_section`: asks nobody."""
     return driver.state.epoch
@@ -103,14 +115,14 @@ def no_section(driver: Driver, *_: Any) -> int:
 
 @contextlib.contextmanager
 def unordered(barrier: BarrierName) -> Generator[None]:
-    """Inside, the governor orders nothing on the device."""
+    """Inside, the governor orders nothing on the device but its own copies."""
     with contextlib.ExitStack() as stack:
         if barrier == "context":
             # an event of the governor's own, idle stream in the place of one that covers all streams
             stack.enter_context(mock.patch.object(ContextDevice, "context_record", ContextDevice.stream_record))
             stack.enter_context(mock.patch.object(ContextDevice, "context_wait", no_wait))
         else:
-            stack.enter_context(mock.patch.object(BlockingDevice, "synchronize", no_synchronize))
+            stack.enter_context(mock.patch.object(BlockingDevice, "synchronize", synchronize_here))
         yield
 
 

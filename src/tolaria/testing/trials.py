@@ -159,36 +159,36 @@ def freed_storage(picture: Picture, barrier: BarrierName) -> tuple[str, str]:
 
     Without protection somebody frees the memory itself, whoever holds on to it: what is allocated next gets it.
     """
-    seen: list[Values] = []
-    whole: list[bool] = []
-    for protected in (False, True):
-        for _ in range(_ROUNDS):
-            subject = Picture(1, _LARGE, barrier)
-            subject.warm_up()
-            subject.control.wait_stream(torch.cuda.current_stream())
-            _spare(_LARGE)
-            with contextlib.ExitStack() as stack:
-                gate = stack.enter_context(Gate())
-                stack.enter_context(held(gate))
-
-                def let_go(picture: Picture = subject, kept: bool = protected, gate: Gate = gate) -> None:
-                    _replace_memory(picture, kept=kept)
-                    gate.open()
-
-                if barrier == "blocking":  # before the wait that ends the copies
-                    stack.enter_context(at_synchronize(nothing, nothing, let_go))
-                    subject.governor.snapshot()
-                else:
-                    subject.governor.snapshot()
-                    let_go()
-                torch.cuda.synchronize()
-            values = _newest_held(subject)
-            if protected:
-                whole.append(values == [OLD] * 4 and not gate.was_forced)
-            else:
-                seen.append(values)
-            subject.governor.close()
+    seen = [_freed(barrier, kept=False) for _ in range(_ROUNDS)]
+    whole = [_freed(barrier, kept=True) == [OLD] * 4 for _ in range(_ROUNDS)]
     return _judged(seen, [_OTHERS, _OTHERS, OLD, OLD], whole)
+
+
+def _freed(barrier: BarrierName, *, kept: bool) -> Values:
+    """One round, of which no memory is left behind. Answers what the slot holds."""
+    subject = Picture(1, _LARGE, barrier)
+    try:
+        subject.warm_up()
+        _spare(_LARGE)
+        with contextlib.ExitStack() as stack:
+            gate = stack.enter_context(Gate())
+            stack.enter_context(held(gate))
+
+            def let_go() -> None:
+                _replace_memory(subject, kept=kept)
+                gate.open()
+
+            if barrier == "blocking":  # before the wait that ends the copies
+                stack.enter_context(at_synchronize(nothing, nothing, let_go))
+                subject.governor.snapshot()
+            else:
+                subject.governor.snapshot()
+                let_go()
+            torch.cuda.synchronize()
+        assert not gate.was_forced
+        return _newest_held(subject)
+    finally:
+        subject.governor.close()
 
 
 def _replace_memory(picture: Picture, *, kept: bool) -> None:
