@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import Detector, GovernorConfig, Health, PhaseError, TolariaGovernor, Verdict, VitalSigns
+from tolaria import Detector, GovernorConfig, Health, PhaseError, TolariaGovernor, Verdict, VitalSigns, veto
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -482,4 +483,33 @@ def test_gradients_that_nobody_steps_are_none_of_a_scalers_business(govern: Gove
     poison_gradient(run)
     assert not governor.step(loss=1.0).rolled_back
     assert kit.freeze(run.model[0].weight) != before
+    assert governor.statistics().vetoes == 0
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_an_overflow_that_two_devices_have_found_is_skipped(
+    protected: bool, govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`GradScaler` adds their flags up to 2, which torch's fused optimizers do not take for a flag."""
+    unscale = torch.amp.GradScaler._unscale_grads_
+
+    def on_two(self: Any, *args: Any) -> Any:
+        [found] = unscale(self, *args).values()
+        return {torch.device("cpu"): found, torch.device("cpu", 0): found.clone()}
+
+    monkeypatch.setattr(torch.amp.GradScaler, "_unscale_grads_", on_two)
+    if not protected:
+        monkeypatch.setattr(veto, "predicated", lambda *_: contextlib.nullcontext())
+    run = kit.Run(optimizer=lambda params: torch.optim.AdamW(params, lr=0.05, fused=True))
+    scaler = make_scaler(init_scale=256.0)
+    governor = govern(run.model, run.optimizer, scaler=scaler, config=GovernorConfig(check_weights_every=10))
+    before = None
+    for number, batch in enumerate(run.batches[:3]):
+        loss = run.loss(batch)
+        scaler.scale(loss).backward()
+        if number == 2:
+            poison_gradient(run)
+            before = kit.freeze(list(run.model.parameters()))
+        assert governor.step(loss=loss).skipped == (number == 2)
+    assert (kit.freeze(list(run.model.parameters())) == before) == protected
     assert governor.statistics().vetoes == 0
