@@ -119,12 +119,14 @@ class Sections:
     def run_step(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An optimizer step: refused when its gradients began before a rollback."""
         token = current_backward()
-        if self._is_capturing():
+        capturing = self._is_capturing()
+        if capturing:
             self._captured_steps.add(threading.get_ident())
         with self.section(SectionKind.WRITE):
             stale = self._drop_stale(token)
             if not stale:
-                with self.around_step():
+                # what is put around a captured step would be part of every replay
+                with contextlib.nullcontext() if capturing else self.around_step():
                     result = call(*args, **kwargs)
                 self._driver.change(lambda s: gradients.forget_gradients(s, token))
                 return result
