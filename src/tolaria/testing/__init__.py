@@ -8,7 +8,13 @@
     checks                       all of these by name, and replay tokens
     timeline, races, recording   a schedule as a picture; which accesses nothing orders
     stress, gates, trials        real threads; races forced on a CUDA device
+    tags, turbulence             tensors that tell whether they are torn; threads and streams at work on them
+    thread_gate, faults          host threads held where a test says; plans of what goes wrong in a training
+    device_contract, bench       whether a device port keeps its contract, and what stands around it
+    detector_contract, curves    whether a detector does; made loss curves
+    contract                     what such a check finds
+    plugin                       fixtures for pytest
     verify, golden               the command; the pages that tell of it
 
-Nothing is imported here: take what you need from its module. `stress`, `gates` and `trials` need torch.
+Nothing is imported here: take what you need from its module. What touches tensors needs torch.
 """
