@@ -90,7 +90,7 @@ class Turbulence:
         groups: That the tensors are dealt out to. What is done meanwhile must keep each of them whole.
         seed: Of every choice that a worker makes. How threads take turns is up to the system.
         most: Steps after which a worker ends.
-        pause_s: Longest time for which a writer waits half-way for `during`.
+        pause_s: Longest time for which a writer waits half-way for `during`: what a call costs that waits for it.
 
     Threads: used by the one that built it.
 
@@ -109,7 +109,7 @@ class Turbulence:
         groups: int = 2,
         seed: int = 0,
         most: int = 1_000_000,
-        pause_s: float = 0.05,
+        pause_s: float = 0.2,
     ) -> None:
         if min(threads, groups, most) < 1 or streams < 0:
             seen = (
