@@ -152,10 +152,11 @@ def test_what_goes_wrong_in_a_worker_comes_out():
     def fail():
         raise ZeroDivisionError
 
-    turbulence = Turbulence(nn.Linear(2, 2), work=fail)
-    with pytest.raises(ZeroDivisionError), turbulence:
-        for worker in turbulence._workers:
-            worker.join()
+    turbulence = Turbulence(nn.Linear(2, 2), work=fail).__enter__()
+    for worker in turbulence._workers:
+        worker.join()
+    with pytest.raises(ZeroDivisionError):
+        turbulence.__exit__(None)
 
 
 def test_without_a_writer_nothing_is_called():
