@@ -35,7 +35,7 @@ OURS = {
 @pytest.mark.parametrize("name", OURS)
 def test_ours_keep_the_contract(name):
     make, duties = OURS[name]
-    check_detector(make(), panics_on=duties)
+    check_detector(make(), panics_on=duties, steps=320)
 
 
 def test_a_duty_that_there_is_not_is_refused():
