@@ -105,9 +105,17 @@ def test_hostile_ports_are_told_which_sentence(make, rule):
 def test_a_read_beside_a_held_write_is_torn(dtype):
     model, reader = nn.Linear(256, 256).to("cuda", dtype), torch.cuda.Stream()
     tags = Tags(model)
+    with torch.cuda.stream(reader):
+        copy = {name: tensor.clone() for name, tensor in tags.tensors.items()}  # takes the memory
+    torch.cuda.synchronize()
+    del copy
+
+    def halfway():
+        torch.cuda.current_stream().synchronize()
+        gate.close(torch.cuda.current_stream())
+
     with Gate() as gate, torch.no_grad():
-        gets_through(reader)
-        tags.write(2, halfway=lambda: gate.close(torch.cuda.current_stream()))
+        tags.write(2, halfway=halfway)
         with torch.cuda.stream(reader):
             copy = {name: tensor.clone() for name, tensor in tags.tensors.items()}
         gets_through(reader, 2.0)

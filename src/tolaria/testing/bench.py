@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tolaria.testing.gates import Gate, distinct_streams
+from tolaria.testing.gates import Gate, distinct_streams, make_current
 
 
 class Bench(Protocol):
@@ -107,6 +107,7 @@ class CudaBench:
 
         def run() -> None:
             try:
+                make_current(torch.cuda.current_stream(self._device))
                 call()
             except BaseException as error:
                 raised.append(error)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from tolaria.errors import InvalidConfig, QuiesceTimeout
+from tolaria.testing.gates import make_current
 from tolaria.testing.tags import Tags, Torn, tag_in
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class Turbulence:
         self._groups = [_Group(Tags({name: tensors[name] for name in share})) for share in shares]
         self._section = _unasked if section is None else section
         self._do, self._most, self._pause_s = work, most, pause_s
-        device = next(iter(tensors.values())).device
+        self._device = device = next(iter(tensors.values())).device
         self._streams = [torch.cuda.Stream(device) for _ in range(streams)] if device.type == "cuda" else []
         self._lock = threading.Lock()
         self._looks: list[tuple[_Group, torch.Tensor]] = []
@@ -236,6 +237,8 @@ class Turbulence:
     def _run(self, number: int) -> None:
         source = random.Random(f"{self.seed}/{number}")
         try:
+            if self._device.type == "cuda":
+                make_current(torch.cuda.current_stream(self._device))
             with torch.no_grad():
                 for _ in range(self._most):
                     if self._stop:
