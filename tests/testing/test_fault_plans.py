@@ -130,6 +130,18 @@ def test_bad_data_strikes_each_time_and_others_as_often_as_planned():
     ]
 
 
+def test_an_optimizer_that_steps_twice_on_a_batch_is_struck_once():
+    model, optimizer = build()
+    with FaultPlan.parse("rate_jump@0 nan_gradient@1").attach(model, optimizer) as faults:
+        for number, (x, y) in faults.over(enumerate(batches(2))):
+            nn.functional.cross_entropy(model(x), y).backward()
+            faults.update()
+            assert len(faults.struck) == number + number  # the gradient is spoilt here, the rate in the step
+            optimizer.step()
+            optimizer.step()
+    assert faults.struck == [("rate_jump", 0), ("nan_gradient", 1)]
+
+
 def test_a_length_hits_batches_in_a_row():
     assert train("nan_batch@2+3")[1].struck == [("nan_batch", 2), ("nan_batch", 3), ("nan_batch", 4)]
 

@@ -442,13 +442,17 @@ class Faults:
 
     def update(self) -> None:
         """Between backward and optimizer step, before anything looks at the gradients. Otherwise the step does it."""
-        self._strike(Moment.UPDATE)
-        self._spoilt.add(Moment.UPDATE)
+        self._once(Moment.UPDATE)
 
     def _before_step(self, *_: Any) -> None:
-        if Moment.UPDATE not in self._spoilt:
-            self.update()
-        self._strike(Moment.STEP)
+        self._once(Moment.UPDATE)
+        self._once(Moment.STEP)
+
+    def _once(self, moment: Moment) -> None:
+        """However often the optimizer steps on one batch."""
+        if moment not in self._spoilt:
+            self._spoilt.add(moment)
+            self._strike(moment)
 
     def _strike(self, moment: Moment, value: Any = None) -> Any:
         for fault in self._occasions.due(moment):
