@@ -24,13 +24,13 @@ from random import Random
 from statistics import median
 from typing import Any
 
-import curves
 from baselines import CONTESTANTS
 
 from tolaria.judge import Detector
 from tolaria.recorded.read import read
 from tolaria.recorded.records import RecordedRun
 from tolaria.records import Health, VitalSigns
+from tolaria.testing import curves
 
 SLACK_NONFINITE, SLACK_JUMP = 2, 15
 RISE, RISE_WITHIN, SMALL_RISE_WITHIN, RAMP_WITHIN = 3.0, 25, 60, 400

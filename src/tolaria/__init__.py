@@ -6,6 +6,8 @@ The flow of one step, and the file of each stage:
 
 Public names are resolved on first use, so that `tolaria --help` answers without importing torch. Nothing
 runs at import.
+
+PYTEST_DONT_REWRITE: our fixtures make pytest want to rewrite this package, and warn where it was imported before.
 """
 
 from __future__ import annotations

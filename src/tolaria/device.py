@@ -30,7 +30,10 @@ _MOST_COPY_THREADS = 4
 
 
 class Device(Protocol):
-    """One device with governed tensors. Copies are asked for under the gate, on the thread that submits."""
+    """One device with governed tensors. Copies are asked for under the gate, on the thread that submits.
+
+    `tolaria.testing.device_contract.check_device` looks whether an implementation keeps what is said here.
+    """
 
     name: str
     barrier: Barrier
@@ -39,10 +42,10 @@ class Device(Protocol):
         """Return when the governor's work on this device is done; with the `blocking` barrier: all work."""
 
     def enqueue(self, work: Callable[[], None]) -> None:
-        """Call `work`; what it launches is ordered behind the governor's copies."""
+        """Call `work` once; what it launches is ordered behind the governor's copies."""
 
     def transfer(self, work: Callable[[], None]) -> Any:
-        """Call `work`, a transfer to main memory that nothing else should wait for.
+        """Call `work` once, a transfer to main memory that nothing else should wait for.
 
         It begins behind the governor's copies so far. Answers the event of its end, or None when it is over.
         """
@@ -55,25 +58,63 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait until nothing of ours is under way, and give resources back."""
+        """Wait until nothing of ours is under way, and give resources back. A second call does nothing."""
 
 
 class QueuedDevice(Device, Protocol):
-    """A device whose work can be ordered, awaited and asked for by events, without blocking the host."""
+    """A device whose work can be ordered, awaited and asked for by events. Only `host_wait` blocks the host."""
 
-    def context_record(self) -> Any: ...
-    def context_wait(self, event: Any) -> None: ...
-    def stream_record(self) -> Any: ...
-    def stream_wait(self, event: Any) -> None: ...
-    def caller_wait(self, event: Any) -> None: ...
-    def caller_stream(self) -> Any: ...
-    def known_record(self, stream: Any) -> Any: ...
-    def known_wait(self, stream: Any, event: Any) -> None: ...
-    def transfer_record(self) -> Any: ...
-    def host_wait(self, event: Any) -> None: ...
-    def mark(self) -> Any: ...
-    def has_passed(self, event: Any) -> bool: ...
-    def elapsed_ms(self, began: Any, ended: Any) -> float: ...
+    def context_record(self) -> Any:
+        """An event that covers the work of all streams of the device so far, known or not."""
+        ...
+
+    def context_wait(self, event: Any) -> None:
+        """All later work of all streams of the device waits for the event."""
+        ...
+
+    def stream_record(self) -> Any:
+        """An event that covers the governor's own work so far, and nobody else's."""
+        ...
+
+    def stream_wait(self, event: Any) -> None:
+        """Later work of the governor's own waits for the event."""
+        ...
+
+    def caller_wait(self, event: Any) -> None:
+        """Later work of the caller's current stream waits for the event, and no other stream's."""
+        ...
+
+    def caller_stream(self) -> Any:
+        """What the caller's current stream is called by the two below."""
+        ...
+
+    def known_record(self, stream: Any) -> Any:
+        """An event that covers the work of that stream so far."""
+        ...
+
+    def known_wait(self, stream: Any, event: Any) -> None:
+        """Later work of that stream waits for the event."""
+        ...
+
+    def transfer_record(self) -> Any:
+        """An event that covers the transfers so far; None before the first."""
+        ...
+
+    def host_wait(self, event: Any) -> None:
+        """Block the host until the event has passed."""
+        ...
+
+    def mark(self) -> Any:
+        """An event that covers the work of the caller's current stream so far."""
+        ...
+
+    def has_passed(self, event: Any) -> bool:
+        """Whether the device has reached the event. Waits for nothing."""
+        ...
+
+    def elapsed_ms(self, began: Any, ended: Any) -> float:
+        """Milliseconds on the device between two events that have passed."""
+        ...
 
 
 class _AtOnce:

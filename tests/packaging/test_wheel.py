@@ -73,3 +73,26 @@ def test_imports_from_the_wheel(wheel: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, wheel], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(wheel)
+
+
+def test_pytest_finds_the_fixtures_in_it(wheel: Path, tmp_path: Path) -> None:
+    """And a run that uses none of them is the same, also where tolaria was imported before pytest began."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_it.py").write_text(
+        "import sys\n"
+        "def test_nothing(): assert 'torch' not in sys.modules\n"
+        "def test_held(tolaria_thread_gate): assert not tolaria_thread_gate.is_open\n"
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import tolaria, pytest; print(tolaria.__file__);"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-W', 'error', '--rootdir', '.']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "site"], cwd=tests, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    assert Path(done.stdout.splitlines()[0]).is_relative_to(tmp_path)

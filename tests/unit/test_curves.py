@@ -3,11 +3,11 @@
 import math
 from random import Random
 
-import curves
 import pytest
 
 from tolaria import judge
 from tolaria.records import Health, VitalSigns
+from tolaria.testing import curves
 
 SPOTS = range(520, 1500, 35)
 

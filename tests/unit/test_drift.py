@@ -4,11 +4,11 @@ import json
 import math
 import random
 
-import curves
 import pytest
 
 from tolaria import judge
 from tolaria.records import Health, VitalSigns
+from tolaria.testing import curves
 
 
 def run(detector, losses, state=None, start=0):

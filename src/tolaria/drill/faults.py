@@ -7,25 +7,25 @@ So "comes again on replay" has one meaning, and a run whose data never held some
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Protocol
 
 import torch
 
 from tolaria.drill.workloads import Batch, CannotRun, Training, Workload
-
-
-class Moment(Enum):
-    """Where in a training step a fault strikes."""
-
-    DATA = "data"  # the batch itself is bad, each time it is delivered
-    FORWARD = "forward"  # between forward and backward
-    UPDATE = "update"  # between backward and optimizer step
-    STEP = "step"  # inside the optimizer's step, behind any clipping of the gradients
+from tolaria.testing.faults import (
+    Moment,
+    Occasions,
+    exponent_bit,
+    flip_bit,
+    generator_for,
+    is_hit,
+    scale_gradients,
+    write_from_foreign_thread,
+    zero_second_moments,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,46 +103,27 @@ def explode_gradients(scene: Scene) -> None:
     Adam divides by its size, so the harm comes over ten steps: the first moments forget it by 0.9 a step, the second by
     0.999, and in between every weight marches one way. After that the second moments are too large to learn anything.
     """
-    for parameter in training_of(scene).model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(1e6)
+    scale_gradients(training_of(scene).model.parameters(), 1e6)
 
 
-def zero_second_moments(scene: Scene) -> None:
-    """`exp_avg_sq` reads zero: the step divides a first moment with a past by the square root of nothing."""
-    for values in training_of(scene).optimizer.state.values():
-        values["exp_avg_sq"].zero_()
+def zero_moments(scene: Scene) -> None:
+    """Adam forgets how large gradients are."""
+    zero_second_moments(training_of(scene).optimizer)
 
 
-def write_from_foreign_thread(scene: Scene) -> None:
-    """A thread that the governor knows nothing of fills weights with noise of size 10 while the step is under way.
-
-    Started and joined here, so where it falls does not depend on scheduling. Through `.data`: like a stray kernel or an
-    extension it leaves no version counter behind.
-    """
-    parameters = list(training_of(scene).model.parameters())
-    wrote = threading.Event()
-
-    def write() -> None:
-        for parameter in parameters[::3]:
-            noise = torch.randn(parameter.shape, generator=scene.generator) * 10
-            parameter.data.copy_(noise)
-        wrote.set()
-
-    thread = threading.Thread(target=write, name="foreign-writer")
-    thread.start()
-    wrote.wait()
-    thread.join()
+def write_from_foreign(scene: Scene) -> None:
+    """A thread that the governor knows nothing of writes while the step is under way."""
+    write_from_foreign_thread(list(training_of(scene).model.parameters()), scene.generator)
 
 
 def flip_exponent_bit(scene: Scene) -> None:
     """The highest exponent bit of a positive weight: 0.05 becomes 1.7e37. A negative one would only silence a ReLU."""
-    flat = scene.workload.exposed_weight(training_of(scene).model).data.view(-1)
-    candidates = (flat > 0).nonzero().flatten()
+    weight = scene.workload.exposed_weight(training_of(scene).model)
+    candidates = (weight.data.view(-1) > 0).nonzero().flatten()
     if not len(candidates):  # a run that is dead already
-        candidates = torch.arange(len(flat), device=flat.device)
+        candidates = torch.arange(weight.numel(), device=weight.device)
     chosen = candidates[int(torch.randint(len(candidates), (), generator=scene.generator))]
-    flat.view(torch.int32)[chosen] ^= 1 << 30
+    flip_bit(weight, int(chosen), exponent_bit(weight.dtype))
 
 
 def spoil_labels(scene: Scene) -> Batch:
@@ -158,10 +139,8 @@ def spoil_with_nan(scene: Scene) -> Batch:
 KINDS: tuple[FaultKind, ...] = (
     # transient ones first: until a batch is skipped, the guarded run can be compared with the clean one itself
     FaultKind("gradient_explosion", "gradients x 1e6 for one step", Moment.STEP, explode_gradients, 0.20),
-    FaultKind(
-        "zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, zero_second_moments, 0.32, length=3
-    ),
-    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, write_from_foreign_thread, 0.44),
+    FaultKind("zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, zero_moments, 0.32, length=3),
+    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, write_from_foreign, 0.44),
     FaultKind("bit_flip", "one exponent bit of a weight flips", Moment.UPDATE, flip_exponent_bit, 0.56),
     FaultKind("garbage_batches", "16 batches with random labels", Moment.DATA, spoil_labels, 0.67, length=16),
     FaultKind(
@@ -191,10 +170,34 @@ class Fault:
     batch: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """Of its kind."""
+        return self.kind.name
+
+    @property
+    def moment(self) -> Moment:
+        """Of its kind."""
+        return self.kind.moment
+
+    @property
+    def length(self) -> int:
+        """Of its kind."""
+        return self.kind.length
+
+    @property
+    def times(self) -> int:
+        """Of its kind."""
+        return self.kind.times
+
+    @property
+    def part(self) -> int | None:
+        """Of its kind."""
+        return self.kind.part
+
     def hits(self, batch: Batch) -> bool:
         """Whether it concerns this batch."""
-        its_part = self.kind.part is None or self.kind.part == batch.part
-        return its_part and self.batch <= batch.index < self.batch + self.kind.length
+        return is_hit(self, batch.index, batch.part)
 
     def act(
         self,
@@ -205,9 +208,7 @@ class Fault:
         newest_slot: Callable[[], Sequence[torch.Tensor]] = tuple,
     ) -> Batch | None:
         """Do it, with random numbers that depend on seed, kind and batch alone."""
-        part = f"/{batch.part}" if batch.part else ""
-        number = random.Random(f"{self.seed}/{self.kind.name}/{batch.index}{part}").getrandbits(63)
-        generator = torch.Generator().manual_seed(number)
+        generator = generator_for(self.seed, self.name, batch.index, batch.part)
         return self.kind.act(Scene(workload, training, batch, generator, section, newest_slot))
 
 
@@ -261,44 +262,30 @@ class Injector:
 
     def __init__(self, faults: Sequence[Fault], workload: Workload, training: Training) -> None:
         self._faults, self._workload, self._training = faults, workload, training
+        self._occasions = Occasions(faults)
         self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.newest_slot: Callable[[], Sequence[torch.Tensor]] = tuple
-        self._occasions = dict.fromkeys((fault.kind.name for fault in faults), 0)
-        self._struck: list[str] = []
         self._now: Batch | None = None
         training.optimizer.register_step_pre_hook(self._in_step)
 
     def begin(self, batch: Batch) -> None:
         """A step takes up `batch`, the first of its micro-batches or another."""
         self._now = batch
-        if batch.part == 0:
-            self._struck = []
-        for fault in self._faults:
-            if batch.part == 0 and batch.index == fault.batch:
-                self._occasions[fault.kind.name] += 1
-            if fault.kind.moment is Moment.DATA and fault.hits(batch):
-                self._note(fault)
+        self._occasions.begin(batch.index, batch.part)
 
     def strike(self, moment: Moment, batch: Batch) -> None:
         """The step has come to `moment`, at the latest of its micro-batches."""
-        for fault in self._faults:
-            due = fault.kind.moment is moment and fault.hits(batch)
-            if due and self._occasions[fault.kind.name] <= fault.kind.times:
-                fault.act(self._workload, self._training, batch, self.section, self.newest_slot)
-                self._note(fault)
+        for fault in self._occasions.due(moment):
+            fault.act(self._workload, self._training, batch, self.section, self.newest_slot)
 
     def _in_step(self, *_: Any) -> None:
         if self._now is not None:
             self.strike(Moment.STEP, self._now)
 
-    def _note(self, fault: Fault) -> None:
-        if fault.kind.name not in self._struck:
-            self._struck.append(fault.kind.name)
-
     @property
     def struck(self) -> tuple[str, ...]:
         """Names of the faults that struck in this step so far."""
-        return tuple(self._struck)
+        return tuple(self._occasions.struck)
 
     def under_way(self) -> tuple[str, ...]:
         """Names of the faults whose writes a device has yet to finish. Waits for nothing."""

@@ -6,16 +6,16 @@ import torch
 
 from tolaria.drill.faults import (
     FaultKind,
-    Moment,
     Scene,
     explode_gradients,
     flip_exponent_bit,
     spoil_labels,
     spoil_with_nan,
     training_of,
-    write_from_foreign_thread,
-    zero_second_moments,
+    write_from_foreign,
+    zero_moments,
 )
+from tolaria.testing.faults import Moment, flip_bit
 
 REEXECUTE_EVERY = 100
 """Setting of the governor: the ten steps up to 100, up to 200, ... are run twice. The silent fault strikes in one of
@@ -27,9 +27,8 @@ _WEIGHT_DECAY = 25.0
 
 def flip_mantissa_bit(scene: Scene) -> None:
     """Bit 20 of a weight: it moves by 6 to 13 %. One in thousands: no loss shows it, and nothing ever takes it back."""
-    flat = scene.workload.exposed_weight(training_of(scene).model).data.view(-1)
-    chosen = int(torch.randint(len(flat), (), generator=scene.generator))
-    flat.view(torch.int32)[chosen] ^= 1 << _MANTISSA_BIT
+    weight = scene.workload.exposed_weight(training_of(scene).model)
+    flip_bit(weight, int(torch.randint(weight.numel(), (), generator=scene.generator)), _MANTISSA_BIT)
 
 
 def flip_bit_in_slot_and_weight(scene: Scene) -> None:
@@ -37,7 +36,7 @@ def flip_bit_in_slot_and_weight(scene: Scene) -> None:
     slots = scene.newest_slot()
     if slots:
         memory = slots[int(torch.randint(len(slots), (), generator=scene.generator))]
-        memory[int(torch.randint(len(memory), (), generator=scene.generator))] ^= 1 << 3
+        flip_bit(memory, int(torch.randint(len(memory), (), generator=scene.generator)), 3)
     flip_exponent_bit(scene)
 
 
@@ -54,10 +53,8 @@ def clobber_weight_decay(scene: Scene) -> None:
 KINDS: tuple[FaultKind, ...] = (
     # transient ones first, as for the digits
     FaultKind("gradient_explosion", "gradients x 1e6 for one step, unclipped", Moment.STEP, explode_gradients, 0.12),
-    FaultKind(
-        "zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, zero_second_moments, 0.19, length=3
-    ),
-    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, write_from_foreign_thread, 0.26),
+    FaultKind("zeroed_moments", "Adam's second moments zeroed, 3 steps", Moment.UPDATE, zero_moments, 0.19, length=3),
+    FaultKind("foreign_write", "another thread overwrites weights", Moment.FORWARD, write_from_foreign, 0.26),
     FaultKind(
         "silent_bit_flip",
         "one mantissa bit of a weight flips: no alarm",

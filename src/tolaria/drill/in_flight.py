@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from tolaria.drill.faults import FaultKind, Moment, Scene
+from tolaria.drill.faults import FaultKind, Scene
+from tolaria.testing.faults import Moment
 
 NAME = "foreign_kernel"
 

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 
 from tolaria.config import GovernorConfig
-from tolaria.drill.faults import Fault, Injector, Moment, spoil
+from tolaria.drill.faults import Fault, Injector, spoil
 from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.workloads import Batch, Training, Workload
 from tolaria.errors import TolariaError
 from tolaria.governor import TolariaGovernor
 from tolaria.records import Incident
-from tolaria.ring import newest_good
+from tolaria.testing.faults import Moment, newest_slot
 
 DIGEST_EVERY = 5
 """Steps between two digests of the train state. A state that is off by one bit stays off: nothing hides in between."""
@@ -150,7 +150,7 @@ def run_guarded(
     ) as governor:
         governor.register("ema", training.ema)
         injector.section = partial(governor.using, write=True)
-        injector.newest_slot = partial(_newest_slot, governor)
+        injector.newest_slot = partial(newest_slot, governor)
         try:
             _train_guarded(governor, workload, training, injector, batches, record, audience, answered)
         except TolariaError as error:
@@ -188,16 +188,6 @@ def _train_guarded(
         completed = _note_incidents(record, audience, answered, completed)
         if not result.rolled_back and completed % DIGEST_EVERY == 0:
             record.digests[completed] = governor.digest()
-
-
-def _newest_slot(governor: TolariaGovernor) -> list[torch.Tensor]:
-    """Memory of the snapshot that a rollback would take now, each shape [bytes], uint8.
-
-    A bit that flips there asks no interface, so this goes round the governor's.
-    """
-    slot = newest_good(governor._keeper.ring)
-    arena = None if slot is None else governor._keeper.vault.slots[slot.index].arena
-    return [] if arena is None else [view for view in arena.views if len(view)]
 
 
 def disturbed(workload: Workload, faults: Sequence[Fault]) -> list[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 from tolaria.gate import GateState
@@ -11,27 +12,44 @@ from tolaria.operations import Await, Change, HostState
 from tolaria.testing.simulator import dispose
 from tolaria.testing.world import Program
 
+Instead = Callable[[Any], tuple[Any, ...]]
+"""What is performed in the place of an operation; of None: when the program is over. Made anew for each run."""
 
-def altered(program: Program, alter: Callable[[Any], Any]) -> Program:
-    """The same program with each of its operations replaced."""
+
+def _rewritten(program: Program, begin: Callable[[], Instead]) -> Program:
+    """The same program with other operations in the place of its own.
+
+    The answer to an operation is that of the last one performed in its place. One without any answers None; a wait
+    answers that there was nothing to wait for. What goes wrong is raised where the program stands.
+    """
 
     def run() -> Iterator[Any]:
         inner: Any = program()
+        instead = begin()
         try:
             op = next(inner)
             while True:
+                result: Any = (None, 0.0) if isinstance(op, Await) else None
                 try:
-                    result = yield alter(op)
+                    for one in instead(op):
+                        result = yield one
                 except Exception as error:
                     op = inner.throw(error)
                 else:
                     op = inner.send(result)
         except StopIteration as end:
+            for one in instead(None):
+                yield one
             return end.value
         finally:
             dispose(inner)
 
     return run
+
+
+def altered(program: Program, alter: Callable[[Any], Any]) -> Program:
+    """The same program with each of its operations replaced."""
+    return _rewritten(program, lambda: lambda op: () if op is None else (alter(op),))
 
 
 def asking(label: str, blind: Callable[[HostState], HostState]) -> Callable[[Any], Any]:
@@ -62,87 +80,56 @@ def asking(label: str, blind: Callable[[HostState], HostState]) -> Callable[[Any
 def delayed(program: Program, late: type[Any], until: Callable[[Any], bool]) -> Program:
     """The same program with one kind of operation performed later: before the first one that `until` picks, or last."""
 
-    def run() -> Iterator[Any]:
-        inner: Any = program()
-        held: Any = None
-        try:
-            op = next(inner)
-            while True:
-                if isinstance(op, late):
-                    held, op = op, inner.send(None)
-                    continue
-                if held is not None and until(op):
-                    yield held
-                    held = None
-                try:
-                    result = yield op
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            if held is not None:
-                yield held
-            return end.value
-        finally:
-            dispose(inner)
+    def begin() -> Instead:
+        held: list[Any] = []
 
-    return run
+        def instead(op: Any) -> tuple[Any, ...]:
+            if isinstance(op, late):
+                held[:] = [op]
+                return ()
+            if op is not None and not (held and until(op)):
+                return (op,)
+            due = (*held, *(() if op is None else (op,)))
+            held.clear()
+            return due
+
+        return instead
+
+    return _rewritten(program, begin)
 
 
 def skipping(program: Program, wanted: Callable[[Any], bool], number: int | None = None) -> Program:
     """The same program without some of its operations: all that are `wanted`, or the n-th of them. They answer None."""
 
-    def run() -> Iterator[Any]:
-        inner: Any = program()
-        count = 0
-        try:
-            op = next(inner)
-            while True:
-                if wanted(op):
-                    count += 1
-                    if number is None or count - 1 == number:
-                        op = inner.send((None, 0.0) if isinstance(op, Await) else None)
-                        continue
-                try:
-                    result = yield op
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            return end.value
-        finally:
-            dispose(inner)
+    def begin() -> Instead:
+        numbers = count()
 
-    return run
+        def instead(op: Any) -> tuple[Any, ...]:
+            if op is None or (wanted(op) and number in (None, next(numbers))):
+                return ()
+            return (op,)
+
+        return instead
+
+    return _rewritten(program, begin)
 
 
 def unfollowed(program: Program, first: Any, late: type[Any]) -> Program:
     """The same program without the operations of one kind that directly follow `first`. They answer None."""
 
-    def run() -> Iterator[Any]:
-        inner: Any = program()
+    def begin() -> Instead:
         last: Any = None
-        try:
-            op = next(inner)
-            while True:
-                if last == first and isinstance(op, late):
-                    op = inner.send(None)
-                    continue
-                last = op
-                try:
-                    result = yield op
-                except Exception as error:
-                    op = inner.throw(error)
-                else:
-                    op = inner.send(result)
-        except StopIteration as end:
-            return end.value
-        finally:
-            dispose(inner)
 
-    return run
+        def instead(op: Any) -> tuple[Any, ...]:
+            nonlocal last
+            if op is None or (last == first and isinstance(op, late)):
+                return ()
+            last = op
+            return (op,)
+
+        return instead
+
+    return _rewritten(program, begin)
 
 
 def changing(label: str, function: Callable[[Any, HostState], Any]) -> Callable[[Any], Any]:

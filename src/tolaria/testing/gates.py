@@ -51,6 +51,14 @@ def driver() -> Any:
         ) from error
 
 
+def make_current(stream: torch.cuda.Stream) -> None:
+    """See to it that the calling thread has a CUDA context: one that has launched nothing yet has none.
+
+    The driver refuses its calls then, and cuBLAS warns.
+    """
+    stream.record_event()
+
+
 class Gate:
     """Work that a stream is given after `close(stream)` does not begin before `open()`.
 
@@ -77,7 +85,8 @@ class Gate:
         torch.cuda.synchronize()
 
     def close(self, stream: torch.cuda.Stream) -> None:
-        """Hold back what `stream` is given from now on."""
+        """Hold back what `stream` is given from now on. On any thread."""
+        make_current(stream)
         (code,) = self._driver.cuStreamWaitValue32(stream.cuda_stream, self._word.data_ptr(), 1, _GREATER_OR_EQUAL)
         assert int(code) == 0, code
 

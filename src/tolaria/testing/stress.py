@@ -29,6 +29,8 @@ from torch import nn
 from tolaria import GovernorConfig, TolariaGovernor, judge
 from tolaria.operations import Await, HostState
 from tolaria.records import Capabilities
+from tolaria.testing.tags import extremes, tag_in
+from tolaria.testing.turbulence import Turn
 
 FIRST_TAG = 1
 _PATIENCE_S = 60.0
@@ -104,23 +106,10 @@ class _Look:
 
 
 class _Group:
-    """Parameters that one worker at a time uses, and the end of what the last one launched."""
+    """Parameters that one worker at a time uses."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters, self.turn = parameters, threading.Lock()
-        self.last: Any = None
-
-    @contextlib.contextmanager
-    def used(self, stream: torch.cuda.Stream | None) -> Generator[None]:
-        """On that stream, behind what was launched before. The caller has taken `turn`."""
-        if stream is None:
-            yield
-            return
-        with torch.cuda.stream(stream):
-            if self.last is not None:
-                stream.wait_event(self.last)
-            yield
-            self.last = stream.record_event()
+        self.parameters, self.turn = parameters, Turn()
 
 
 class Stress:
@@ -190,7 +179,7 @@ class Stress:
         source.shuffle(order)
         half = source.randrange(1, len(order))
         pauses = source.random() < _PAUSES
-        with self._section(write=True), group.turn, group.used(self._stream(source)):
+        with self._section(write=True), group.turn.lock, group.turn.used(self._stream(source)):
             state: HostState = self._driver.state
             tag = self._take_tag(state)
             for parameter in order[:half]:
@@ -216,15 +205,15 @@ class Stress:
 
     def _look(self, source: random.Random) -> None:
         group = source.choice(self._groups)
-        with self._section(write=False), group.turn:
+        with self._section(write=False), group.turn.lock:
             self._note(group, source)
 
     def _note(self, group: _Group, source: random.Random) -> None:
         epoch = self._driver.state.epoch
-        with group.used(self._stream(source)):
-            extremes = torch.stack([torch.stack(parameter.detach().aminmax()) for parameter in group.parameters])
+        with group.turn.used(self._stream(source)):
+            found = extremes(group.parameters)
         with self._lock:
-            self._looks.append(_Look(extremes, epoch, self._restored.get(epoch, -1)))
+            self._looks.append(_Look(found, epoch, self._restored.get(epoch, -1)))
 
     # ------------------------------------------------------------ the one that rolls back
 
@@ -269,11 +258,11 @@ class Stress:
         with torch.no_grad(), self._section(write=False):
             for group in self._groups:
                 # not waiting: who holds it may be waiting for the next rollback
-                if group.turn.acquire(blocking=False):
+                if group.turn.lock.acquire(blocking=False):
                     try:
                         self._note(group, source)
                     finally:
-                        group.turn.release()
+                        group.turn.lock.release()
         if len(self._looks) > _MOST_LOOKS:
             self._judge()
 
@@ -286,11 +275,11 @@ class Stress:
             torch.cuda.synchronize()
         for look in looks:
             self.counts.reads += 1
-            smallest, largest = float(look.extremes.min()), float(look.extremes.max())
-            if smallest != largest:
+            tag = tag_in(look.extremes)
+            if tag is None:
                 self.counts.torn += 1
             else:
-                self.counts.lost += not self._belongs(self._tags[int(smallest)], look)
+                self.counts.lost += not self._belongs(self._tags[tag], look)
 
     @staticmethod
     def _belongs(tag: Tag, look: _Look) -> bool:
