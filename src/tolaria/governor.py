@@ -212,12 +212,7 @@ class TolariaGovernor:
         return result
 
     def _guarded_step(
-        self,
-        loss: Loss,
-        clip: float | None,
-        metric: float | None,
-        closure: Any,
-        signs: Mapping[str, torch.Tensor | float],
+        self, loss: Loss, clip: float | None, metric: float | None, closure: Any, signs: Mapping[str, Any]
     ) -> Sent:
         """Update, and send off the numbers to be judged."""
         acting = self.config.mode == "act"

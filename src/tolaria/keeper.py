@@ -27,12 +27,7 @@ from tolaria.barriers import Ground
 from tolaria.config import GovernorConfig, Moments
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
-from tolaria.errors import (
-    BudgetExceeded,
-    PhaseError,
-    SlotsBusy,
-    SnapshotRejected,
-)
+from tolaria.errors import BudgetExceeded, PhaseError, SlotsBusy, SnapshotRejected
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
 from tolaria.protocol import RolledBack, Taken
