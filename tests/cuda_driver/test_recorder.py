@@ -14,12 +14,14 @@ from cuda_driver.fake_driver import FakeDriver
 from cuda_driver.test_tiers import SETTINGS, certified, drain
 from torch import nn
 
+from tolaria import capture
 from tolaria.cuda import ContextDevice
 from tolaria.driver import Driver
 from tolaria.errors import TolariaError
 from tolaria.operations import HostWait, Reserve, Transfer
 from tolaria.ring import Tier
 from tolaria.route import DeviceRoute
+from tolaria.testing import taps
 from tolaria.testing.recorder import Recorder
 
 COPIES = "cpu tolaria's copies"
@@ -165,6 +167,43 @@ def test_copies_that_go_to_the_callers_stream_are_seen_there(subject, monkeypatc
     found = pairs(run(subject, whole=False))
     stream = f"cpu stream {subject.b.handle:#x}"
     assert any(stream == first for first, _ in found), found
+
+
+@pytest.mark.parametrize("how", ["nothing", "the stream", "a query", "a query of what has not passed"])
+def test_what_the_host_waits_for_is_over(subject, how):
+    """By a wait for the governor's stream, or a query that says yes."""
+    port = next(iter(subject.governor._keeper.devices.values()))
+    subject.machine.lag = 1 if how == "a query" else None
+    with Recorder(subject.governor) as recorder:
+        subject.governor.execute_rollback()
+        event = port.stream_record()
+        if how == "the stream":
+            port.synchronize()
+        elif how != "nothing":
+            port.mark()  # so that the event is passed where the machine says so
+            assert port.has_passed(event) == (how == "a query")
+        recorder.did(reads=[subject.model[0].weight], what="the host")
+    assert bool(recorder.races) == (how in ("nothing", "a query of what has not passed"))
+
+
+def test_a_device_that_appears_later_is_followed(subject):
+    with Recorder(subject.governor) as recorder:
+        port = subject.governor._keeper.devices._open("cpu")
+        event = port.stream_record()
+        assert taps.event_key(event.handle) in recorder.ledger._events
+    port.close()
+
+
+def test_a_replay_writes_the_whole_train_state(subject):
+    with Recorder(subject.governor) as recorder:
+        with subject.on(subject.a):
+            for listener in capture._live(capture._listeners):
+                with listener.replaying():
+                    pass
+        recorder.did(reads=[subject.model[1].bias], what="the host")
+    (race,) = recorder.races
+    assert race.first.what == "replay of a graph of model.1.bias"
+    assert race.first.actor == f"cpu stream {subject.a.handle:#x}"
 
 
 # ------------------------------------------------------------ host threads and the gate
