@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from tolaria import Detector, Health, Verdict, veto
+from tolaria.observe import Readings
 from tolaria.update import Update
+from tolaria.vitals import Sent
 
 NAN = float("nan")
 FUSED = {
@@ -480,3 +482,27 @@ def test_where_the_host_would_have_to_wait_nothing_is_vetoed_and_the_rollback_an
         assert seen == [False]
         assert (governor.rollbacks, governor.statistics().vetoes) == (1, 0)
         assert run.state() == expected
+
+
+def test_a_kept_veto_counts_for_no_probation(late, govern, monkeypatch):
+    late.lag = 1
+    run, counted = Bare(FUSED["adamw"]), []
+    governor = govern(run.model, run.optimizer, on_veto="keep", cadence=4, probation=2)
+    advance = governor._keeper.advance
+    monkeypatch.setattr(governor._keeper, "advance", lambda step: (counted.append(step), advance(step)))
+    for number, x in enumerate(run.batches[:8]):
+        loss = run.backward(x)
+        if number == 4:
+            run.model[2].bias.grad[1] = NAN
+        governor.step(loss=loss)
+    governor.state_dict()
+    assert counted == [1, 2, 3, 4, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("vetoed", "keeps"), [(0.0, False), (1.0, False), (1.0, True)])
+def test_a_veto_beside_what_a_scaler_skips_is_not_routine(vetoed, keeps):
+    numbers = {"scaler_skipped": 1.0, "vetoed": vetoed, "nonfinite_gradients": 2.0, "loss": NAN}
+    arrived = Sent(step=3, reading=Readings({}).send(numbers), keeps_vetoes=keeps).read()
+    assert (arrived.by_scaler, arrived.vetoed, arrived.kept) == (not vetoed, bool(vetoed), keeps)
+    assert arrived.signs.nonfinite_gradients == (2 if vetoed and not keeps else 0)
+    assert (arrived.signs.loss is None) == keeps
