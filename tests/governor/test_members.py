@@ -269,7 +269,7 @@ def test_wait_raises_when_the_slot_has_rotted(govern: Govern, kit: Any) -> None:
 
 
 def test_on_a_cpu_streams_may_be_named_and_say_nothing(govern: Govern, kit: Any) -> None:
-    governor = govern(kit.Run().model, barrier="streams")
+    governor = govern(kit.Run().model, config=GovernorConfig(barrier="streams"))
     assert governor.capabilities().barrier == "host"
     opened = False
     with governor.using(streams=[object()]):
