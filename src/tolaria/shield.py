@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -12,8 +13,18 @@ from typing import Any
 Handler = Any
 
 _NUMBERS = tuple(int(number) for number in signal.valid_signals())  # asking takes longer than a small rollback
-# what is under `signal.getsignal`: asked for every signal at every submission, and enums are slow
-_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+
+
+def _asking() -> Callable[[int], Any]:
+    """What is under `signal.getsignal`: asked for every signal at every submission, and enums are slow."""
+    try:
+        asked: Callable[[int], Any] = importlib.import_module("_signal").getsignal
+    except (ImportError, AttributeError):  # a module of CPython's own
+        return signal.getsignal
+    return asked
+
+
+_handler_of = _asking()
 
 
 class Shield:
