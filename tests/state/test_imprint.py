@@ -409,3 +409,15 @@ def test_no_imprint_is_taken_of_what_moves_each_time() -> None:
         state.survey()
     known = state.survey().leaves
     assert state.survey().leaves is known
+
+
+def test_the_size_of_a_storage_counts_where_its_address_stays() -> None:
+    """Some allocators grow memory in place."""
+    state = TrainState(nn.Linear(2, 2))
+    state.survey()
+    assert state._imprint is not None
+    memory = state._imprint._whereabouts._blocks[0]._memory
+    there, device, size = memory[0].data_ptr(), memory[0].device, memory[0].nbytes()
+    for found, stands in ((size, True), (size - 4, False), (size + 4, False)):
+        memory[0] = torch._C._construct_storage_from_data_pointer(there, device, found)
+        assert state._imprint.stands() == stands
