@@ -17,11 +17,9 @@ and plain torch operators (every device).
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -251,7 +249,6 @@ class Sweep:
         self._num_blocks = 0
         self._kernel: Callable[..., Any] | None = None
         self._index = -1
-        self._launches: dict[tuple[int, int], Callable[[], None]] = {}
         if self._live and self.num_chunks and self._live[0].device.type == "cuda":
             with torch.cuda.device(self._live[0].device):
                 self._index = torch.cuda.current_device()
@@ -306,15 +303,9 @@ class Sweep:
             return
         grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
         counted = self._table if answer is None else answer  # never written without _READ
-        launch = self._launches.get((what, counted.data_ptr()))
-        if launch is None:
-            arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
-            launch = self._launches[what, counted.data_ptr()] = launcher(self._kernel, grid, arguments)
-        if torch.cuda.current_device() == self._index:
-            launch()
-        else:
-            with torch.cuda.device(self._index):
-                launch()
+        arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
+        with torch.cuda.device(self._index):
+            self._kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
@@ -428,45 +419,6 @@ def _shifted(k: torch.Tensor, by: int) -> torch.Tensor:
 
 def _signed(k: int) -> int:
     return k - (1 << 64) if k >= 1 << 63 else k
-
-
-def launcher(kernel: Any, grid: int, arguments: Sequence[torch.Tensor | int]) -> Callable[[], None]:
-    """A call that launches a compiled kernel on the current stream of the current device, any number of times.
-
-    torch's own launch opens the driver library and converts every argument anew each time, which takes several times as
-    long as the launch. The arguments are held.
-    """
-    library, function = _driver_library(), getattr(kernel, "func", None)
-    if library is None or function is None:  # private to torch
-        return lambda: kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=list(arguments))
-    values = [
-        ctypes.c_void_p(each.data_ptr()) if isinstance(each, torch.Tensor) else ctypes.c_int(each) for each in arguments
-    ]
-    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-    held = values, list(arguments)
-    index = torch.cuda.current_device()
-
-    def launch(_: Any = held) -> None:
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(index))
-        code = library.cuLaunchKernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream, addresses, None)
-        if code:
-            error = RuntimeError(f"CUDA error {code} at the launch of a sweep")
-            vars(error)["error_code"] = code  # where torch has it, so that a lost device is recognised
-            raise error
-
-    return launch
-
-
-@functools.cache
-def _driver_library() -> Any:
-    """CUDA's driver library, which torch has loaded already; None on ROCm."""
-    if torch.version.hip is not None:
-        return None
-    try:
-        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return None
-    return library if hasattr(library, "cuLaunchKernel") else None
 
 
 @functools.cache

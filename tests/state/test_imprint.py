@@ -28,6 +28,7 @@ class Extra(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.register_buffer("window", torch.zeros(8)[2:5])
         self.calls, self.names, self.table = 0, ["a", ["b"]], {"x": 1}
         self.activation = nn.functional.relu
         self.cached = torch.zeros(2)
@@ -109,6 +110,7 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     ),
     "other offset": lambda w: setattr(w.model.norm.running_mean, "data", w.model.norm.running_mean.data[1:]),
     "a buffer shifted": lambda w: w.model.norm.running_mean.set_(w.model.norm.running_mean.untyped_storage(), 1, (3,)),
+    "a window shifted": lambda w: w.model.extra.window.set_(w.model.extra.window.untyped_storage(), 3, (3,)),
     "storage grown": lambda w: w.model.norm.running_mean.untyped_storage().resize_(1 << 16),
     "storage shrunk": lambda w: w.model.norm.running_var.untyped_storage().resize_(4),
     "storage freed and taken again": lambda w: [
