@@ -248,9 +248,11 @@ class Sweep:
         self._table: torch.Tensor | None = None
         self._num_blocks = 0
         self._kernel: Callable[..., Any] | None = None
+        self._index = -1
         if self._live and self.num_chunks and self._live[0].device.type == "cuda":
             with torch.cuda.device(self._live[0].device):
-                self._kernel = compiled(torch.cuda.current_device())
+                self._index = torch.cuda.current_device()
+                self._kernel = compiled(self._index)
         if self._kernel is not None:
             self._table = self._laid(counts)
 
@@ -302,7 +304,7 @@ class Sweep:
         grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
         counted = self._table if answer is None else answer  # never written without _READ
         arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
-        with torch.cuda.device(self._live[0].device):
+        with torch.cuda.device(self._index):
             self._kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:

@@ -28,6 +28,7 @@ class Extra(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.register_buffer("window", torch.zeros(8)[2:5])
         self.calls, self.names, self.table = 0, ["a", ["b"]], {"x": 1}
         self.activation = nn.functional.relu
         self.cached = torch.zeros(2)
@@ -109,6 +110,7 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     ),
     "other offset": lambda w: setattr(w.model.norm.running_mean, "data", w.model.norm.running_mean.data[1:]),
     "a buffer shifted": lambda w: w.model.norm.running_mean.set_(w.model.norm.running_mean.untyped_storage(), 1, (3,)),
+    "a window shifted": lambda w: w.model.extra.window.set_(w.model.extra.window.untyped_storage(), 3, (3,)),
     "storage grown": lambda w: w.model.norm.running_mean.untyped_storage().resize_(1 << 16),
     "storage shrunk": lambda w: w.model.norm.running_var.untyped_storage().resize_(4),
     "storage freed and taken again": lambda w: [
@@ -409,3 +411,15 @@ def test_no_imprint_is_taken_of_what_moves_each_time() -> None:
         state.survey()
     known = state.survey().leaves
     assert state.survey().leaves is known
+
+
+def test_the_size_of_a_storage_counts_where_its_address_stays() -> None:
+    """Some allocators grow memory in place."""
+    state = TrainState(nn.Linear(2, 2))
+    state.survey()
+    assert state._imprint is not None
+    memory = state._imprint._whereabouts._blocks[0]._memory
+    there, device, size = memory[0].data_ptr(), memory[0].device, memory[0].nbytes()
+    for found, stands in ((size, True), (size - 4, False), (size + 4, False)):
+        memory[0] = torch._C._construct_storage_from_data_pointer(there, device, found)
+        assert state._imprint.stands() == stands
