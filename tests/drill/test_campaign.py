@@ -20,7 +20,7 @@ from tolaria.drill.campaign.trial import WORKLOADS, Mode, References, open_refer
 from tolaria.drill.workloads import CannotRun
 from tolaria.feed import Feed
 
-STEPS = 40
+STEPS = 30
 INSIDE = [kind for kind in KINDS if kind.ending is not Ending.OUTSIDE]
 SIXTY = [(kind, list(WORKLOADS)[number % 3]) for number, kind in enumerate(INSIDE)]
 SIXTY += [(kind, "regression") for kind in INSIDE if (kind, "regression") not in SIXTY]
