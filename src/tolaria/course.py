@@ -244,7 +244,7 @@ class Course:
         loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
         """
         if not self.feed.has_open and self.again.is_due(self.completed, at_the_end or self._due is not None):
-            self._reexecute()
+            self._reexecute(at_the_end)
         panic = None
         if self._due is not None and not self.feed.has_open:
             panic = self._snapshot_or_panic(self._due)
@@ -264,12 +264,11 @@ class Course:
             (VitalSigns(step=step), Verdict(Health.PANIC, step, "a write raised half-way", step)) if is_torn else None
         )
 
-    def _reexecute(self) -> None:
-        """Run the steps since the last snapshot again, or compare what came of it, if all of them are healthy."""
-        panic = self.catch_up(wait=True)
-        if panic is not None:
+    def _reexecute(self, at_the_end: bool) -> None:
+        """Run the steps since the last snapshot again, or compare what came of it, if healthy or the last there are."""
+        if (panic := self.catch_up(wait=True)) is not None:
             self.answer(*panic)
-        elif self.verdict.health is Health.HEALTHY:
+        elif at_the_end or self.verdict.health is Health.HEALTHY:
             step = VitalSigns(step=self.completed)
             verdict, report, rewind = self.again.examine(self.completed)
             if verdict is not None:

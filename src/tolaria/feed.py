@@ -118,6 +118,9 @@ class Feed:
         self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._exact_before = 0  # deliveries again below this index find the random state they found before
+        self._stale: set[int] = (
+            set()
+        )  # behind a batch that was left out, and not delivered since: theirs is of another run
         self._devices, self._track_draws = devices, track_draws
         self._lock = threading.RLock()
 
@@ -246,6 +249,7 @@ class Feed:
             if not self._queue:
                 return None
             delivery = self._queue.popleft()
+            self._stale.discard(delivery.index)
             self._open.append(delivery.index)
         if delivery.after is None or not self._track_draws():
             return delivery
@@ -299,7 +303,8 @@ class Feed:
         self._dropped |= gone
         drew = self._last_draw_not_kept >= position or any(d.drew for d in dropped)
         repeats = restores_random_state and not (gone and drew)
-        self._exact_before = min(gone, default=self._next) if repeats else 0
+        self._stale = {d.index for d in self._queue if d.index in self._stale or (gone and d.index > min(gone))}
+        self._exact_before = min(gone | self._stale, default=self._next) if repeats else 0
         return Rewind(len(self._queue), len(gone), note, drew)
 
     def _obstacle(self, position: int, due: list[Delivery], dropped: list[Delivery]) -> str:

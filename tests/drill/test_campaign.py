@@ -20,7 +20,7 @@ from tolaria.drill.campaign.trial import WORKLOADS, Mode, References, open_refer
 from tolaria.drill.workloads import CannotRun
 from tolaria.feed import Feed
 
-STEPS = 40
+STEPS = 30
 INSIDE = [kind for kind in KINDS if kind.ending is not Ending.OUTSIDE]
 SIXTY = [(kind, list(WORKLOADS)[number % 3]) for number, kind in enumerate(INSIDE)]
 SIXTY += [(kind, "regression") for kind in INSIDE if (kind, "regression") not in SIXTY]
@@ -71,20 +71,10 @@ def test_an_undisturbed_run_has_no_panic_and_ends_like_the_clean_one(
     assert (trial.outcome, trial.facts.panics, trial.facts.ratio) == (Outcome.UNHARMED, 0, 1.0)
 
 
-TWINS = ("exponent_flip", "mantissa_flip", "exploded_gradients", "scaled_weights", "nan_batch", "broken_unit")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TWINS)
-def test_without_detectors_and_re_execution_it_fails(name: str, references: Callable[[str], References]) -> None:
-    """The red twin of the whole. A veto, and a snapshot that is not finite, still answer what is not finite."""
-    trial = run_trial(BY_NAME[name], references("regression"), 0, "blind")
-    assert not trial.outcome.is_good or trial.facts.panics
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mantissa_flip", "flipped_sign", "scaled_weights", "moment_flip"])
 def test_blind_it_is_a_silent_failure(name: str, references: Callable[[str], References]) -> None:
+    """The red twin of the whole: no detector and no re-execution."""
     assert run_trial(BY_NAME[name], references("regression"), 0, "blind").outcome is Outcome.SILENT
 
 

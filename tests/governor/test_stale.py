@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -321,6 +322,21 @@ def test_a_step_that_raised_half_way_is_rolled_back(error: BaseException, govern
     assert run.state() == good
     assert not governor._keeper.driver.state.torn
     assert not run.healthy_step(governor).rolled_back
+
+
+def test_the_last_step_of_the_data_that_raised_half_way_is_rolled_back(govern: Govern, kit: Any) -> None:
+    """No later step could be judged torn. It is trained again."""
+    run = Shallow(kit, HalfWay)
+    governor = govern(run.model, run.optimizer)
+    trained = []
+    for number in governor.watch([0, 1]):
+        run.optimizer.error = RuntimeError("boom") if number == 1 and 1 not in trained else None  # type: ignore[attr-defined]
+        trained.append(number)
+        with contextlib.suppress(RuntimeError):
+            run.healthy_step(governor)
+    assert trained == [0, 1, 0, 1]
+    assert not governor._keeper.driver.state.torn
+    assert governor.statistics().rollbacks == 1
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

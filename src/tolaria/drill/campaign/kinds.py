@@ -201,6 +201,7 @@ KINDS: tuple[Kind, ...] = (
         "returning_flip",
         "an exponent flip that returns on replay",
         (Stroke(Moment.UPDATE, flip_exposed_exponent, occasions=TWICE),),
+        (0.0, 0.9),
     ),
     # faults that do not end
     Kind(
@@ -244,6 +245,13 @@ KINDS: tuple[Kind, ...] = (
         "a mantissa flip that comes again in each execution",
         (Stroke(Moment.REST, flip(weights_of, _MANTISSA), occasions=LASTING),),
         ending=Ending.OUTSIDE,
+    ),
+    Kind(
+        "returns_at_the_end",
+        "an exponent flip in the last step, that comes again in each execution",
+        (Stroke(Moment.UPDATE, flip_exposed_exponent, occasions=LASTING),),
+        _LAST,
+        Ending.OUTSIDE,
     ),
     Kind(
         "random_state",
