@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tolaria import memory
-from tolaria.bench import contest, training
+from tolaria.bench import contest, own, training
 from tolaria.bench.peers.contestant import CATALOGUE, Entry
 from tolaria.bench.records import Row, Spread, Standing, as_json
 from tolaria.bench.show import Show
@@ -68,6 +68,11 @@ def test_a_ratio_is_taken_round_by_round() -> None:
     assert Row.beside("snapshot", "x", [1.0, 9.0, 9.0], "floor", [1.0, 1.0, 3.0]).times_floor == 3.0
 
 
+def test_host_time_is_told_per_tensor() -> None:
+    row = own._held("rollback", [3.0, 1.0, 2.0], 100)
+    assert (row.ms.median, row.note, row.floor) == (2.0, "20.0 us per tensor", None)
+
+
 def test_a_standing_survives_json() -> None:
     standing = Standing(name="a", kind="snapshot", status="measured", stall_ms=Spread.of([1.0]), is_exact=False)
     assert Standing.from_json(json.loads(json.dumps(asdict(standing)))) == standing
@@ -106,8 +111,8 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert list(rows) == [
         ("snapshot", "to done"),
         ("snapshot", "call to sealed"),
-        ("rollback", "call until it returns"),
-        ("judgement", "observe and judge, host"),
+        ("rollback", "to done"),
+        ("judgement", "observe and judge"),
         ("training", "without a governor"),
         ("training", "governed, no snapshots"),
         ("training", "governed, default settings"),

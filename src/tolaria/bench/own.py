@@ -6,14 +6,14 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, protocol
 from tolaria.bench.clock import Clock, Floors, PinnedFloors, ReadFloor
-from tolaria.bench.records import Row
+from tolaria.bench.records import Row, Spread
 from tolaria.bench.workload import Workload
 from tolaria.budget import TierChoice
 
@@ -111,13 +111,22 @@ def snapshots(work: Workload, rounds: int, tick: Callable[[], None]) -> list[Row
     rows = [Row.beside("snapshot", "to done", found["done"], floor, found["flat"])]
     if clock.is_queued:
         rows[0] = Row.beside("snapshot", "to done, on the device", found["done"], floor, found["flat"])
-        rows.append(Row.beside("snapshot", "call until it returns", found["call"], floor, found["flat"]))
+        rows.append(_held("snapshot", found["call"], len(work.tensors())))
         rows.append(Row.beside("snapshot", "call to done, idle device", found["whole"], floor, found["flat"]))
     rows.append(Row.beside("snapshot", "call to sealed", found["sealed"], floor, found["flat"]))
     if clock.is_queued:
-        rows.append(Row.beside("rollback", "on the device", found["back"], floor, found["flat"]))
-    rows.append(Row.beside("rollback", "call until it returns", found["back call"], floor, found["flat"]))
+        rows.append(Row.beside("rollback", "to done, on the device", found["back"], floor, found["flat"]))
+        rows.append(_held("rollback", found["back call"], len(work.tensors())))
+    else:
+        rows.append(Row.beside("rollback", "to done", found["back call"], floor, found["flat"]))
     return rows
+
+
+def _held(group: str, found: Sequence[float], num_tensors: int) -> Row:
+    """Host time of a call that waits for no device: it grows with the number of tensors, not with their bytes."""
+    spread = Spread.of(found)
+    note = f"{spread.median / num_tensors * 1e3:.1f} us per tensor"
+    return Row(group=group, name="host, until the call returns", ms=spread, note=note)
 
 
 def host_tier(work: Workload, rounds: int, tick: Callable[[], None]) -> list[Row]:
@@ -172,10 +181,12 @@ def judging(work: Workload, rounds: int, tick: Callable[[], None]) -> list[Row]:
                 tick()
     work.optimizer.zero_grad(set_to_none=True)
     against = "one read of gradients and weights"
-    rows = [Row.beside("judgement", "observe and judge, host", held, against, read)]
-    if clock.is_queued:
-        rows.append(Row.beside("judgement", "observe and judge, on the device", device, against, read))
-    return rows
+    if not clock.is_queued:
+        return [Row.beside("judgement", "observe and judge", held, against, read)]
+    return [
+        _held("judgement", held, 2 * len(list(work.model.parameters()))),
+        Row.beside("judgement", "on the device", device, against, read),
+    ]
 
 
 def name_of(device: torch.device) -> str:

@@ -61,7 +61,6 @@ class Entry:
         module: Of this folder, that has it.
         factory: Name of the callable in it: takes a `Workload` and a folder for files, and answers a contestant.
         package: What to install; empty for what comes with torch.
-        imported: Module that is there when the package is.
         device: The only device type that it works on; empty: any.
         note: What is measured, and with which call.
         fused: Whether the workload's AdamW is the fused one.
@@ -72,7 +71,6 @@ class Entry:
     module: str
     factory: str
     package: str = ""
-    imported: str = ""
     device: str = ""
     note: str = ""
     fused: bool = True
@@ -112,7 +110,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "arc_training",
         "Arc",
         package="arc-training",
-        imported="arc",
         note="step() and optimizer.step() with a snapshot in it, less a plain optimizer step, then another step(); "
         "rollback: step() on a NaN loss",
     ),
@@ -122,7 +119,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "torch_snapshot",
         "TorchSnapshot",
         package="torchsnapshot",
-        imported="torchsnapshot",
         note="Snapshot.async_take on tmpfs; Snapshot.restore",
     ),
     Entry(
@@ -131,7 +127,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "lm_resiliency_peer",
         "InMemory",
         package="lm-resiliency",
-        imported="lm_resiliency",
         note="InMemoryCheckpointManager.save, maybe_wait; load, load_state_dict",
     ),
     Entry(
@@ -140,7 +135,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "dlrover_peer",
         "Flash",
         package="dlrover[torch]",
-        imported="dlrover",
         note="DdpCheckpointer.save_checkpoint(MEMORY); load_checkpoint, load_state_dict",
     ),
     Entry(
@@ -149,9 +143,8 @@ CATALOGUE: tuple[Entry, ...] = (
         "nvrx",
         "Local",
         package="nvidia-resiliency-ext",
-        imported="nvidia_resiliency_ext",
         device="cuda",
-        note="LocalCheckpointManager.save, asynchronous, on tmpfs; load, load_state_dict",
+        note="LocalCheckpointManager.save on tmpfs; load, load_state_dict",
     ),
     Entry(
         "torchft, HTTP transport",
@@ -159,8 +152,7 @@ CATALOGUE: tuple[Entry, ...] = (
         "torchft_peer",
         "Transport",
         package="torchft",
-        imported="torchft",
-        note="HTTPTransport.send_checkpoint; recv_checkpoint from itself, load_state_dict",
+        note="HTTPTransport.send_checkpoint, which copies nothing on a CPU; recv_checkpoint, load_state_dict",
     ),
     Entry("tolaria", "judge", "ours", "Observes", note="observe(): loss, gradients and weights, default detectors"),
     Entry("torch: item()", "judge", "plain", "Items", note="loss.item(), clip_grad_norm_(inf).item()"),
@@ -170,7 +162,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "arc_training",
         "Steps",
         package="arc-training",
-        imported="arc",
         note="Controller.step() of a healthy step, default settings",
     ),
     Entry(
@@ -179,7 +170,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "spike_detection",
         "Spikes",
         package="lightning",
-        imported="lightning",
         note="on_train_batch_end(): the loss alone, after the optimizer step",
     ),
     Entry(
@@ -188,7 +178,6 @@ CATALOGUE: tuple[Entry, ...] = (
         "skip_step",
         "SkipSteps",
         package="ai2-olmo-core",
-        imported="olmo_core",
         note="SkipStepAdamW.step() less torch.optim.AdamW.step(foreach); the norm is the caller's",
         fused=False,
     ),

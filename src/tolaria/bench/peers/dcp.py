@@ -1,16 +1,24 @@
-"""torch.distributed.checkpoint, in one process and without a group."""
+"""torch.distributed.checkpoint, in one process and without a group; a group of one for those that cannot do without."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tolaria.bench.workload import Workload
+
+
+def join_alone(folder: Path) -> Callable[[], None]:
+    """Make a process group of this process alone. Answers what to call in the end."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
+    return torch.distributed.destroy_process_group
 
 
 class Saved:

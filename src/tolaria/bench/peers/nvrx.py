@@ -1,4 +1,4 @@
-"""nvidia-resiliency-ext: local checkpoints, asynchronous, to a folder in memory. CUDA tensors only."""
+"""nvidia-resiliency-ext: local checkpoints, one process, to a folder in memory. CUDA tensors only."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from torch.utils import _pytree
+
+from tolaria.bench.peers.dcp import join_alone
 from tolaria.bench.peers.state import load, state_dicts
 from tolaria.bench.workload import Workload
 
-_CHECKPOINTING = "nvidia_resiliency_ext.checkpointing"
-
 
 class Local:
-    """`LocalCheckpointManager` in one process."""
+    """`LocalCheckpointManager.save`, waited for."""
 
     def __init__(self, work: Workload, folder: Path) -> None:
-        managers = importlib.import_module(f"{_CHECKPOINTING}.local.ckpt_managers.local_manager")
-        self._wrap: Any = importlib.import_module(f"{_CHECKPOINTING}.local.basic_state_dict").BasicTensorAwareStateDict
-        self._queue: Any = importlib.import_module(f"{_CHECKPOINTING}.async_ckpt.core").AsyncCallsQueue()
-        self._manager: Any = managers.LocalCheckpointManager(str(folder))
+        checkpointing = "nvidia_resiliency_ext.checkpointing.local"
+        managers = importlib.import_module(f"{checkpointing}.ckpt_managers.local_manager")
+        self._wrap: Any = importlib.import_module(f"{checkpointing}.basic_state_dict").BasicTensorAwareStateDict
+        self._leave = join_alone(folder)
+        self._manager: Any = managers.LocalCheckpointManager(str(folder / "local"))
         self._work, self._step = work, 0
 
     def snapshot(self) -> None:
-        """Copied to main memory."""
+        """Written. It puts copies into the dictionaries that it is given, which must not be the optimizer's own."""
         self._step += 1
-        request = self._manager.save(self._wrap(state_dicts(self._work)), self._step, is_async=True)
-        self._queue.schedule_async_request(request)
+        containers = _pytree.tree_unflatten(*_pytree.tree_flatten(state_dicts(self._work)))
+        self._manager.save(self._wrap(containers), self._step, is_async=False)
 
     def complete(self) -> None:
-        """Written by its process."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        """It is."""
 
     def rollback(self) -> None:
-        """Read."""
+        """Read, and moved to the device."""
         self._manager.find_latest()
         found, _ = self._manager.load()
         found.restore_tensor_device()
-        load(self._work, found.to_state_dict() if hasattr(found, "to_state_dict") else found.state_dict)
+        load(self._work, found.state_dict)
 
     def close(self) -> None:
-        """Its process."""
-        self._queue.close()
+        """Its group."""
+        self._leave()
