@@ -79,6 +79,9 @@ def test_a_thread_that_asks_for_a_section_does_not_race(governed):
     assert [str(race) for race in recorder.races] == []
     names = {access.actor for access in recorder.ledger._accesses.values()}
     assert len(names) == 2, "both threads were seen"
+    told = [access.what for access in recorder.ledger._accesses.values()]
+    assert any(what.startswith("Copy(slot") for what in told)
+    assert not any("_foreach_copy_" in what for what in told), "the governor's copies were told of twice"
 
 
 def test_one_that_asks_nobody_does(governed):
