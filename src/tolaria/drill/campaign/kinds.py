@@ -210,7 +210,7 @@ KINDS: tuple[Kind, ...] = (
         (Stroke(Moment.UPDATE, fill(gradients_of, _NAN), length=0, occasions=LASTING),),
         (0.2, 0.5),
         Ending.NAMED,
-        max_retries=6,
+        max_retries=2,
     ),
     Kind(
         "stray_writer",
@@ -218,7 +218,7 @@ KINDS: tuple[Kind, ...] = (
         (Stroke(Moment.LOSS, write_from_thread(10.0), length=0, occasions=LASTING, fresh=True),),
         (0.2, 0.5),
         Ending.NAMED,
-        max_retries=6,
+        max_retries=2,
     ),
     Kind(
         "every_slot",

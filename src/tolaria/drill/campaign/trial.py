@@ -225,12 +225,15 @@ class _Run:
         ) as governor:
             governor.register("ema", training.ema)
             self.striker.slots = partial(_slots, governor)
+            left: TolariaError | None = None
             try:
                 self._train(governor)
             except TolariaError as error:
                 self.ended_by = type(error).__name__
-                self.is_left_alone = error.state_intact and _is_left_alone(governor)
+                left = error
             self.digest = governor.digest()
+            if left is not None and not isinstance(left, RetryBudgetExceeded):
+                self.is_left_alone = left.state_intact and _is_left_alone(governor)
         if not self.ended_by:
             self.val_loss = self._workload.validate(training.model)
 
