@@ -212,9 +212,11 @@ class Broken:
 class Aliasing:
     """Keeps the live tensors instead of copies."""
 
+    is_open = False
+
     def __init__(self, work: Workload, folder: Path) -> None:
         self.work, self.held = work, list[torch.Tensor]()
-        self.is_closed = False
+        Aliasing.is_open = True
 
     def snapshot(self) -> None:
         self.held = self.work.tensors()
@@ -226,7 +228,7 @@ class Aliasing:
             tensor.copy_(held)
 
     def close(self) -> None:
-        self.is_closed = True
+        Aliasing.is_open = False
 
 
 class Copying(Aliasing):
@@ -285,6 +287,7 @@ def test_what_came_back_is_looked_at(work: Workload, factory: str, is_exact: boo
     assert (found.status, found.is_exact, found.is_in_place) == ("measured", is_exact, is_in_place)
     assert found.rollback_ms is not None
     assert found.rollback_ms.count == 2
+    assert not Aliasing.is_open
 
 
 def test_one_that_breaks_costs_its_row(work: Workload) -> None:
