@@ -51,7 +51,7 @@ class Environment:
 
 def trained(barrier, panicking):
     """The environments after all steps, and the rollbacks of each."""
-    from gpu.gates import distinct_streams
+    from tolaria.testing.gates import distinct_streams
 
     environments = [Environment(number, stream) for number, stream in enumerate(distinct_streams(MODELS))]
     torch.cuda.synchronize()
@@ -117,7 +117,7 @@ class Picture:
 
 def gets_through_beside_a_rollback(barrier):
     """Whether a neighbour's stream goes on while a rollback of this model waits for a step that is held back."""
-    from gpu.gates import Gate, distinct_streams, gets_through
+    from tolaria.testing.gates import Gate, distinct_streams, gets_through
 
     mine, neighbour = distinct_streams(2)
     picture = Picture(barrier, mine)
@@ -150,7 +150,7 @@ def _of_nothing(self, stream):
 
 @pytest.mark.parametrize("protected", [True, False])
 def test_a_rollback_is_ordered_behind_held_steps_of_known_streams(protected):
-    from gpu.gates import Gate, distinct_streams
+    from tolaria.testing.gates import Gate, distinct_streams
 
     (mine,) = distinct_streams(1)
     picture = Picture("streams", mine)

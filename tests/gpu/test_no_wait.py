@@ -53,7 +53,7 @@ class Loop:
             return {"loss": loss}
         return {
             "loss": {"policy": loss, "value": 0.5 * loss.detach()},
-            "grad_norm": loss.detach() + 1.0,
+            "grad_norm": loss.detach().float() + 1.0,
             "approx_kl": loss.detach().half(),
             "entropy": torch.ones(3, device="cuda"),
             "explained_variance": 0.25,

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from gpu.gates import Gate
+from tolaria.testing.gates import Gate
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, veto

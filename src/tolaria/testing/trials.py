@@ -47,6 +47,7 @@ from tolaria.testing.picture import (
 _ROUNDS = 4
 _PATIENCE_S = 30.0
 _OTHERS = 5.0  # what somebody else writes into memory that was given to him
+_MOST_ASKED = 64  # allocations until the freed memory is among them
 _LARGE = 3 << 20  # elements: the allocator cuts such tensors from nothing larger, if it has a block of that size
 
 
@@ -192,17 +193,25 @@ def _freed(barrier: BarrierName, *, kept: bool) -> Values:
 
 
 def _replace_memory(picture: Picture, *, kept: bool) -> None:
-    """Let go of the first parameter's memory, or free it, and fill on another stream what is allocated next."""
-    memory = picture.model[0].data_ptr()
+    """Let go of the first parameter's memory, or free it, and fill on another stream what is allocated next.
+
+    As often as it takes until all of that memory was given out again: which of the free blocks comes first depends on
+    what was allocated before, in this process.
+    """
+    memory, size = picture.model[0].data_ptr(), picture.share * 4
     if kept:
         picture.model[0].data = torch.empty(0, device="cuda")
     else:
         picture.model[0].untyped_storage().resize_(0)
-    # as large as what was freed, so that the allocator gives that out; `_spare` is there in case nothing was
-    other = torch.empty(picture.share, device="cuda")
-    assert kept or other.data_ptr() == memory, "the allocator did not give the memory out again: nothing can be shown"
+    others: list[torch.Tensor] = []
+    given_out = 0
+    while given_out < size and len(others) < _MOST_ASKED:
+        others.append(torch.empty(picture.share, device="cuda"))
+        given_out += max(0, size - abs(others[-1].data_ptr() - memory))
+    assert kept or given_out == size, "the allocator did not give the memory out again: nothing can be shown"
     with torch.cuda.stream(picture.control):
-        other.fill_(_OTHERS)
+        for other in others:
+            other.fill_(_OTHERS)
     picture.control.synchronize()
 
 
