@@ -283,6 +283,9 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     Returns:
         Per device, element type and kind of tensor one tensor of shape [number of tensors].
     """
+    tensors = tensors if isinstance(tensors, Sequence) else list(tensors)
+    if _are_alike(tensors):
+        return [_norms_of(tensors, tensors[0].dtype)]
     single = (part for t in tensors for part in ((t,) if hasattr(t, "full_tensor") else inner_tensors(t)))
     looked_at = [t.detach().coalesce().values() if t.is_sparse else t.detach() for t in single]
     looked_at = [torch.view_as_real(t) if t.is_complex() else t for t in looked_at if t.numel()]
@@ -291,10 +294,34 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         if tensor.is_floating_point():
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             grouped.setdefault((wide.device, wide.dtype, type(wide)), []).append(wide)
-    return [
-        torch.stack([_whole(n) for n in torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))])
-        for (_, dtype, _), group in grouped.items()
-    ]
+    return [_norms_of(group, dtype) for (_, dtype, _), group in grouped.items()]
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+
+def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing is to be told apart, as in most models: looking at each tensor costs more than its norm."""
+    return (
+        len(tensors) > 0
+        and {type(tensor) for tensor in tensors} <= _PLAIN
+        and all(map(torch.Tensor.numel, tensors))
+        and len({(tensor.dtype, tensor.device, tensor.layout) for tensor in tensors}) == 1
+        and tensors[0].layout is torch.strided
+        and tensors[0].is_floating_point()
+        and tensors[0].dtype.itemsize > 1
+    )
+
+
+def _norms_of(group: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        found = torch._foreach_norm(list(group), 2, dtype=torch.promote_types(dtype, torch.float32))
+    if type(found[0]) is not torch.Tensor:
+        return torch.stack([_whole(norm) for norm in found])
+    size, places = found[0].element_size(), list(map(torch.Tensor.data_ptr, found))
+    if places == list(range(places[0], places[0] + size * len(places), size)):
+        return found[0].as_strided((len(found),), (1,))  # CUDA writes them side by side; gathering takes as long again
+    return torch.stack(found)
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:

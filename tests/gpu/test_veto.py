@@ -4,10 +4,10 @@ import contextlib
 
 import pytest
 import torch
-from tolaria.testing.gates import Gate
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, veto
+from tolaria.testing.gates import Gate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
 

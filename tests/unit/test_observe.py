@@ -53,6 +53,32 @@ def test_a_norm_that_overflows_is_computed_again():
     assert norm == pytest.approx(math.sqrt(2) * 3e38)
 
 
+@pytest.mark.parametrize("gaps", [1, 2])
+def test_norms_that_lie_side_by_side_are_taken_as_they_lie(gaps, monkeypatch):
+    """As CUDA leaves them; and those with something in between are gathered."""
+    plain = torch._foreach_norm
+
+    def beside(tensors, *args, **kwargs):
+        found = torch.full((gaps * len(tensors),), 77.0)
+        found[::gaps] = torch.stack(plain(tensors, *args, **kwargs))
+        return list(found[::gaps])
+
+    grads = [torch.randn(3, 4), torch.randn(5), torch.randn(1)]
+    (expected,) = observe.norms(grads)
+    monkeypatch.setattr(torch, "_foreach_norm", beside)
+    (found,) = observe.norms(grads)
+    assert torch.equal(found, expected)
+
+
+def test_what_is_not_alike_is_told_apart():
+    alike = [torch.ones(4), torch.full((9,), 2.0)]
+    others = [torch.ones(4, dtype=torch.float64), torch.zeros(0), torch.arange(3), torch.ones(1, dtype=torch.complex64)]
+    assert [part.tolist() for part in observe.norms(alike)] == [[2.0, 6.0]]
+    assert sorted(part.tolist() for part in observe.norms([*alike, *others])) == [[2.0], [2.0, 6.0, 1.0]]
+    assert [part.tolist() for part in observe.norms(torch.nn.Parameter(grad) for grad in alike)] == [[2.0, 6.0]]
+    assert observe.norms([]) == observe.norms([torch.zeros(0)]) == observe.norms([torch.arange(3)]) == []
+
+
 def test_sparse_gradients_count_with_their_values():
     with torch.sparse.check_sparse_tensor_invariants(True):  # older versions warn unless told
         grad = torch.sparse_coo_tensor([[0, 2]], [3.0, 4.0], (4,))
