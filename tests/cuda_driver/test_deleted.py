@@ -345,6 +345,18 @@ def a_drained_snapshot_is_the_one_that_was_taken(machine, govern):
     return [value(keeper.vault.slots[slot.index].arena.ranges[0][:9]) for slot in held] == [1]
 
 
+def the_host_tier_gives_back_all_that_it_took(machine, govern):
+    model = nn.Sequential(filled(1), filled(1), filled(1))
+    governor = govern(model, tier="host")
+    governor.snapshot()
+    with governor.using(), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(2)
+    governor.execute_rollback()
+    machine.finish()
+    return all(value(parameter) == 1 for parameter in model.parameters())
+
+
 def a_closed_governor_leaves_no_transfer_under_way(machine, govern):
     governor, _ = drained(machine, govern)
     port = governor._keeper.devices["cpu"]
@@ -441,6 +453,7 @@ SCENARIOS = [
     a_write_that_keeps_no_rule_is_a_disturbance,
     a_transfer_reads_what_was_captured,
     a_drained_snapshot_is_the_one_that_was_taken,
+    the_host_tier_gives_back_all_that_it_took,
     a_closed_governor_leaves_no_transfer_under_way,
     an_extra_is_captured_behind_work_launched_before,
     an_extra_is_restored_behind_work_launched_before,
@@ -526,6 +539,7 @@ MUTANTS = [
     ("mark", no_event, a_bad_number_is_seen),
     ("mark", no_event, one_that_fails_leaves_nothing_that_waits),
     ("transfer", nothing_moved, a_drained_snapshot_is_the_one_that_was_taken),
+    ("move", nothing, the_host_tier_gives_back_all_that_it_took),
     ("transfer", without_a_wait, a_transfer_reads_what_was_captured),
     ("host_wait", nothing, a_drained_snapshot_is_the_one_that_was_taken),
     ("host_wait", nothing, a_transfer_reads_what_was_captured),
@@ -629,6 +643,7 @@ DELETED = [
     ("cuEventSynchronize", a_drained_snapshot_is_the_one_that_was_taken),
     ("cuEventSynchronize", a_restored_state_is_verified),
     ("cuEventRecord", a_drained_snapshot_is_the_one_that_was_taken),
+    ("cuMemcpyBatchAsync", the_host_tier_gives_back_all_that_it_took),
 ]
 
 

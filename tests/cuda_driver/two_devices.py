@@ -21,6 +21,12 @@ from tolaria.route import lay
 GROUND = Ground(Barrier.CONTEXT, 5.0)
 
 
+def transfer(destinations: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """What a slot moves to main memory is one piece for each device."""
+    for destination, source in zip(destinations, sources, strict=True):
+        destination.copy_(source, non_blocking=True)
+
+
 class Store:
     """One buffer and one weight per device, and slots of the same shape."""
 
@@ -78,7 +84,7 @@ class Store:
     def transfer(self, op: Any) -> Events:
         moves = {
             name: functools.partial(
-                self.devices[name].move,
+                transfer,
                 [self.held[op.target][name, part] for part in Part],
                 [self.held[op.source][name, part] for part in Part],
             )
