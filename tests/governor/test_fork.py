@@ -107,13 +107,13 @@ def a_lock_that_was_held_at_the_fork(scene):
     held, leave = threading.Event(), threading.Event()
 
     def hold():
-        with governor.using(), governor._keeper.driver._changed, governor._course._count_lock:
+        with governor.using(), governor._keeper.driver._changed, governor._course._tally._lock:
             held.set()
             leave.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    held.wait(60)
+    assert held.wait(60)
 
     def work():
         scene.train()
@@ -137,7 +137,7 @@ def a_fork_in_the_middle_of_a_rollback(scene):
     governor.snapshot()
     thread = threading.Thread(target=governor.execute_rollback)
     thread.start()
-    held.wait(60)
+    assert held.wait(60)
 
     def work():
         scene.train()
