@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "Making $(VENV): once, and a few minutes, since torch is large."
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 	$(PIP) 'pip>=25.1'  # the first one that knows --group
-	$(PIP) --editable '.[demo,tensorboard,sb3,lightning,transformers,accelerate,data]' --group dev
+	$(PIP) --editable '.[demo,tensorboard,sb3,torchrl,lightning,transformers,accelerate,data]' --group dev
 	@touch $@
 
 setup: $(STAMP)  ## make or refresh .venv

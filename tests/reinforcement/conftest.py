@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -179,7 +178,3 @@ def is_finite(model: Any) -> bool:
         return all(bool(value.isfinite().all()) for value in module.state_dict().values())
 
     return finite(model.policy)
-
-
-collect_ignore = [] if importlib.util.find_spec("torchrl") else ["test_torchrl.py"]
-"""TorchRL is no part of the development set-up: `scripts/matrix torchrl` runs its tests."""
