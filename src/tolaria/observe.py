@@ -238,6 +238,9 @@ def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
 
     One norm over all of them; only when that is not finite (which may be an overflow) each is looked at by itself.
     """
+    tensors = tensors if isinstance(tensors, Sequence) else list(tensors)
+    if _are_alike(tensors) and math.isfinite(float(total_norm([_norms_of(tensors, tensors[0].dtype)]))):
+        return 0
     plain = (inner for tensor in tensors for inner in inner_tensors(tensor))
     looked_at = [t.detach() for t in plain if t.numel() and (t.is_floating_point() or t.is_complex())]
     looked_at = [t if t.element_size() > 1 else t.float() for t in looked_at]
