@@ -389,8 +389,8 @@ class Course:
                 raise
             rewind = self._rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)
             self.treat(plan)
-            self._after_rollback(report, rewind, rekeys=plan.rekeys)
-            self.again.note_return(self.completed)
+            if not self._after_rollback(report, rewind, rekeys=plan.rekeys) and plan.moments == "keep":
+                self.again.note_return(self.completed)  # else what follows did not begin with the snapshot's state
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
             self.report(vital, verdict, action, report, rewind, rewind.note, plan)
         if plan.action is recover.Action.STOP:
@@ -427,8 +427,8 @@ class Course:
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
 
-    def _after_rollback(self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False) -> None:
-        """Count it, and re-key random state where draws would repeat."""
+    def _after_rollback(self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False) -> bool:
+        """Count it, and re-key random state where draws would repeat. Answers whether it did."""
         self._pace.interrupted()
         self.count(
             rollbacks=1,
@@ -440,8 +440,9 @@ class Course:
         )
         policy = self._rng_policy()
         # skipped batches had drawn shuffle seeds or augmentation from random state that was just put back
-        if policy == "fork" or (policy == "restore" and (rewind.drew or rekeys)):
+        if rekeys := policy == "fork" or (policy == "restore" and (rewind.drew or rekeys)):
             rng.rekey(self.statistics.rollbacks)
+        return rekeys
 
     def report(
         self,

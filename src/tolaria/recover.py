@@ -77,6 +77,7 @@ class RecoveryState:
         data_incidents: Ticks of troubles that returned on replay (so not transient), within the cool window.
         cooled_at: Optimizer steps completed when the learning rate was lowered last. Not in ticks: a replayed step has
             the learning rate that it had.
+        cooled_before: The same of earlier times, for steps before it that are made again.
     """
 
     ticks: tuple[int, ...] = ()
@@ -85,6 +86,7 @@ class RecoveryState:
     attempt: int = 0
     data_incidents: tuple[int, ...] = ()
     cooled_at: int | None = None
+    cooled_before: tuple[int, ...] = ()
 
 
 def decide(
@@ -164,7 +166,14 @@ def _further(policy: Recovery, attempt: int) -> int:
 
 def cooled(state: RecoveryState, plan: Plan, completed: int) -> RecoveryState:
     """The memory after the plan's restore, to a state of `completed` optimizer steps."""
-    return replace(state, cooled_at=completed) if plan.cools else state
+    if not plan.cools:
+        return state
+    earlier = tuple(at for at in _coolings(state) if at < completed)  # what came later is undone
+    return replace(state, cooled_at=completed, cooled_before=earlier)
+
+
+def _coolings(state: RecoveryState) -> tuple[int, ...]:
+    return state.cooled_before if state.cooled_at is None else (*state.cooled_before, state.cooled_at)
 
 
 def spent(
@@ -181,10 +190,11 @@ def spent(
 
 def learning_rate_factor(state: RecoveryState, completed: int, policy: Recovery) -> float:
     """Factor on the learning rate of the step after `completed`: `cool_lr` where it was lowered, back to 1 linearly."""
-    if state.cooled_at is None or policy.cool_lr == 1.0:
+    # a rollback may lead to before a cool-down: the steps up to it have the rate that they had
+    cooled_at = max((at for at in _coolings(state) if at <= completed), default=None)
+    if cooled_at is None or policy.cool_lr == 1.0:
         return 1.0
-    since = max(0, completed - state.cooled_at)
-    return min(1.0, policy.cool_lr + (1.0 - policy.cool_lr) * since / policy.warm_steps)
+    return min(1.0, policy.cool_lr + (1.0 - policy.cool_lr) * (completed - cooled_at) / policy.warm_steps)
 
 
 class Consumption:

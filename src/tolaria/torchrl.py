@@ -118,17 +118,25 @@ class TolariaHook:
         rounds, plain = Rounds(governor, snapshot_every=self._every), trainer.optim_steps
 
         def optim_steps(batch: Any) -> None:
-            self._round(rounds, lambda: plain(_copied(batch)))
+            self._round(rounds, plain, batch)
 
         trainer.optim_steps = optim_steps
 
-    def _round(self, rounds: Rounds, learn: Callable[[], object]) -> None:
-        logged = {key: len(values) for key, values in self._trainer._log_dict.items()}
-        if rounds.run(learn).learnt:
-            return
-        self.dropped += 1
-        for key, values in self._trainer._log_dict.items():
-            del values[logged.get(key, 0) :]  # of a round that was undone
+    def _round(self, rounds: Rounds, plain: Callable[[Any], object], batch: Any) -> None:
+        history = self._trainer._log_dict
+        logged = {key: len(values) for key, values in history.items()}
+
+        def forget() -> None:
+            for key, values in history.items():
+                del values[logged.get(key, 0) :]  # of an attempt that was undone
+
+        def learn() -> None:
+            forget()
+            plain(_copied(batch))
+
+        if not rounds.run(learn).learnt:
+            self.dropped += 1
+            forget()
 
     def _log(self, batch: Any) -> dict[str, Any]:
         return {"tolaria/rollbacks": self.rollbacks, "tolaria/dropped": self.dropped, "log_pbar": True}

@@ -104,20 +104,18 @@ class Update:
             is_stale: The optimizer's own section will refuse these gradients, so schedulers stay where they are.
         """
         self._unscale()
-        grads = observe.gradients(parameters) if closure is None else []
+        counted = self._counted(parameters)
+        grads = observe.gradients(counted) if closure is None else []
         norm, bad = observe.gradient_norm(grads)
         value = observe.read_loss(loss)
         flagged = self._flagged() if bad else []
-        by_scaler = self.scaler is not None and bad > 0 and not (may_veto and self._is_beyond(flagged))
+        by_scaler = bool(flagged) and not (may_veto and self._is_beyond(flagged))
         vetoed = bad > 0 and not by_scaler and may_veto
         if vetoed and self.scaler is not None:
             self.scaler._per_optimizer_states.clear()  # as its `update` leaves it, but for the scale
         if not vetoed:
-            # what the scaler skips needs no clipping; what only observe mode lets pass is clipped as it would be anyway
-            if clip is not None and norm is not None and not by_scaler:
-                # the same type as the norm had before it was read, or the factor would be rounded otherwise
-                dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-                torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
+            # what only observe mode lets pass is clipped as it would be anyway
+            self._clip(counted, clip, norm, flagged if by_scaler else [])
             unwritten = [(each, veto.unwritten_momenta(each)) for each in flagged] if may_veto else []
             with self._scaled_learning_rate(lr_factor):
                 returned = self._step(closure, guarded=may_veto)
@@ -149,15 +147,18 @@ class Update:
         `ReduceLROnPlateau` without `metric` needs the loss itself, and waits for it.
         """
         self._unscale()
-        grads = observe.gradients(parameters) if closure is None else []
-        read = self._norms(parameters, grads)
+        counted = self._counted(parameters)
+        grads = observe.gradients(counted) if closure is None else []
+        read = self._norms(grads)
         norms = [norm for _, some in read for norm in some]
         skipped = self.skipped_by_scaler()
         total = observe.total_norm(norms) if norms else None
         refusal = self._refusal(read, total) if may_veto else None
         if clip is not None and total is not None:
+            if may_veto and len(read) > 1:
+                total = observe.total_norm(list(self._applied(read)))
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, total.to(dtype))
+            torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(dtype))
         with self._scaled_learning_rate(lr_factor):
             returned = self._step(closure, guarded=may_veto, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
@@ -190,20 +191,43 @@ class Update:
         others = [optimizer for optimizer in self.optimizers if all(optimizer is not each for each in flagged)]
         return any(observe.num_nonfinite(observe.gradients(_parameters(optimizer))) for optimizer in others)
 
-    def _norms(
-        self, parameters: Sequence[nn.Parameter], grads: Sequence[torch.Tensor]
-    ) -> list[tuple[Optimizer | None, list[torch.Tensor]]]:
+    def _counted(self, parameters: Sequence[nn.Parameter]) -> Sequence[nn.Parameter]:
+        """Those whose gradients count. Behind a scaler not those that nobody steps: they stay scaled, and overflow."""
+        if self.scaler is None:
+            return parameters
+        stepped = {id(parameter) for optimizer in self.optimizers for parameter in _parameters(optimizer)}
+        return [parameter for parameter in parameters if id(parameter) in stepped]
+
+    def _clip(
+        self, parameters: Sequence[nn.Parameter], clip: float | None, norm: float | None, flagged: Sequence[Optimizer]
+    ) -> None:
+        """Clip what will be applied: gradients of the `flagged`, which the scaler skips, have no say in the others."""
+        if clip is None or norm is None:
+            return
+        if flagged:
+            skipped = {id(parameter) for optimizer in flagged for parameter in _parameters(optimizer)}
+            parameters = [parameter for parameter in parameters if id(parameter) not in skipped]
+            norm, _ = observe.gradient_norm(observe.gradients(parameters))
+        if norm is not None:
+            # the same type as the norm had before it was read, or the factor would be rounded otherwise
+            dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in observe.gradients(parameters)))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
+
+    def _applied(self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]]) -> Iterator[torch.Tensor]:
+        """The norms, with 0 for those of optimizers that the scaler skips: they would spoil the clipping of others."""
+        for optimizer, norms in read:
+            theirs = 0.0 if optimizer is None else self.skipped_by_scaler(optimizer)
+            for norm in norms:
+                if isinstance(theirs, torch.Tensor):
+                    norm = norm.masked_fill(theirs.to(norm.device, non_blocking=True).ne(0), 0.0)
+                yield norm
+
+    def _norms(self, grads: Sequence[torch.Tensor]) -> list[tuple[Optimizer | None, list[torch.Tensor]]]:
         """`observe.norms` of all gradients: by optimizer where a scaler skips each by itself, else together."""
         if self.scaler is None or len(self.optimizers) <= 1 or not grads:
             scaled = self.optimizers[0] if self.scaler is not None and self.optimizers else None
             return [(scaled, observe.norms(grads))]
-        owned = [(optimizer, list(_parameters(optimizer))) for optimizer in self.optimizers]
-        known = {id(parameter) for _, some in owned for parameter in some}
-        read: list[tuple[Optimizer | None, list[torch.Tensor]]] = [
-            (optimizer, observe.norms(observe.gradients(some))) for optimizer, some in owned
-        ]
-        rest = [parameter for parameter in parameters if id(parameter) not in known]
-        return [*read, (None, observe.norms(observe.gradients(rest)))]
+        return [(each, observe.norms(observe.gradients(_parameters(each)))) for each in self.optimizers]
 
     def _refusal(
         self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]], total: torch.Tensor | None

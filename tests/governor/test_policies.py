@@ -114,6 +114,26 @@ def test_a_transient_fault_inside_the_cool_down_is_replayed_exactly(govern: Gove
     assert story.run.state() == plain(kit, without(36, 3, 15), cooled_from(restored))
 
 
+def test_steps_from_before_the_cool_down_are_made_again_at_the_rate_that_they_had(govern: Govern, kit: Any) -> None:
+    story = Story(kit, govern, slots=8)
+    rates: dict[int, set[float]] = {}
+
+    def note(*_: Any) -> None:
+        step = story.governor._course.completed + 1
+        rates.setdefault(step, set()).add(story.run.optimizer.param_groups[0]["lr"])
+
+    story.run.scheduler.step = lambda: None
+    story.run.optimizer.register_step_pre_hook(note)
+    story.train(range(20), {3: ALWAYS, 15: ALWAYS})
+    restored = story.incidents[3].restored_step
+    assert restored is not None
+    story.governor.execute_rollback(to=restored - 2)
+    for batch in story.run.batches[20:24]:
+        story.run.step(story.governor, batch)
+    assert [len(rates[step]) for step in (restored - 1, restored)] == [1, 1]
+    assert max(rates[restored + 1]) == 2 * min(rates[restored + 1])
+
+
 def test_running_steps_again_inside_the_cool_down_finds_nothing(govern: Govern, kit: Any) -> None:
     story = Story(kit, govern, reexecute_every=2).train(range(36), {3: ALWAYS, 15: ALWAYS})
     assert story.actions == ["replay", "skip", "replay", "skip"]

@@ -212,6 +212,23 @@ def test_a_flip_directly_after_a_rollback_is_found(govern: Govern, kit: Any) -> 
     assert fit.run.state() == undisturbed(kit)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"recovery": Recovery(moments="reset")}, {"rng": "fork"}], ids=["moments", "fork"]
+)
+def test_steps_that_did_not_begin_with_the_snapshot_are_not_compared(
+    settings: dict[str, Any], govern: Govern, kit: Any
+) -> None:
+    """What recovery has changed in the restored state is not in the snapshot: going back would undo it."""
+    fit = Fit(kit, govern, **settings)
+    dropout = torch.nn.Dropout(0.1)
+    step = fit.step
+    fit.step = lambda batch: step((dropout(batch[0]), batch[1]))  # type: ignore[method-assign]
+    fit.run.batches[12] = kit.nan_batch(fit.run.batches[12])
+    fit.train()
+    assert [incident.reason for incident in fit.incidents] == ["non-finite loss"] * 2
+    assert fit.governor.capabilities().reexecution == "on"
+
+
 def test_the_steps_after_the_last_snapshot_are_run_again_at_the_end(govern: Govern, kit: Any) -> None:
     fit = Fit(kit, govern, {31: {1}}, batches=32, reexecute_every=1).train()
     assert fit.silent == [(32, 25, "replay")]  # 30 is not certified yet

@@ -159,6 +159,15 @@ def test_rollbacks_stand_in_the_trainers_own_log() -> None:
     assert trainer._log_dict["tolaria/dropped"] == [0] * BATCHES
 
 
+def test_an_attempt_that_was_undone_leaves_no_values_in_the_log() -> None:
+    trainer = build({3: "nan_gradient"})
+    trainer.register_op("post_optim_log", lambda _: {"count": trainer._optim_count})
+    hook = TolariaHook()
+    learn(trainer, hook)
+    assert (hook.rollbacks, hook.dropped) == (1, 0)
+    assert trainer._log_dict["count"] == list(range(1, BATCHES * STEPS + 1))
+
+
 def test_afterwards_nothing_is_left_on_the_trainer() -> None:
     hook, trainer = TolariaHook(), build()
     learn(trainer, hook)

@@ -66,11 +66,15 @@ def test_cool_down_begins_with_the_second_lasting_incident():
     assert learning_rate_factor(state, 150, policy) == 1.0  # nothing is restored yet
     state = cooled(state, plan, 150)
     factors = [learning_rate_factor(state, step, policy) for step in (140, 150, 200, 249, 250, 300)]
-    assert factors == pytest.approx([0.5, 0.5, 0.75, 0.995, 1.0, 1.0])
+    assert factors == pytest.approx([1.0, 0.5, 0.75, 0.995, 1.0, 1.0])
     assert learning_rate_factor(state, 150, Recovery(cool_lr=1.0)) == 1.0
     _, plan = panic(state, 220, 200, 200)  # and again
     assert plan.cools
     assert cooled(state, plan, 140).cooled_at == 140
+    again = cooled(state, plan, 200)
+    assert [learning_rate_factor(again, step, policy) for step in (149, 199, 200)] == pytest.approx([1.0, 0.745, 0.5])
+    undone = cooled(again, plan, 160)
+    assert [learning_rate_factor(undone, step, policy) for step in (159, 160, 210)] == pytest.approx([0.545, 0.5, 0.75])
 
 
 @pytest.mark.parametrize(("second", "cools"), [(1019, True), (1020, False)])

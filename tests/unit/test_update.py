@@ -1,0 +1,68 @@
+"""One update over several optimizers and a `GradScaler`, which skips each of them by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria.update import Outcome, Update
+
+SCALE = 65536.0
+
+
+class Pair:
+    """Two parameters with an optimizer each, and a third that no optimizer steps."""
+
+    def __init__(self, late: bool, steps: int = 2) -> None:
+        self.first, self.second, self.third = (nn.Parameter(torch.ones(4)) for _ in range(3))
+        self.optimizers = [torch.optim.AdamW([p], lr=0.1, fused=True) for p in (self.first, self.second)][:steps]
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizers[0], 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+        scaler.scale(torch.tensor(1.0))
+        self.update = Update(self.optimizers, [self.scheduler], scaler)
+        self.run = self.update.run_late if late else self.update.run
+
+    def step(self, may_veto: bool = True) -> Outcome:
+        parameters = [self.first, self.second, self.third]
+        return self.run(parameters, 0.5, 1.0, None, None, 1.0, may_veto, lambda _: False)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_the_scaler_skips_has_no_say_in_the_clipping_of_the_others(bad: float, late: bool) -> None:
+    pair = Pair(late)
+    pair.first.grad, pair.second.grad = torch.full((4,), bad), torch.full((4,), 100 * SCALE)
+    pair.step()
+    assert torch.equal(pair.first, torch.ones(4))
+    moment = pair.optimizers[1].state[pair.second]["exp_avg"]  # a tenth of the gradient, of norm 1 when clipped
+    assert float(moment.norm()) == pytest.approx(0.1, rel=1e-3)
+    assert bool(pair.second.isfinite().all())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_that_nobody_steps_change_nothing_behind_a_scaler(steps: int, late: bool) -> None:
+    pair, plain = Pair(late, steps), Pair(late, steps)
+    for each in (pair, plain):
+        each.first.grad = torch.full((4,), SCALE)
+    pair.third.grad = torch.full((4,), float("nan"))
+    done = pair.step()
+    plain.step()
+    assert torch.equal(pair.first, plain.first)
+    assert not torch.equal(pair.first, torch.ones(4))
+    assert not done.vetoed
+    assert not bool(done.late_veto)
+    assert not bool(done.scaler_skipped)
+    assert pair.scheduler.last_epoch == 1
+    assert pair.third.grad is None
+
+
+def test_a_step_that_observe_mode_lets_pass_was_not_skipped() -> None:
+    pair = Pair(late=False)
+    pair.first.grad = torch.full((4,), SCALE)
+    pair.update._unscale()
+    pair.first.grad.fill_(float("nan"))  # after the scaler has looked
+    done = pair.step(may_veto=False)
+    assert not bool(done.scaler_skipped)
+    assert pair.scheduler.last_epoch == 1
