@@ -114,8 +114,11 @@ class TrainState:
             again = imprint.again()
             if again is not None:
                 self._in_vain = 0
+                for part, noted in zip(self.parts, again, strict=True):
+                    part.take_over(noted)
                 return SurveyResult(imprint.leaves, again)
             self._in_vain += 1
+            self._imprint = None  # it may have noted a part of what has changed; the survey below may raise
         leaves = Leaves(previous=self._last_survey)
         saved = tuple(part.survey(leaves) for part in self.parts)
         leaves.previous = None
