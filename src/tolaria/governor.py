@@ -34,7 +34,7 @@ Verify = Literal["before", "after"]
 Grads = Literal["capture", "drop"]
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
-_live: weakref.WeakValueDictionary[int, TolariaGovernor] = weakref.WeakValueDictionary()  # a set must not grow meanwhile
+_live: weakref.WeakValueDictionary[int, TolariaGovernor] = weakref.WeakValueDictionary()  # not to be walked
 _fork_hook_installed = False
 
 

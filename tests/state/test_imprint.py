@@ -30,6 +30,7 @@ class Extra(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(3), persistent=False)
         self.register_buffer("window", torch.zeros(8)[2:5])
+        self.register_buffer("phase", torch.tensor([1j, 2j]))
         self.calls, self.names, self.table = 0, ["a", ["b"]], {"x": 1}
         self.activation = nn.functional.relu
         self.cached = torch.zeros(2)
@@ -113,6 +114,8 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     "other offset": lambda w: setattr(w.model.norm.running_mean, "data", w.model.norm.running_mean.data[1:]),
     "a buffer shifted": lambda w: w.model.norm.running_mean.set_(w.model.norm.running_mean.untyped_storage(), 1, (3,)),
     "a window shifted": lambda w: w.model.extra.window.set_(w.model.extra.window.untyped_storage(), 3, (3,)),
+    "conjugated": lambda w: setattr(w.model.extra.phase, "data", w.model.extra.phase.data.conj()),
+    "negated": lambda w: setattr(w.model.extra.seen, "data", torch._neg_view(w.model.extra.seen.data)),
     "storage grown": lambda w: w.model.norm.running_mean.untyped_storage().resize_(1 << 16),
     "storage shrunk": lambda w: w.model.norm.running_var.untyped_storage().resize_(4),
     "storage freed and taken again": lambda w: [
@@ -244,7 +247,7 @@ def told(survey: SurveyResult) -> Any:
     """Everything that a survey says, with objects by their identity."""
     leaves = survey.leaves
     return (
-        [(leaf.name, id(leaf.tensor), leaf.storage, leaf.geometry, leaf.trained) for leaf in leaves.leaves],
+        [(leaf.name, id(leaf.tensor), leaf.storage, leaf.geometry, leaf.bits, leaf.trained) for leaf in leaves.leaves],
         [
             (each.key, each.bytes.untyped_storage()._cdata, each.has_buffers, each.dtype, each.trained)
             for each in leaves.storages
@@ -430,6 +433,19 @@ def test_modules_that_only_a_method_of_their_own_tells_of_are_walked() -> None:
     state.survey()
     model.layers.append(nn.Linear(2, 2))
     assert len(state.survey().leaves.leaves) == 4
+
+
+@pytest.mark.parametrize("lazily", [torch.conj, torch._neg_view])
+@pytest.mark.parametrize("before", [False, True])
+def test_bytes_that_are_taken_otherwise_are_taken_as_before(lazily: Callable[..., torch.Tensor], before: bool) -> None:
+    model, values = nn.Module(), torch.tensor([1j, 2j])
+    model.register_buffer("phase", lazily(values) if before else values)
+    held = model.get_buffer("phase").resolve_conj().resolve_neg().clone()
+    state = TrainState(model)
+    survey, host = state.survey(), state.capture([], with_rng=False, journal=None)
+    model.phase.data = lazily(model.phase.data)
+    state.restore(survey, host, [], standing=state.check(survey, "testing"))
+    assert torch.equal(model.get_buffer("phase").resolve_conj().resolve_neg(), held)
 
 
 def test_a_forgotten_survey_holds_nothing() -> None:
