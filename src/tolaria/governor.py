@@ -34,14 +34,13 @@ Verify = Literal["before", "after"]
 Grads = Literal["capture", "drop"]
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
-
-_live: weakref.WeakSet[TolariaGovernor] = weakref.WeakSet()
+_live: weakref.WeakValueDictionary[int, TolariaGovernor] = weakref.WeakValueDictionary()  # not to be walked
 _fork_hook_installed = False
 
 
 def _close_in_child() -> None:
     """After a fork the child lacks our other threads: its governors stand aside without touching a lock."""
-    for governor in list(_live):
+    for governor in _governors():
         governor._abandon()
 
 
@@ -96,7 +95,7 @@ class TolariaGovernor:
                 "a coordinator was given, and agreement between ranks is not handled yet",
                 'Use one process, or mode="observe".',
             )
-        if any(model is governor.model for governor in _live):
+        if any(model is governor.model for governor in _governors()):
             raise UsageError(
                 "attaching the governor",
                 "this model is governed already, expected one governor per model",
@@ -123,7 +122,7 @@ class TolariaGovernor:
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
         _install_fork_hook()
-        _live.add(self)
+        _live[id(self)] = self
 
     # ------------------------------------------------------------ the loop
 
@@ -451,7 +450,7 @@ class TolariaGovernor:
         """Detach from model and optimizers and free all slots. Idempotent."""
         if not (self.is_disabled or self._closed):
             self._keeper.close()
-            _live.discard(self)
+            _live.pop(id(self), None)
         self._closed = True
 
     def __enter__(self) -> TolariaGovernor:
@@ -474,13 +473,16 @@ class TolariaGovernor:
         """Stand aside in a forked child: no lock may be taken, its owner may not exist here."""
         self._closed = True
         self._keeper.sections.is_open = False
-        _live.discard(self)
+        _live.pop(id(self), None)
+
+
+def _governors() -> list[TolariaGovernor]:
+    return [governor for reference in _live.valuerefs() if (governor := reference()) is not None]
 
 
 def _rng_policy(config: GovernorConfig) -> str:
     """The policy in force: global random state belongs to one acting governor, or to nobody."""
-    acting = sum(governor.config.mode == "act" for governor in _live)
-    return config.rng or ("restore" if acting <= 1 else "keep")
+    return config.rng or ("restore" if sum(one.config.mode == "act" for one in _governors()) <= 1 else "keep")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from tolaria.admission import announce, enter_exclusive, leave_exclusive
 from tolaria.config import GovernorConfig
 from tolaria.errors import InvalidConfig, UsageError
 from tolaria.governor import TolariaGovernor
+from tolaria.operations import Protocol
 from tolaria.records import Statistics
 from tolaria.report import RollbackReport
 
@@ -85,9 +88,9 @@ class GovernorGroup:
     def _require_apart(self, governor: TolariaGovernor, doing: str) -> None:
         if governor.is_disabled:
             return
-        own = _memory(governor)
+        own = _memory(governor, doing)
         for number, other in self._governors.items():
-            if own & _memory(other):
+            if own & _memory(other, doing):
                 raise UsageError(
                     doing,
                     f"it shares memory with environment {number}, whose rollbacks would change it",
@@ -140,7 +143,16 @@ class GovernorGroup:
         self.close()
 
 
-def _memory(governor: TolariaGovernor) -> set[tuple[Any, int]]:
-    """Addresses of all governed storages."""
-    storages = governor._keeper.state.survey().leaves.storages
-    return {(storage.key[0], storage.key[1]) for storage in storages if storage.key[2]}
+def _memory(governor: TolariaGovernor, doing: str) -> set[tuple[Any, int]]:
+    """Addresses of all governed storages. Waits for the sections of other threads."""
+    keeper, thread = governor._keeper, threading.get_ident()
+
+    def look() -> Protocol:
+        yield announce(thread, doing, patient=True)
+        try:
+            yield from enter_exclusive(thread, keeper.ground.gate_timeout_s, doing, patient=True)
+            return keeper.state.survey().leaves.storages
+        finally:
+            yield leave_exclusive(thread)
+
+    return {(storage.key[0], storage.key[1]) for storage in keeper.driver.submit(look()) if storage.key[2]}

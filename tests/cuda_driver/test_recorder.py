@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from cuda_driver.fake_driver import FakeDriver
+from cuda_driver.test_known import named
 from cuda_driver.test_tiers import SETTINGS, certified, drain
 from torch import nn
 
@@ -111,6 +112,25 @@ def test_the_shipped_governor_has_no_race(subject):
     assert any(actor.startswith("thread") for actor in actors)  # reads the answers of the device
     places = {access.what for access in recorder.ledger._accesses.values()}
     assert {"aten.add_ of model.0.weight", "aten.clone of model.1.bias"} <= places
+
+
+def with_known_streams(machine, govern):
+    subject = Subject(machine, govern, barrier="streams")
+    with subject.governor.using(write=False, streams=[named(each) for each in (subject.a, subject.b, subject.c)]):
+        return subject
+
+
+def test_the_streams_barrier_is_followed_as_well(late, govern):
+    """And without what orders its copies the report names them."""
+    recorder = run(with_known_streams(late, govern))
+    assert [str(race) for race in recorder.races] == []
+    assert COPIES in {access.actor for access in recorder.ledger._accesses.values()}
+
+
+def test_the_streams_barrier_without_its_waits_races(late, govern, monkeypatch):
+    subject = with_known_streams(late, govern)
+    monkeypatch.setattr(ContextDevice, "stream_wait", nothing)
+    assert any(later == COPIES for _, later in pairs(run(subject, whole=False)))
 
 
 def record_of_nothing(self):

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from tolaria import governor as governors
 from tolaria.config import GovernorConfig, Recovery
-from tolaria.errors import InvalidConfig, UsageError
+from tolaria.errors import InvalidConfig, PhaseError, UsageError
 from tolaria.group import GovernorGroup
+from tolaria.state import standing
+from tolaria.state.train_state import TrainState
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -168,3 +171,56 @@ def test_disabled_members_share_what_they_like(monkeypatch: pytest.MonkeyPatch) 
 def test_a_penalty_is_a_number(penalty: float) -> None:
     with pytest.raises(InvalidConfig, match="penalty"):
         GovernorConfig(penalty=penalty)
+
+
+def test_what_others_hold_is_looked_at_between_their_sections() -> None:
+    """A survey beside a step meets half a state, and takes notes that are not its own."""
+    with GovernorGroup() as group:
+        one = group.add(nn.Linear(2, 2))
+        with one.using(write=False), pytest.raises(PhaseError):
+            group.add(nn.Linear(2, 2))
+        assert list(group) == [0]
+        group.add(nn.Linear(2, 2))
+        one.snapshot()
+
+
+def test_one_survey_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would mix what they note of changed host values, and a snapshot hold those of the step before."""
+    model = nn.Linear(2, 2)
+    state = TrainState(model, [torch.optim.SGD(model.parameters(), lr=0.1)])
+    survey = state.survey()
+    ask, free = standing.OptimizerImprint.stands, []
+
+    def stands(self: standing.OptimizerImprint) -> bool:
+        other = threading.Thread(target=lambda: free.append(state._asking.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return ask(self)
+
+    monkeypatch.setattr(standing.OptimizerImprint, "stands", stands)
+    state.survey()
+    assert state.check(survey, "testing")
+    assert free == [False, False]
+
+
+def test_governors_are_counted_while_one_is_built() -> None:
+    built: list[governors.TolariaGovernor] = []
+
+    class Config:
+        @property
+        def mode(self) -> str:
+            if not built:
+                built.append(None)  # type: ignore[arg-type]
+                built[0] = governors.TolariaGovernor(nn.Linear(2, 2))
+            return "act"
+
+    with GovernorGroup() as group:
+        one = group.add(nn.Linear(2, 2))
+        real = one.config
+        vars(one)["config"] = Config()
+        try:
+            assert governors._rng_policy(GovernorConfig()) == "restore"
+        finally:
+            vars(one)["config"] = real
+        assert governors._rng_policy(GovernorConfig()) == "keep"
+        built[0].close()

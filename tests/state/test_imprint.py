@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tolaria.errors import UnsupportedState
 from tolaria.state import imprint, standing
 from tolaria.state.leaves import Identity, Ref
 from tolaria.state.structure import Blank, ModuleRecord
@@ -29,9 +30,11 @@ class Extra(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(3), persistent=False)
         self.register_buffer("window", torch.zeros(8)[2:5])
+        self.register_buffer("phase", torch.tensor([1j, 2j]))
         self.calls, self.names, self.table = 0, ["a", ["b"]], {"x": 1}
         self.activation = nn.functional.relu
         self.cached = torch.zeros(2)
+        self.mixed = [1, [object()]]
 
     def get_extra_state(self) -> Any:
         return {"calls": self.calls}
@@ -111,6 +114,8 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     "other offset": lambda w: setattr(w.model.norm.running_mean, "data", w.model.norm.running_mean.data[1:]),
     "a buffer shifted": lambda w: w.model.norm.running_mean.set_(w.model.norm.running_mean.untyped_storage(), 1, (3,)),
     "a window shifted": lambda w: w.model.extra.window.set_(w.model.extra.window.untyped_storage(), 3, (3,)),
+    "conjugated": lambda w: setattr(w.model.extra.phase, "data", w.model.extra.phase.data.conj()),
+    "negated": lambda w: setattr(w.model.extra.seen, "data", torch._neg_view(w.model.extra.seen.data)),
     "storage grown": lambda w: w.model.norm.running_mean.untyped_storage().resize_(1 << 16),
     "storage shrunk": lambda w: w.model.norm.running_var.untyped_storage().resize_(4),
     "storage freed and taken again": lambda w: [
@@ -151,6 +156,7 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     "an equal value of another type": lambda w: setattr(w.model.extra, "calls", False),
     "list changed inside": lambda w: w.model.extra.names[1].append("c"),
     "dict changed inside": lambda w: w.model.extra.table.update(x=2),
+    "list becomes plain": lambda w: w.model.extra.mixed[1].clear(),
     "list replaced": lambda w: setattr(w.model.extra, "names", ["z"]),
     "attribute added": lambda w: setattr(w.model.first, "note", 5),
     "attribute removed": lambda w: delattr(w.model.extra, "table"),
@@ -196,16 +202,20 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     # the rest
     "scale replaced": lambda w: setattr(w.scaler, "_scale", torch.ones(())),
     "scale gone": lambda w: setattr(w.scaler, "_scale", None),
+    "scaler's attributes replaced as a whole": lambda w: (
+        setattr(w.scaler, "__dict__", dict(vars(w.scaler))),
+        w.scaler.set_growth_factor(5.0),
+    ),
     "growth": lambda w: w.scaler.set_growth_factor(3.0),
     "scheduler": lambda w: w.scheduler.step(),
     "registered": lambda w: w.state.register("ema", nn.Linear(2, 2)),
 }
 DO_NOT_MOVE = {
     "nothing", "bytes", "buffer becomes persistent", "buffer is no longer", "counter", "an equal value of another type",
-    "list changed inside", "dict changed inside", "list replaced", "attribute added", "attribute removed",
-    "attribute renamed", "function replaced", "method replaced", "hook added", "evaluation", "learning rate",
-    "learning rate filled", "betas", "list in a state", "number in a state", "optimizer attribute", "growth",
-    "scheduler",
+    "list changed inside", "dict changed inside", "list becomes plain", "list replaced", "attribute added",
+    "attribute removed", "attribute renamed", "function replaced", "method replaced", "hook added", "evaluation",
+    "learning rate", "learning rate filled", "betas", "list in a state", "number in a state", "optimizer attribute",
+    "growth", "scheduler", "scaler's attributes replaced as a whole",
 }  # fmt: skip
 
 
@@ -218,6 +228,7 @@ HOST_VALUES = {"tensor in a list of a state", "optimizer tensor attribute"}
 """No tensor of the former survey has moved: a rollback takes these away like any other value."""
 RESTORED = HOST_VALUES | {
     "learning rate", "betas", "list in a state", "number in a state", "optimizer attribute", "growth",
+    "scaler's attributes replaced as a whole",
 }  # fmt: skip
 OF_TENSORS = tuple(CHANGES)[: 1 + tuple(CHANGES).index("swapped contents")]
 
@@ -236,7 +247,7 @@ def told(survey: SurveyResult) -> Any:
     """Everything that a survey says, with objects by their identity."""
     leaves = survey.leaves
     return (
-        [(leaf.name, id(leaf.tensor), leaf.storage, leaf.geometry, leaf.trained) for leaf in leaves.leaves],
+        [(leaf.name, id(leaf.tensor), leaf.storage, leaf.geometry, leaf.bits, leaf.trained) for leaf in leaves.leaves],
         [
             (each.key, each.bytes.untyped_storage()._cdata, each.has_buffers, each.dtype, each.trained)
             for each in leaves.storages
@@ -368,6 +379,73 @@ def test_gradients_are_surveyed_and_leave_the_imprint_alone() -> None:
     assert len(world.state.survey().gradients) == 1
     world.state.model.include_gradients = False
     assert world.state.survey().leaves is first.leaves
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_extra_state_is_captured_of_the_modules_that_an_imprint_knows(removed: bool) -> None:
+    """Also after a survey that took none, because of gradients, has met others."""
+    world = World()
+    if removed:
+        world.model.add_module("more", Extra())
+    before = world.state.survey()
+    more = world.model._modules.pop("more") if removed else Extra()
+    if not removed:
+        world.model.add_module("more", more)
+    world.state.model.include_gradients = True
+    world.state.survey()
+    world.state.model.include_gradients = False
+    if removed:
+        world.model.add_module("more", more)
+    else:
+        del world.model._modules["more"]
+    survey, host = world.state.survey(), world.state.capture([], with_rng=False, journal=None)
+    assert survey.leaves is before.leaves
+    world.model.extra.calls = 7
+    world.state.restore(survey, host, [], standing=world.state.check(survey, "testing"))
+    assert world.model.extra.calls == 0
+
+
+def test_a_survey_that_is_refused_leaves_no_imprint_that_knows_half() -> None:
+    world = World()
+    group = world.sgd.param_groups[0]
+    group["note"] = None
+    world.state.survey()
+    group.update(lr=0.5, note=[torch.zeros(2).to_sparse()])
+    with pytest.raises(UnsupportedState):
+        world.state.survey()
+    group["note"] = None
+    assert told(world.state.survey()) == told(walked(world.state))
+
+
+def test_modules_that_only_a_method_of_their_own_tells_of_are_walked() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(2, 2)]
+
+        def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            for i, layer in enumerate(self.layers):
+                yield from layer.named_modules(memo, f"{prefix}.{i}", remove_duplicate)
+
+    model = Hidden()
+    state = TrainState(nn.Sequential(model))
+    state.survey()
+    model.layers.append(nn.Linear(2, 2))
+    assert len(state.survey().leaves.leaves) == 4
+
+
+@pytest.mark.parametrize("lazily", [torch.conj, torch._neg_view])
+@pytest.mark.parametrize("before", [False, True])
+def test_bytes_that_are_taken_otherwise_are_taken_as_before(lazily: Callable[..., torch.Tensor], before: bool) -> None:
+    model, values = nn.Module(), torch.tensor([1j, 2j])
+    model.register_buffer("phase", lazily(values) if before else values)
+    held = model.get_buffer("phase").resolve_conj().resolve_neg().clone()
+    state = TrainState(model)
+    survey, host = state.survey(), state.capture([], with_rng=False, journal=None)
+    model.phase.data = lazily(model.phase.data)
+    state.restore(survey, host, [], standing=state.check(survey, "testing"))
+    assert torch.equal(model.get_buffer("phase").resolve_conj().resolve_neg(), held)
 
 
 def test_a_forgotten_survey_holds_nothing() -> None:

@@ -240,6 +240,8 @@ def _compared(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
             operator.attrgetter("dtype"),
             operator.attrgetter("device"),
             operator.attrgetter("requires_grad"),
+            torch.is_conj,
+            torch.is_neg,
         )
         return [list(map(ask, kept)) for ask in asked]
 
@@ -276,6 +278,7 @@ def _notices(guard: Callable[[Sequence[torch.Tensor]], Callable[..., bool]]) -> 
         torch.nn.Parameter(plain),
         torch.zeros(2, 3, requires_grad=True),
         torch.zeros(2, 3, device="meta"),
+        torch._neg_view(plain),
     )
     check = guard((plain, scalar))
     return check(plain, scalar) and not any(check(other, scalar) for other in others) and not check(plain, flat[:1])

@@ -54,6 +54,7 @@ class Leaf:
         geometry: (dtype, storage offset in elements, shape, strides).
         trained: Expected to be finite at all times (see `TrainState`); False for buffers and frozen parameters that
             held non-finite values from the start, such as attention masks of -inf.
+        bits: Whether its bytes are taken as conjugated, and as negated.
     """
 
     name: str
@@ -61,10 +62,15 @@ class Leaf:
     storage: int
     geometry: tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
     trained: bool = True
+    bits: tuple[bool, bool] = (False, False)
 
     def moved(self, storage: Storage) -> bool:
         """Whether the live tensor no longer lies where it lay at the survey."""
-        return storage_key(self.tensor) != storage.key or _geometry(self.tensor) != self.geometry
+        return (
+            storage_key(self.tensor) != storage.key
+            or _geometry(self.tensor) != self.geometry
+            or _bits(self.tensor) != self.bits
+        )
 
     def put_back(self, storage: Storage) -> None:
         """Make the tensor a view of its storage as of the survey again (it may have been given other data)."""
@@ -72,7 +78,9 @@ class Leaf:
             dtype, offset, shape, strides = self.geometry
             place = torch.empty(0, dtype=dtype, device=storage.bytes.device)
             # `.data =` and not `set_`, which would keep the element type of the other data
-            self.tensor.data = place.set_(storage.bytes.untyped_storage(), offset, shape, strides)
+            place.set_(storage.bytes.untyped_storage(), offset, shape, strides)
+            place = place.conj() if self.bits[0] else place
+            self.tensor.data = torch._neg_view(place) if self.bits[1] else place
 
 
 StorageKey = tuple[torch.device, int, int]
@@ -151,7 +159,7 @@ class Leaves:
             storage.trained &= trained
             if storage.dtype is not tensor.dtype:
                 storage.dtype = None
-        self.leaves.append(Leaf(name, tensor, index, geometry, trained))
+        self.leaves.append(Leaf(name, tensor, index, geometry, trained, _bits(tensor)))
         self._known[id(tensor)] = len(self.leaves) - 1
         return Ref(len(self.leaves) - 1)
 
@@ -245,6 +253,10 @@ Geometry = tuple[torch.dtype, int, tuple[int, ...], tuple[int, ...]]
 
 def _geometry(tensor: torch.Tensor) -> Geometry:
     return tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _bits(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_conj(), tensor.is_neg()
 
 
 def clone_tree(value: Any) -> Any:

@@ -74,6 +74,9 @@ class StatePart:
         """
         return HostImprint()
 
+    def take_over(self, saved: Any) -> None:
+        """An imprint has answered `saved` in the place of `survey`, which may have met something else meanwhile."""
+
     def capture(self) -> Any:
         """Clone host values that hold no leaf. May run the user's code (`state_dict` of an extra)."""
         return None
@@ -144,12 +147,15 @@ class ModulePart(StatePart):
                 path = f"{prefix}." if prefix else ""
                 add = functools.partial(self._add, leaves, path)
                 records[id(module)] = record(f"{self.name}.{prefix}" if prefix else self.name, module, add)
-        extra = [Identity(module) for module in self.module.modules() if has_extra_state(type(module))]
-        self._extra = [module.value for module in extra]
-        return list(records.values()), extra
+        saved = list(records.values()), [Identity(m) for m in self.module.modules() if has_extra_state(type(m))]
+        self.take_over(saved)
+        return saved
 
     def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
         return ModuleImprint(*saved)
+
+    def take_over(self, saved: Any) -> None:
+        self._extra = [module.value for module in saved[1]]
 
     def calls_the_user(self) -> bool:
         return bool(self._extra)
@@ -371,7 +377,7 @@ class ScalerPart(StatePart):
         }
 
     def imprint(self, saved: Any, leaves: Leaves) -> PartImprint:
-        return ScalerImprint(vars(self.scaler), (*self._TENSORS, *self._NUMBERS), saved, leaves)
+        return ScalerImprint(self.scaler, (*self._TENSORS, *self._NUMBERS), saved, leaves)
 
     def refuse_unscaled(self) -> None:
         """Raise `UnsupportedState` between `unscale_` and `step`: a rollback forgets which gradients were unscaled."""

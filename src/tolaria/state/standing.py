@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from tolaria.state.imprint import Contents, Unfit, Values, Whereabouts
 from tolaria.state.leaves import Identity, Leaves, Ref
-from tolaria.state.structure import HOOKS, OWN, Blank, ModuleRecord, properties_of, record_again
+from tolaria.state.structure import HOOKS, OWN, Blank, ModuleRecord, is_plain, properties_of, record_again
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 _TRANSIENT = "_non_persistent_buffers_set"
+_WAYS = {"named_modules": nn.Module.named_modules, "modules": nn.Module.modules}
 _UNRECORDED = OWN - {*HOOKS, _TRANSIENT}  # what no record says anything of, or what is compared by itself
 _flat = itertools.chain.from_iterable
 
@@ -56,7 +57,8 @@ class ModuleImprint:
         extra: The modules with extra state.
 
     Raises:
-        Unfit: A lazy module waits for its first batch, or a table of a module is no plain dict of its own.
+        Unfit: A lazy module waits for its first batch, a table of a module is no plain dict of its own, or a module has
+            a way of its own to say which modules are in it.
     """
 
     def __init__(self, records: list[ModuleRecord], extra: list[Identity]) -> None:
@@ -71,6 +73,8 @@ class ModuleImprint:
         for module, values in zip(self._modules, self._vars, strict=True):
             if any(getattr(module, name) is not values.get(name) for name in (*_TABLES, _TRANSIENT)):
                 raise Unfit  # handed out by something else than the module itself
+            if any(getattr(getattr(module, way), "__func__", None) is not plain for way, plain in _WAYS.items()):
+                raise Unfit
         self._tables = {name: [values[name] for values in self._vars] for name in _TABLES}
         self._contents = Contents([table for tables in self._tables.values() for table in tables])
         self._note()
@@ -85,6 +89,13 @@ class ModuleImprint:
         self._boxes = Contents(
             [*hooks, *_containers([vars(each.module)[key] for each in self._records for key in each.plain])]
         )
+        # plain as soon as what is not has gone out of them
+        self._mixed = [
+            value
+            for values, each in zip(self._vars, self._records, strict=True)
+            for name, value in values.items()
+            if name not in OWN and type(value) in (list, tuple, dict) and name not in each.plain
+        ]
         self._transient = [values[_TRANSIENT] for values in self._vars]
         self._injected = [each for each in self._records if each.properties is not None]
 
@@ -121,6 +132,7 @@ class ModuleImprint:
             list(_flat(self._vars)) != self._names
             or list(itertools.accumulate(map(len, self._vars))) != self._ends
             or not self._boxes.stand()
+            or any(map(is_plain, self._mixed))
             or any(each.transient != live for each, live in zip(self._records, self._transient, strict=True))
             or any(properties_of(each.kind) != each.properties for each in self._injected)
         ):
@@ -204,21 +216,21 @@ class OptimizerImprint:
 class ScalerImprint:
     """Of a `GradScaler`: tensors that stay, numbers that may change."""
 
-    def __init__(self, values: dict[str, Any], names: Sequence[str], saved: dict[str, Any], leaves: Leaves) -> None:
-        self._values, self._names = values, names
+    def __init__(self, scaler: Any, names: Sequence[str], saved: dict[str, Any], leaves: Leaves) -> None:
+        self._scaler, self._names = scaler, names
         self._tensors = {key: (tree, leaves.tensor(tree)) for key, tree in saved.items() if isinstance(tree, Ref)}
         self._keys = list(saved)
 
     def stands(self) -> bool:
-        return [name for name in self._names if name in self._values] == self._keys and all(
-            self._tensors[key][1] is self._values[key]
-            if key in self._tensors
-            else not isinstance(self._values[key], torch.Tensor)
+        values = vars(self._scaler)
+        return [name for name in self._names if name in values] == self._keys and all(
+            self._tensors[key][1] is values[key] if key in self._tensors else not isinstance(values[key], torch.Tensor)
             for key in self._keys
         )
 
     def again(self) -> Any:
-        return {key: self._tensors[key][0] if key in self._tensors else self._values[key] for key in self._keys}
+        values = vars(self._scaler)
+        return {key: self._tensors[key][0] if key in self._tensors else values[key] for key in self._keys}
 
 
 def has_extra_state(kind: type[nn.Module]) -> bool:

@@ -298,14 +298,15 @@ def _added(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in _added(module) if _is_plain(value)}
+    return {key: value for key, value in _added(module) if is_plain(value)}
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a string, or a container of such."""
     if type(value) in (list, tuple):
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if type(value) is dict:
-        return all(map(_is_plain, value.values()))
+        return all(map(is_plain, value.values()))
     return isinstance(value, _SCALARS)
 
 

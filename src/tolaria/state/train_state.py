@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class TrainState:
         if scaler is not None:
             self.parts.append(ScalerPart("scaler", scaler))
         self._last_survey: Leaves | None = None
+        self._asking = threading.RLock()  # an imprint takes notes: two surveys at once would mix theirs
         self._imprint: StateImprint | None = None  # of the last survey from the start that it could be taken of
         self._in_vain = (
             0  # imprints in a row that did not stand at the next survey, and surveys that took none for that
@@ -109,13 +111,20 @@ class TrainState:
 
         Surveys between which no tensor and no module has come, gone, moved or changed places share their `Leaves`.
         """
+        with self._asking:
+            return self._survey()
+
+    def _survey(self) -> SurveyResult:
         imprint = self._imprint
         if imprint is not None and len(imprint.parts) == len(self.parts) and not self.model.include_gradients:
             again = imprint.again()
             if again is not None:
                 self._in_vain = 0
+                for part, noted in zip(self.parts, again, strict=True):
+                    part.take_over(noted)
                 return SurveyResult(imprint.leaves, again)
             self._in_vain += 1
+            self._imprint = None  # it may have noted a part of what has changed; the survey below may raise
         leaves = Leaves(previous=self._last_survey)
         saved = tuple(part.survey(leaves) for part in self.parts)
         leaves.previous = None
@@ -181,8 +190,10 @@ class TrainState:
         """
         imprint = self._imprint
         known = imprint is not None and imprint.leaves is survey.leaves and len(survey.saved) == len(self.parts)
-        if known and imprint is not None and imprint.stands():
-            return True
+        if known and imprint is not None:
+            with self._asking:
+                if imprint.stands():
+                    return True
         if len(survey.saved) != len(self.parts):
             found = [f"{part.name} was registered later" for part in self.parts[len(survey.saved) :]]
         else:

@@ -168,7 +168,7 @@ class Recorder:
         for tensor in tensors:
             name = str(tensor.device)
             port: Any = self._keeper.devices.get(name)
-            if port is not None and port.barrier is Barrier.CONTEXT:
+            if port is not None and port.barrier.has_events:
                 return self.stream(name, port._streams.current(port.index))
             if tensor.device.type == "cuda":
                 return self.stream(name, torch._C._cuda_getCurrentRawStream(tensor.device.index))
@@ -275,7 +275,7 @@ class Recorder:
             else:
                 found[name] = errand
         devices = self._keeper.devices
-        at_once = [name for name in found if devices[name].barrier is not Barrier.CONTEXT]
+        at_once = [name for name in found if not devices[name].barrier.has_events]
         here = [found.pop(name) for name in at_once if devices[name].barrier is Barrier.HOST]
         for name in [name for name in at_once if name in found]:
             # the blocking barrier copies on its caller's stream

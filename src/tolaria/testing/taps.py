@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tolaria import capture
 from tolaria.device import Device, DeviceSet
 from tolaria.driver import Driver
-from tolaria.operations import Await, Barrier, Change, Copy, Examine, Inspect, ReadLive, Survey, Transfer
+from tolaria.operations import Await, Change, Copy, Examine, Inspect, ReadLive, Survey, Transfer
 from tolaria.testing.races import Ledger
 
 
@@ -302,7 +302,7 @@ def on_governor(listener: Listener, driver: Driver, devices: DeviceSet) -> Gener
     replaced: list[tuple[Any, str, Any]] = []
 
     def follow(port: Any) -> Device:
-        if port.barrier is Barrier.CONTEXT:
+        if port.barrier.has_events:
             replaced.extend(((port, "_driver", port._driver), (port, "_streams", port._streams)))
             port._driver = Calls(port._driver, listener, port.name)
             port._streams = Launches(port._streams, listener, port.name)
