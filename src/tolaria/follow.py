@@ -108,7 +108,7 @@ class FollowingGovernor(TolariaGovernor):
         """
         if self.is_disabled:
             return
-        scale = scale_of(self._update.scaler, self._update.optimizers)
+        scale = scale_of(self._update.scaler, self._update.optimizers if optimizer is None else [optimizer])
         self._gauge.note(self._course.completed + 1, optimizer, scale)
         if optimizer is None:
             parameters = self._keeper.state.roster()[0]

@@ -255,6 +255,26 @@ def test_gradients_are_judged_without_the_scale(kit: Any, follow: Any, unscaled:
     assert seen.signs[0].grad_norm == pytest.approx(expected, rel=1e-5)
 
 
+def test_gradients_are_judged_without_the_scale_of_each_optimizer(kit: Any) -> None:
+    """A loop unscales and steps one optimizer after the other."""
+    run = kit.Run()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in run.model if list(layer.parameters())]
+    assert len(optimizers) > 1
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=1024.0), _Seen()
+    governor = FollowingGovernor(run.model, optimizers, scaler=scaler, detector=seen.detector())
+    governor.begin()
+    scaler.scale(run.loss(run.batches[0])).backward()
+    for optimizer in optimizers:
+        governor.gradients_ready(optimizer)
+        scaler.step(optimizer)
+    governor.stepped()
+    governor.close()
+    plain = kit.Run()
+    plain.backward(plain.batches[0])
+    expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in plain.model.parameters()))
+    assert seen.signs[0].grad_norm == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_overflow_that_the_scaler_skips_is_no_incident(kit: Any, follow: Any) -> None:
     run = kit.Run()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
