@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributions import Categorical, Distribution
 
 from tolaria import sb3
 from tolaria.cli import main
@@ -224,3 +225,16 @@ def test_without_stable_baselines(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     assert main(["drill", "--workload", "cartpole"]) == 2
     assert "pip install 'tolaria[sb3]'" in capsys.readouterr().err
+
+
+def test_other_packages_may_have_told_distributions_not_to_look() -> None:
+    nan = torch.full((2,), float("nan"))
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        Categorical(logits=nan)
+        with cartpole.looking_distributions(), pytest.raises(ValueError, match="Expected parameter"):
+            Categorical(logits=nan)
+        Categorical(logits=nan)
+    finally:
+        Distribution.set_default_validate_args(before)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributions import Distribution
 
 from tolaria.config import GovernorConfig
 from tolaria.drill.workloads import CannotRun
@@ -122,6 +124,18 @@ def require_runnable(rounds: int) -> None:
         raise CannotRun(f"the workload cartpole cannot run ({error}): pip install 'tolaria[sb3]'") from error
 
 
+@contextmanager
+def looking_distributions() -> Generator[None]:
+    """Inside, distributions refuse NaN, as they do unless another package has told all of them not to look."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(True)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+@looking_distributions()
 def train(
     name: str,
     seed: int,
@@ -209,6 +223,7 @@ def state_digest(model: PPO) -> str:
     return f"{state.digest()}/{model._n_updates}"
 
 
+@looking_distributions()
 def evaluate(model: PPO, seed: int) -> float:
     """Mean return of 20 episodes of the greedy policy in fresh environments; NaN where it cannot act any more."""
     import gymnasium
