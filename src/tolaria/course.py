@@ -32,7 +32,7 @@ from tolaria.target import Target
 from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096
-_ROUTINE_SCALER_SKIPS = 20
+_ROUTINE_SKIPS = 20
 
 
 class Course:
@@ -67,7 +67,7 @@ class Course:
         self._outstanding: deque[Sent] = deque()  # completed, not judged yet
         self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic whose rollback could not be made yet
         self._judge_lock = threading.RLock()
-        self._scaler_skips = 0  # in a row
+        self._skips = 0  # in a row
         self.verdict = Verdict(Health.HEALTHY, 0)
         self.keeper: Keeper
         self.feed: Feed
@@ -104,7 +104,7 @@ class Course:
                 self._judgement = self._judged[-1][1]
             elif not self._outstanding:
                 self._judgement = judgement
-            self._scaler_skips = 0  # a run of skips belongs to the abandoned future
+            self._skips = 0  # a run of skips belongs to the abandoned future
         self._last_automatic, self._due = self.completed, None
         self._history.undo(self.completed)
 
@@ -148,15 +148,15 @@ class Course:
 
         A step that was not applied (a veto, a scaler that skipped) shows nothing, so it counts for no probation.
         """
-        vital, by_scaler, vetoed, _ = arrived = sent.read()
-        self._scaler_skips = self._scaler_skips + 1 if by_scaler else 0
+        vital, by_scaler, vetoed, keeps = arrived = sent.read()
+        self._skips = self._skips + 1 if by_scaler or (vetoed and keeps) else 0
         if sent.torn:
             verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
         else:
             self._judgement, verdict = self._detector.update(self._judgement, vital)
-        if self._scaler_skips >= _ROUTINE_SCALER_SKIPS and not verdict.is_panic:
-            evidence = {"skips": float(self._scaler_skips)}
-            verdict = Verdict(Health.PANIC, vital.step, "GradScaler skips every step", vital.step, evidence)
+        if self._skips >= _ROUTINE_SKIPS and not verdict.is_panic:
+            reason = "GradScaler skips every step" if by_scaler else "every step is vetoed"
+            verdict = Verdict(Health.PANIC, vital.step, reason, vital.step, {"skips": float(self._skips)})
         verdict = arrived.overrule(verdict)
         self._judged.append((vital.step, self._judgement))
         self.verdict = verdict
@@ -482,7 +482,7 @@ class Course:
             self._unanswered = None
             self._judgement = self._detector.init()
             self._judged.clear()
-            self._scaler_skips = 0
+            self._skips = 0
         self.recovery = recover.RecoveryState()
 
     def state_dict(self) -> dict[str, Any]:

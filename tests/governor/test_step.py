@@ -325,6 +325,22 @@ def test_twenty_skips_in_a_row_are_a_panic(govern: Govern, kit: Any) -> None:
     assert (run.state(with_rng=False), scaler.get_scale()) == (good, scale)
 
 
+def test_twenty_vetoes_in_a_row_are_a_panic_also_where_they_are_kept(govern: Govern, kit: Any) -> None:
+    run = kit.Run(batches=80)
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(on_veto="keep"))
+    governor.snapshot()
+    results = []
+    for number, batch in enumerate(run.batches[:30], start=1):
+        run.loss(batch).backward()
+        if number != 5:  # a good one between them begins the count anew
+            for parameter in run.model.parameters():
+                parameter.grad.fill_(float("nan"))
+        results.append(governor.step(loss=1.0))
+    panics = [number for number, result in enumerate(results, start=1) if result.rolled_back]
+    assert panics == [25]
+    assert results[24].verdict.reason == "every step is vetoed"
+
+
 def test_a_scaler_that_is_switched_off(govern: Govern, kit: Any) -> None:
     plain, run = kit.Run(), kit.Run()
     torch.manual_seed(4)
