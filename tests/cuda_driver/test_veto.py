@@ -178,14 +178,20 @@ class Bare:
         return freeze([self.model.state_dict(), self.optimizer.state_dict(), scale])
 
 
-@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
-def test_a_kept_veto_leaves_the_step_out_without_a_wait(make, late, govern):
+def without_the_tenth(make):
+    """A run that no governor has seen, and that leaves batch 10 out."""
     plain = Bare(make)
     for number, x in enumerate(plain.batches):
         if number != 10:
             plain.backward(x)
             plain.optimizer.step()
             plain.optimizer.zero_grad()
+    return plain
+
+
+@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
+def test_a_kept_veto_leaves_the_step_out_without_a_wait(make, late, govern):
+    plain = without_the_tenth(make)
     run = Bare(make)
     governor = govern(run.model, run.optimizer, on_veto="keep", cadence=100, probation=0)
     results = []
@@ -205,12 +211,7 @@ def test_a_kept_veto_leaves_the_step_out_without_a_wait(make, late, govern):
 
 @pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN)
 def test_a_kept_veto_of_any_other_optimizer_is_decided_on_the_host(make, late, govern):
-    plain = Bare(make)
-    for number, x in enumerate(plain.batches):
-        if number != 10:
-            plain.backward(x)
-            plain.optimizer.step()
-            plain.optimizer.zero_grad()
+    plain = without_the_tenth(make)
     run = Bare(make)
     governor = govern(run.model, run.optimizer, on_veto="keep", cadence=100, probation=0)
     for number, x in enumerate(run.batches):

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from governor.story import Story
 
-from tolaria import GovernorConfig, Incident, Recovery, RetryBudgetExceeded, TolariaGovernor, UnsupportedState, recover
+from tolaria import GovernorConfig, Recovery, RetryBudgetExceeded, TolariaGovernor, UnsupportedState, recover
 from tolaria.follow import FollowingGovernor
 from tolaria.judge import non_finite
 from tolaria.rounds import Rounds
 
 Govern = Callable[..., TolariaGovernor]
 ALWAYS = 10_000
-
-
-class Story:
-    """A governed run over numbered batches, with what was delivered and what the learning rate was at each step."""
-
-    def __init__(self, kit: Any, govern: Govern, optimizer: Any = None, **config: Any) -> None:
-        random.seed(5)  # re-keying draws from it
-        self.kit, self.run = kit, kit.Run(optimizer=optimizer)
-        self.incidents: list[Incident] = []
-        self.delivered: list[int] = []
-        self.governor = govern(
-            self.run.model,
-            self.run.optimizer,
-            scheduler=self.run.scheduler,
-            config=GovernorConfig(
-                **{"cadence": 2, "probation": 1, "on_incident": self.incidents.append, "rng": "restore", **config}
-            ),
-        )
-
-    def train(self, numbers: Any, bad: dict[int, int] | None = None) -> Story:
-        """`bad`: how many deliveries of a batch are poisoned."""
-        left = dict(bad or {})
-        for number in self.governor.watch(numbers):
-            self.delivered.append(number)
-            batch = self.run.batches[number]
-            poisoned = left.get(number, 0) > 0
-            left[number] = left.get(number, 0) - 1
-            self.run.step(self.governor, self.kit.nan_batch(batch) if poisoned else batch)
-        return self
-
-    @property
-    def actions(self) -> list[str]:
-        return [incident.action for incident in self.incidents]
 
 
 def plain(
@@ -320,7 +287,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 def test_reset_moments_make_the_next_step_a_first_step(name: str, govern: Govern, kit: Any) -> None:
     """Bit for bit that of an optimizer that has never stepped, in the same tensors."""
     make = OPTIMIZERS[name]
-    story = Story(kit, govern, make, recovery=Recovery(moments="reset"))
+    story = Story(kit, govern, optimizer=make, recovery=Recovery(moments="reset"))
     places: list[Any] = []
 
     def note(*_: Any) -> None:
@@ -346,7 +313,9 @@ def test_reset_moments_make_the_next_step_a_first_step(name: str, govern: Govern
 @pytest.mark.parametrize("name", ["AdamW", "NAdam", "RMSprop", "SGD"])
 def test_damped_moments_are_the_first_ones_scaled(name: str, govern: Govern, kit: Any) -> None:
     make = OPTIMIZERS[name]
-    story = Story(kit, govern, make, recovery=Recovery(moments="damp", damp=0.25)).train(range(20), {9: ALWAYS})
+    story = Story(kit, govern, optimizer=make, recovery=Recovery(moments="damp", damp=0.25)).train(
+        range(20), {9: ALWAYS}
+    )
     restored = story.incidents[1].restored_step
     assert [incident.moments for incident in story.incidents] == ["keep", "damp"]
 
