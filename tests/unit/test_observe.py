@@ -75,6 +75,7 @@ def test_what_is_not_alike_is_told_apart():
     others = [torch.ones(4, dtype=torch.float64), torch.zeros(0), torch.arange(3), torch.ones(1, dtype=torch.complex64)]
     assert [part.tolist() for part in observe.norms(alike)] == [[2.0, 6.0]]
     assert sorted(part.tolist() for part in observe.norms([*alike, *others])) == [[2.0], [2.0, 6.0, 1.0]]
+    assert sorted(part.tolist() for part in observe.norms([*alike, others[0]])) == [[2.0], [2.0, 6.0]]
     assert [part.tolist() for part in observe.norms(torch.nn.Parameter(grad) for grad in alike)] == [[2.0, 6.0]]
     assert observe.norms([]) == observe.norms([torch.zeros(0)]) == observe.norms([torch.arange(3)]) == []
 
