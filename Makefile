@@ -38,8 +38,9 @@ setup: $(STAMP)  ## make or refresh .venv
 drill: $(STAMP)  ## train under injected faults, report in drill-report/
 	$(BIN)/tolaria drill --out drill-report $(ARGS)
 
+# All of them in as many processes as there are cores, a file in one process; with ARGS in this process alone.
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(if $(ARGS),,OMP_NUM_THREADS=1 )$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n auto --maxprocesses 8 --dist loadfile)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

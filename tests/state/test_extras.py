@@ -178,7 +178,11 @@ def test_several_extras_of_every_kind(governor: TolariaGovernor, freeze: Freeze)
 # ---------------------------------------------------------------- refused
 
 
-@pytest.mark.parametrize("value", [object(), 3, [1, 2], (lambda: 1,), np.random.default_rng(0)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), 3, [1, 2], (lambda: 1,), np.random.default_rng(0)],
+    ids=["object", "number", "list", "function in a tuple", "generator"],  # the same in every worker: no addresses
+)
 def test_what_cannot_be_read_and_written_is_refused(value: Any, governor: TolariaGovernor) -> None:
     digest = governor.digest()
     with pytest.raises(tolaria.UsageError, match="registering 'thing'"):
