@@ -31,6 +31,8 @@ from tolaria.errors import StaleGradients, UnsupportedState, UsageError
 from tolaria.operations import SectionKind, Streams
 from tolaria.state.train_state import TrainState
 
+_REPLICATE = "_replicate_for_data_parallel"  # what nn.DataParallel asks each module for, at each forward
+
 
 def current_backward() -> int:
     """Number of the autograd graph task that runs on this thread; -1 outside of a backward pass."""
@@ -115,6 +117,14 @@ class Sections:
             if torch.is_grad_enabled():
                 self._follow(result, epoch)
             return result
+
+    def refuse_replica(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`nn.DataParallel` around the governed module: its replicas would run the original's `forward`, unseen."""
+        raise UnsupportedState(
+            "replicating the governed module",
+            "nn.DataParallel was put around it, or around a module that holds it; expected the governor outside",
+            "Build the governor of the nn.DataParallel itself: TolariaGovernor(nn.DataParallel(model), ...).",
+        )
 
     def run_step(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An optimizer step: refused when its gradients began before a rollback."""
@@ -225,6 +235,7 @@ class Sections:
                 )
         for name in ("forward", *names):
             self._replace(module, name, self.run_forward)
+        self._replace(module, _REPLICATE, self.refuse_replica)
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Make `optimizer.step` a write section. Schedulers may wrap it before or after."""

@@ -82,10 +82,10 @@ class Course:
 
     # ------------------------------------------------------------ what a snapshot holds of us
 
-    def read_journal(self) -> Journal:
+    def read_journal(self, gradients: bool) -> Journal:
         """What rolls back with the train state: step count, detector states, data position. Immutable."""
         # captured gradients hold the batches that are open, so those must not come again
-        position = self.feed.upcoming if self.keeper.state.model.include_gradients else self.feed.position
+        position = self.feed.upcoming if gradients else self.feed.position
         return Journal(self.completed, self._judgement, position)
 
     def write_journal(self, journal: Journal) -> None:

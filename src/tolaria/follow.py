@@ -10,7 +10,8 @@ An adapter translates the framework's hooks into these calls, in this order:
     fence()                                 where the framework does what a rollback cannot undo (a new epoch)
     finish()                                once, at the end
 
-Nothing is vetoed here: a gradient that is not finite reaches the weights, and the rollback takes it back, exactly.
+`gradients_ready` has a step refused whose gradients are not finite (`refusal`); a step that was not announced by it is
+judged only when it has been made.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from tolaria import observe, ring
+from tolaria import observe, ring, veto
 from tolaria.brake import brake_foreign_steps
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
+from tolaria.refusal import Refusals
 from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent
 
@@ -43,12 +45,14 @@ class _Gradients:
         bad: Gradient tensors with a non-finite value.
         norms: Norms of the single gradients on their devices, to be read late.
         skipped: Not 0 where the scaler will not apply the step.
+        refused: Not 0 where we will not have it applied; None where nobody can do anything about it.
     """
 
     norm: float | None
     bad: int
     norms: Sequence[torch.Tensor]
     skipped: torch.Tensor | float
+    refused: torch.Tensor | float | None = None
 
 
 class FollowingGovernor(TolariaGovernor):
@@ -61,6 +65,8 @@ class FollowingGovernor(TolariaGovernor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        acts = self.config.mode == "act" and not self.is_disabled
+        self._refusals = Refusals(self._update.optimizers if acts else [], keeps=self.config.on_veto == "keep")
         try:
             brake_foreign_steps(self, "a framework's loop", "skip_further")  # it counts batches it would never be given
         except UnsupportedState:
@@ -99,43 +105,76 @@ class FollowingGovernor(TolariaGovernor):
     def gradients_ready(self, optimizer: Optimizer | None = None) -> None:
         """Read the gradients that the framework is about to apply; `stepped` judges them.
 
-        Call after the backward (inside a closure too), before the optimizer step and before clipping. Several
-        optimizers: once for each. A scaler's gradients may be unscaled already or not. Without this call, a step is
-        judged by its loss and its weights.
+        Call after the backward (inside a closure too, or a hook of the optimizer), before its update and before
+        clipping. Several optimizers: once for each. A scaler's gradients may be unscaled already or not. Without this
+        call, a step is judged by its loss and its weights.
+
+        If a gradient is not finite, the step of that optimizer (None: of all) is refused, and `stepped` rolls back
+        unless `on_veto="keep"`: docs/veto.md. What a scaler is going to skip is left to it.
 
         Args:
             optimizer: Whose parameters are meant; None: all that are governed.
         """
         if self.is_disabled:
             return
-        scale = scale_of(self._update.scaler, self._update.optimizers if optimizer is None else [optimizer])
-        self._gauge.note(self._course.completed + 1, optimizer, scale)
+        update = self._update
+        if optimizer is None and update.scaler is not None and update.optimizers:
+            for each in update.optimizers:  # each may have been unscaled or not
+                self.gradients_ready(each)
+            return
+        self._gauge.note(self._course.completed + 1, optimizer, update.scaler)
+        steps = update.optimizers if optimizer is None else [optimizer]
         if optimizer is None:
             parameters = self._keeper.state.roster()[0]
         else:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        grads = observe.gradients(parameters)
-        key = id(optimizer)
-        if self._keeper.reads_late:
-            self._gradients[key] = self._read_late(grads, scale)
-            return
-        norm, bad = observe.gradient_norm(grads)
-        # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
-        bad += self._gradients[key].bad if key in self._gradients else 0
-        skipped = float(self._update.scaler is not None and bad > 0)
-        self._gradients[key] = _Gradients(
-            norm if norm is None or scale is None else norm / float(scale), bad, (), skipped
-        )
+        grads, scale = observe.gradients(parameters), scale_of(update.scaler, optimizer)
+        # what is still scaled the scaler will look through by itself
+        vetoed = steps if self.config.mode == "act" and scale is None else []
+        if self._keeper.reads_late and self._refusals.can_read_late(vetoed):
+            self._gradients[id(optimizer)] = self._read_late(grads, scale, vetoed, optimizer)
+        else:
+            self._gradients[id(optimizer)] = self._read_now(grads, scale, vetoed, optimizer)
 
-    def _read_late(self, grads: Sequence[torch.Tensor], scale: torch.Tensor | None) -> _Gradients:
+    def _read_now(
+        self,
+        grads: Sequence[torch.Tensor],
+        scale: torch.Tensor | None,
+        vetoed: Sequence[Optimizer],
+        optimizer: Optimizer | None,
+    ) -> _Gradients:
+        norm, bad = observe.gradient_norm(grads)
+        scaler = self._update.scaler
+        by_scaler = bad > 0 and scaler is not None and (scale is not None or self._has_flagged(optimizer))
+        refused = bad > 0 and not by_scaler and self._refusals.decide_now(vetoed, self._keeper.state.is_static)
+        # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
+        before = self._gradients.get(id(optimizer))
+        if before is not None:
+            bad, refused = bad + before.bad, refused or bool(before.refused)
+        norm = norm if norm is None or scale is None else norm / float(scale)
+        return _Gradients(norm, bad, (), float(by_scaler), float(refused))
+
+    def _has_flagged(self, optimizer: Optimizer | None) -> bool:
+        """Whether the scaler, which has unscaled the gradients, will skip the step. Waits for the device."""
+        return bool(self._update.skipped_by_scaler(optimizer))
+
+    def _read_late(
+        self,
+        grads: Sequence[torch.Tensor],
+        scale: torch.Tensor | None,
+        vetoed: Sequence[Optimizer],
+        optimizer: Optimizer | None,
+    ) -> _Gradients:
         norms = observe.norms(grads)
-        if self._update.scaler is None or not norms:
-            return _Gradients(None, 0, norms, 0.0)
-        if scale is None:
-            return _Gradients(None, 0, norms, self._update.skipped_by_scaler())
-        # the optimizer will unscale by itself, and skip what is not finite
-        skipped = (~torch.isfinite(observe.total_norm(norms))).float()
-        return _Gradients(None, 0, [each / scale for each in norms], skipped)
+        theirs: torch.Tensor | float = 0.0
+        if self._update.scaler is not None and norms:
+            if scale is None:
+                theirs = self._update.skipped_by_scaler(optimizer)
+            else:
+                # the optimizer will unscale by itself, and skip what is not finite
+                theirs = (~torch.isfinite(observe.total_norm(norms))).float()
+                norms = [each / scale for each in norms]
+        return _Gradients(None, 0, norms, theirs, self._refusals.decide_late(vetoed, norms, theirs))
 
     def stepped(
         self,
@@ -182,16 +221,20 @@ class FollowingGovernor(TolariaGovernor):
     def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
         found = list(self._gradients.values())
         self._gradients.clear()
+        self._refusals.lift()
         read = [each.norm for each in found if each.norm is not None]
         skipped: Scalar = sum((each.skipped for each in found), start=0.0)
         if scaler_skipped is not None:
             skipped = float(scaler_skipped)
+        late = [each.refused for each in found if isinstance(each.refused, torch.Tensor)]
+        vetoed = any(each.refused for each in found if isinstance(each.refused, float))
         step = self._course.completed + 1
         numbers: dict[str, Scalar] = {
             "loss": observe.mean_loss(loss),
             "grad_norm": math.sqrt(sum(norm * norm for norm in read)) if read else None,
             "nonfinite_gradients": sum(each.bad for each in found),
             "scaler_skipped": skipped,
+            "vetoed": veto.any_of(late) if late else None,
         }
         lists: dict[str, Sequence[torch.Tensor]] = {}
         if norms := [norm for each in found for norm in each.norms]:
@@ -205,8 +248,10 @@ class FollowingGovernor(TolariaGovernor):
         return Sent(
             step=step,
             reading=self._readings.send(numbers, lists),
-            skipped=not isinstance(skipped, torch.Tensor) and bool(skipped),
+            skipped=vetoed or (not isinstance(skipped, torch.Tensor) and bool(skipped)),
             torn=self._keeper.driver.state.torn,
+            vetoed=vetoed,
+            keeps_vetoes=self.config.on_veto == "keep",
         )
 
     def _answer_doubt(self, result: StepResult) -> StepResult:
@@ -261,6 +306,11 @@ class FollowingGovernor(TolariaGovernor):
                 "the train state is not finite after a rollback",
                 "Start from a checkpoint.",
             )
+
+    def close(self) -> None:
+        """As `TolariaGovernor.close`."""
+        self._refusals.close()
+        super().close()
 
     def _take_fence(self) -> bool:
         """A manual snapshot, after which the older ones are given up. False when it is not finite."""

@@ -49,7 +49,7 @@ class Gauge:
         self,
         step: int,
         optimizer: Optimizer | None = None,
-        scale: torch.Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         gradients: bool = True,
     ) -> None:
         """Look at gradients and weights right before a step, on the caller's current streams.
@@ -57,7 +57,7 @@ class Gauge:
         Args:
             step: Its number. What was noted for another one is forgotten.
             optimizer: Of whose groups; None: of all.
-            scale: What the gradients are multiplied by; None: nothing.
+            scaler: Has scaled the gradients; those of some optimizers may have been unscaled already.
             gradients: They are complete.
         """
         wants_ratio = self._every > 0 and step % self._every == 0
@@ -66,11 +66,11 @@ class Gauge:
         if step != self._step:
             self._forget()
             self._step = step
-        for name, parameters in self._groups(optimizer):
+        for name, owner, parameters in self._groups(optimizer):
             if self._by_group and gradients:
                 parts = observe.norms(observe.gradients(parameters))
                 if parts:
-                    norm = observe.total_norm(parts)
+                    norm, scale = observe.total_norm(parts), scale_of(scaler, owner)
                     self._norms[f"grad_norm/{name}"] = norm if scale is None else norm / scale.to(norm.device)
             if wants_ratio and name not in self._held:  # a closure may be called several times in one step
                 now = [p.detach() for p in parameters if not is_lazy(p) and p.is_floating_point() and p.numel()]
@@ -101,13 +101,13 @@ class Gauge:
     def _forget(self) -> None:
         self._norms, self._held = dict[str, Scalar](), dict[str, _Held]()
 
-    def _groups(self, wanted: Optimizer | None) -> Iterator[tuple[str, Iterable[torch.nn.Parameter]]]:
+    def _groups(self, wanted: Optimizer | None) -> Iterator[tuple[str, Optimizer, Iterable[torch.nn.Parameter]]]:
         for number, optimizer in enumerate(self._optimizers):
             if wanted is not None and optimizer is not wanted:
                 continue
             prefix = f"{number}." if len(self._optimizers) > 1 else ""
             for index, group in enumerate(optimizer.param_groups):
-                yield f"{prefix}{group.get('name', index)}", group["params"]
+                yield f"{prefix}{group.get('name', index)}", optimizer, group["params"]
 
 
 def _ratio(moved: Sequence[torch.Tensor], size: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -115,9 +115,14 @@ def _ratio(moved: Sequence[torch.Tensor], size: Sequence[torch.Tensor]) -> torch
     return far / long.to(far.device, non_blocking=True)
 
 
-def scale_of(scaler: torch.amp.GradScaler | None, optimizers: Iterable[Optimizer]) -> torch.Tensor | None:
-    """What the gradients are multiplied by, a scalar on the device: None where nobody scales, or has unscaled them."""
+def scale_of(scaler: torch.amp.GradScaler | None, optimizer: Optimizer | None) -> torch.Tensor | None:
+    """What the gradients of one optimizer are multiplied by, a scalar on the device.
+
+    None where nobody scales, or they have been unscaled: a scaler does that for each optimizer by itself, so the
+    gradients of another may be scaled still. Those that no optimizer steps (`optimizer` is None) stay scaled.
+    """
     if scaler is None:
         return None
-    states = [scaler._per_optimizer_states[id(optimizer)] for optimizer in optimizers]
-    return None if any(state["stage"].name != "READY" for state in states) else scaler._scale
+    if optimizer is not None and scaler._per_optimizer_states[id(optimizer)]["stage"].name != "READY":
+        return None
+    return scaler._scale

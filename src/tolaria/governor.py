@@ -18,7 +18,7 @@ from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
 from tolaria.feed import Feed
-from tolaria.gauge import Gauge, scale_of
+from tolaria.gauge import Gauge
 from tolaria.keeper import Keeper
 from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
@@ -220,7 +220,7 @@ class TolariaGovernor:
         update, is_static = self._update, self._keeper.state.is_static
         parameters, trained = self._keeper.state.roster()
         step = self._course.completed + 1
-        self._gauge.note(step, scale=scale_of(update.scaler, update.optimizers), gradients=closure is None)
+        self._gauge.note(step, scaler=update.scaler, gradients=closure is None)
         keeps = self.config.on_veto == "keep"
         late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
         run = update.run_late if late else update.run

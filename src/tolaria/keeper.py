@@ -69,7 +69,7 @@ class Keeper:
         state: The train state. Surveyed once here, so that unsupported tensors are refused before anything is attached.
         config: Slots, time-outs, strictness.
         with_rng: Whether snapshots hold global random state, asked at each capture.
-        read_journal: The governor's counters and detector states, as immutable values.
+        read_journal: The governor's counters and detector states, as immutable values; told whether gradients are held.
         write_journal: Takes them back at a rollback.
         count: Adds to the governor's statistics by name, from any thread.
 
@@ -82,7 +82,7 @@ class Keeper:
         state: TrainState,
         config: GovernorConfig,
         with_rng: Callable[[], bool],
-        read_journal: Callable[[], Journal],
+        read_journal: Callable[[bool], Journal],
         write_journal: Callable[[Journal], None],
         count: Callable[..., None],
     ) -> None:
@@ -225,27 +225,17 @@ class Keeper:
         Returns:
             The handle and what sealing found; None when the slot had moved on meanwhile.
         """
-        self.state.model.include_gradients = gradients
         found = None
-        try:
-            if self.reads_late:
-                taken = self._stage(shield, step, manual)
-                self.arrivals.expect_seal(taken, manual)
-            else:
-                # one submission: an interrupt in between would leave a candidate that is never sealed
-                taken, found = self.driver.submit(
-                    protocol.snapshot_and_seal(threading.get_ident(), self.ground, step, manual), shield
-                )
-        finally:
-            self.state.model.include_gradients = False
+        wanted = threading.get_ident(), self.ground, step, manual, gradients
+        if self.reads_late:
+            taken = self._stage(lambda: self.driver.submit(protocol.snapshot(*wanted), shield), manual)
+            self.arrivals.expect_seal(taken, manual)
+        else:
+            # one submission: an interrupt in between would leave a candidate that is never sealed
+            taken, found = self.driver.submit(protocol.snapshot_and_seal(*wanted), shield)
         return self.info(taken), found
 
-    def _stage(self, shield: Shield, step: int | None, manual: bool) -> Taken:
-        def submit() -> Taken:
-            taken: Taken = self.driver.submit(
-                protocol.snapshot(threading.get_ident(), self.ground, step, manual), shield
-            )
-            return taken
+    def _stage(self, submit: Callable[[], Taken], manual: bool) -> Taken:
 
         tier = self.vault.plan.tier
         try:

@@ -145,8 +145,10 @@ class Await:
 class Survey:
     """Find every governed tensor, check that each can be restored exactly, and lay the table of copies.
 
-    Answers the `Places` that hold them: they change when optimizer state appears.
+    Answers the `Places` that hold them: they change when optimizer state appears. With `gradients`: live ones as well.
     """
+
+    gradients: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ class Taken:
 # ---------------------------------------------------------------- snapshot
 
 
-def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -> Protocol:
+def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool, gradients: bool = False) -> Protocol:
     """Stage one snapshot.
 
     Args:
@@ -98,6 +98,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         ground: Barrier and time-out.
         step: Its step number; None: the optimizer steps completed when it is taken.
         manual: Vouched for by the caller, so a rollback target from now on.
+        gradients: Hold live gradients too.
 
     Returns:
         `Taken`.
@@ -126,7 +127,7 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
     yield announce(thread, doing, patient=False)
     try:
         waited_s = yield from enter_exclusive(thread, ground.gate_timeout_s, doing, patient=False)
-        places: Places = yield Survey()
+        places: Places = yield Survey(gradients)
         slot, serial = yield Change("claim a slot", lambda s: claim(s, places.tier))
         claimed.append((slot, serial))
         yield from pre_barrier(ground, places)
@@ -172,9 +173,11 @@ def snapshot(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -
         yield leave_exclusive(thread)
 
 
-def snapshot_and_seal(thread: ThreadId, ground: Ground, step: int | None, manual: bool) -> Protocol:
+def snapshot_and_seal(
+    thread: ThreadId, ground: Ground, step: int | None, manual: bool, gradients: bool = False
+) -> Protocol:
     """`snapshot`, then `seal` with the gate open again. Answers (`Taken`, `Inspection` or None)."""
-    taken: Taken = yield from snapshot(thread, ground, step, manual)
+    taken: Taken = yield from snapshot(thread, ground, step, manual, gradients)
     try:
         found = yield from seal(thread, taken.slot, taken.snapshot, manual, ground)
     except BaseException:

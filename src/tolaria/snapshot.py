@@ -79,7 +79,7 @@ class Vault:
         devices: Ports by name; new ones are opened as state appears on further devices.
         room: What the user allows: a request in which the bytes are still to be filled in.
         with_rng: Whether snapshots hold global random state.
-        read_journal: Called at a capture: the governor's own counters and detector states (immutable values).
+        read_journal: Called at a capture, with whether it holds gradients: the governor's own counters and detectors.
         write_journal: Called at a restore with what `read_journal` returned.
 
     Attributes:
@@ -95,7 +95,7 @@ class Vault:
     devices: DeviceSet
     room: budget.Request
     with_rng: Callable[[], bool]
-    read_journal: Callable[[], Journal]
+    read_journal: Callable[[bool], Journal]
     write_journal: Callable[[Journal], None]
     slots: list[SlotMemory] = field(init=False)
     plan: Plan = field(init=False)
@@ -114,9 +114,9 @@ class Vault:
     # ------------------------------------------------------------ layout
 
     @_outside_inference
-    def survey(self, _: Survey) -> Places:
+    def survey(self, op: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
-        surveyed = self.state.survey()
+        surveyed = self.state.survey(gradients=op.gradients)
         keys = [torch.device(name) for name in self._layout_of(surveyed.leaves).names]
         if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
             raise UnsupportedState(
@@ -298,7 +298,7 @@ class Vault:
     @_outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
-        journal = self.read_journal()
+        journal = self.read_journal(bool(self._filled(op.slot)[1].gradients))
         with self._on_streams():
             self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from tolaria import observe
 from tolaria.state.wrappers import inner_tensors, is_wrapper
@@ -103,39 +104,70 @@ def any_of(flags: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([flag.to(home, non_blocking=True) for flag in flags]).amax(0)
 
 
-@contextmanager
-def predicated(optimizer: Optimizer, flag: torch.Tensor | None) -> Generator[None]:
-    """While it lasts, a step of `optimizer` does nothing where `flag`, or the `found_inf` that it has then, is not 0.
+class Predicate:
+    """Makes steps of one optimizer do nothing where a flag, or the `found_inf` that the optimizer has then, is not 0.
+
+    Theirs is looked at when a step begins, since a `GradScaler` puts it there just before, and put back when it ends.
 
     Args:
-        optimizer: One of which `can_be_predicated` holds.
         flag: shape [], float32; None: bring nothing of our own, only make theirs 0 or 1.
-
-    Theirs is looked at when the step begins, since a `GradScaler` puts it there just before, and put back when it ends.
     """
-    attributes = vars(optimizer)
-    replaced: list[Any] = []
 
-    def merge(*_: Any) -> None:
+    def __init__(self, flag: torch.Tensor | None = None) -> None:
+        self._flag, self._is_stepping = flag, False
+        self._attributes: dict[str, Any] = {}
+        self._ours: torch.Tensor | None = None  # stands in the place of `_theirs`
+        self._theirs: Any = _MISSING
+
+    def attach(self, optimizer: Optimizer) -> list[RemovableHandle]:
+        """Hooks around its steps, to be removed by the caller. It is one of which `can_be_predicated` holds."""
+        return [optimizer.register_step_pre_hook(self._begin), optimizer.register_step_post_hook(self._end)]
+
+    def refuse(self, optimizer: Optimizer, flag: torch.Tensor) -> None:
+        """Bring this flag to the step that is being made, or else to the next one, until `lift`."""
+        self._flag = flag
+        if self._is_stepping:
+            self._merge(optimizer)
+
+    def lift(self) -> None:
+        """Bring none any more, and put back what was there. Also where a step has raised."""
+        self._end()
+
+    def _begin(self, optimizer: Optimizer, *_: Any) -> None:
+        self._is_stepping = True
+        self._merge(optimizer)
+
+    def _end(self, *_: Any) -> None:
+        self._flag, self._is_stepping = None, False
+        self._put_back()
+
+    def _merge(self, optimizer: Optimizer) -> None:
+        self._put_back()
+        self._attributes = attributes = vars(optimizer)
         theirs = attributes.get("found_inf", _MISSING)
-        merged = _merged(theirs, flag)
+        merged = _merged(theirs, self._flag)
         if merged is not None:
-            replaced.append(theirs)
+            self._theirs, self._ours = theirs, merged
             attributes["found_inf"] = merged
 
-    def put_back(*_: Any) -> None:
-        while replaced:
-            theirs = replaced.pop()
-            if theirs is _MISSING:
-                attributes.pop("found_inf", None)
+    def _put_back(self) -> None:
+        if self._ours is not None and self._attributes.get("found_inf") is self._ours:
+            if self._theirs is _MISSING:
+                del self._attributes["found_inf"]
             else:
-                attributes["found_inf"] = theirs
+                self._attributes["found_inf"] = self._theirs
+        self._ours, self._theirs = None, _MISSING
 
-    hooks = (optimizer.register_step_pre_hook(merge), optimizer.register_step_post_hook(put_back))
+
+@contextmanager
+def predicated(optimizer: Optimizer, flag: torch.Tensor | None) -> Generator[None]:
+    """A `Predicate` for one step of `optimizer`, which is made inside."""
+    predicate = Predicate(flag)
+    hooks = predicate.attach(optimizer)
     try:
         yield
     finally:
-        put_back()  # where the step has raised
+        predicate.lift()  # where the step has raised
         for hook in hooks:
             hook.remove()
 

@@ -275,6 +275,26 @@ def test_gradients_are_judged_without_the_scale_of_each_optimizer(kit: Any) -> N
     assert seen.signs[0].grad_norm == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("unscaled", [[], [0], [1], [0, 1]])
+def test_all_gradients_at_once_are_judged_without_the_scale_of_each_optimizer(kit: Any, unscaled: list[int]) -> None:
+    """Whoever names no optimizer means all of them, of which some may have been unscaled already."""
+    run = kit.Run()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.0) for layer in run.model if list(layer.parameters())]
+    scaler, seen = torch.amp.GradScaler("cpu", init_scale=1024.0), _Seen()
+    governor = FollowingGovernor(run.model, optimizers, scaler=scaler, detector=seen.detector())
+    governor.begin()
+    scaler.scale(run.loss(run.batches[0])).backward()
+    for number in unscaled:
+        scaler.unscale_(optimizers[number])
+    governor.gradients_ready()
+    governor.stepped()
+    governor.close()
+    plain = kit.Run()
+    plain.backward(plain.batches[0])
+    expected = math.sqrt(sum(float(p.grad.double().square().sum()) for p in plain.model.parameters()))
+    assert seen.signs[0].grad_norm == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_overflow_that_the_scaler_skips_is_no_incident(kit: Any, follow: Any) -> None:
     run = kit.Run()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -323,3 +343,46 @@ def test_disabled_it_is_not_there(kit: Any, follow: Any, monkeypatch: pytest.Mon
     assert governor.num_again == 0
     assert not governor.finish()
     assert governor.is_trusted()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_bad_gradient_never_reaches_the_weights(kit: Any, follow: Any, keeps: bool) -> None:
+    """Kept, the step is as if it had been left out; else it is made again, here with a gradient that is good."""
+    run, finite = kit.Run(), []
+    config = GovernorConfig(cadence=3, probation=2, on_veto="keep" if keeps else "rollback")
+    governor = follow(run, config=config)
+    for given, batch in enumerate(governor.watch(run.batches)):
+        loss = run.backward(batch)
+        if given == 7:
+            run.model[0].weight.grad[0, 0] = float("nan")
+        governor.gradients_ready(run.optimizer)
+        run.optimizer.step()
+        finite.append(all(bool(p.isfinite().all()) for p in run.model.parameters()))
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        governor.stepped(loss=loss)
+    assert all(finite)
+    assert (governor.rollbacks, governor.statistics().vetoes) == (int(not keeps), 1)
+    plain = kit.Run()
+    for given, batch in enumerate(plain.batches):
+        plain.optimizer.zero_grad()
+        plain.backward(batch)
+        if given != 7 or not keeps:
+            plain.optimizer.step()
+        plain.scheduler.step()
+    assert run.state() == plain.state()
+
+
+def test_a_captured_gradient_is_taken_away_where_it_is(kit: Any, follow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay writes to that memory again, so the parameter keeps it."""
+    run = kit.Run()
+    governor = follow(run)
+    monkeypatch.setattr(governor._keeper.state, "is_static", lambda grad: grad is held)
+    governor.begin()
+    run.backward(run.batches[0])
+    held = run.model[0].weight.grad
+    held[0, 0] = float("inf")
+    governor.gradients_ready(run.optimizer)
+    assert run.model[0].weight.grad is held
+    assert not held.any()
+    assert run.model[4].weight.grad is None

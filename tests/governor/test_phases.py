@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria import NoSnapshot, PhaseError, TolariaGovernor
+from tolaria import GovernorConfig, NoSnapshot, PhaseError, QuiesceTimeout, TolariaGovernor
+from tolaria.testing.thread_gate import ThreadGate
 
 Govern = Callable[..., TolariaGovernor]
 Act = Callable[[], Any]
@@ -335,6 +336,23 @@ def test_captured_gradients_step_as_if_nothing_had_happened(govern: Govern, kit:
     governor.execute_rollback()
     assert finish(run) == expected
     assert governor.statistics().stale_vetoes == 0
+
+
+def test_a_snapshot_of_another_thread_leaves_the_gradients_of_this_one_to_it(govern: Govern, kit: Any) -> None:
+    """Whether gradients are held is a matter of each snapshot: one that comes to nothing beside it changes nothing."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(gate_timeout_s=0.05))
+    run.backward(run.batches[0])
+    gradients = kit.freeze([parameter.grad for parameter in run.model.parameters()])
+    with ThreadGate() as gate, gate.before(governor._keeper.state, "survey"):
+        other = kit.Worker(lambda: governor.snapshot(grads="capture"))
+        gate.wait_held()  # the other thread's snapshot is under way, and has not looked for gradients yet
+        with pytest.raises(QuiesceTimeout):
+            governor.snapshot(grads="drop")
+    captured = other.join()
+    run.optimizer.zero_grad()
+    governor.execute_rollback(to=captured)
+    assert kit.freeze([parameter.grad for parameter in run.model.parameters()]) == gradients
 
 
 def test_zeroed_gradients_are_no_obstacle(governor: TolariaGovernor, run: Any) -> None:

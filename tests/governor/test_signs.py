@@ -164,6 +164,28 @@ def test_norms_of_groups_are_those_of_unscaled_gradients(unscaled: bool, govern:
     assert seen[0].extra["grad_norm/0"] == pytest.approx(seen[0].grad_norm, rel=1e-6)
 
 
+@pytest.mark.parametrize("unscaled", [[], [0], [1], [0, 1]])
+def test_norms_of_groups_are_unscaled_by_what_their_own_optimizer_has_been_through(
+    unscaled: list[int], govern: Govern, kit: Any
+) -> None:
+    """A loop that clips one optimizer by itself unscales that one alone."""
+    plain = kit.Run()
+    plain.backward(plain.batches[0])
+    expected = [math.sqrt(sum(float(p.grad.square().sum()) for p in g["params"])) for g in groups_of(plain)]
+    run, seen = kit.Run(), []
+    optimizers = [torch.optim.SGD(list(group["params"]), lr=0.1) for group in groups_of(run)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    governor = govern(
+        run.model, optimizers, scaler=scaler, detector=recorder(seen), config=GovernorConfig(by_group=True)
+    )
+    loss = run.loss(run.batches[0])
+    scaler.scale(loss).backward()
+    for number in unscaled:
+        scaler.unscale_(optimizers[number])
+    governor.step(loss=loss)
+    assert [seen[0].extra["grad_norm/0.0"], seen[0].extra["grad_norm/1.0"]] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_closure_has_an_update_ratio(govern: Govern, kit: Any) -> None:
     run, seen = kit.Run(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1)), []
     config = GovernorConfig(update_ratio_every=1, by_group=True)

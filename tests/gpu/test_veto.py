@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, veto
+from tolaria.follow import FollowingGovernor
 from tolaria.testing.gates import Gate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -30,7 +31,7 @@ def deterministic():
 
 
 class Run:
-    def __init__(self, name, scaler=False, **settings):
+    def __init__(self, name, scaler=False, kind=TolariaGovernor, **settings):
         torch.manual_seed(0)
         # of half precision too, where no scaler has to unscale it: two kinds of words
         self.half = torch.float32 if scaler else torch.bfloat16
@@ -39,7 +40,7 @@ class Run:
         self.scaler = torch.amp.GradScaler("cuda", init_scale=256.0) if scaler else None
         self.batches = [torch.randn(8, 16, device="cuda") for _ in range(24)]
         self.poison = torch.tensor(float("nan"), device="cuda")
-        self.governor = TolariaGovernor(
+        self.governor = kind(
             self.model,
             self.optimizer,
             scaler=self.scaler,
@@ -58,7 +59,16 @@ class Run:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)  # so that the scaler has not seen it
             self.model[0].weight.grad[3, 3:4].copy_(self.poison)
-        return self.governor.step(loss=loss)
+        if not isinstance(self.governor, FollowingGovernor):
+            return self.governor.step(loss=loss)
+        self.governor.gradients_ready(self.optimizer)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return self.governor.stepped(loss=loss)
 
     def tensors(self):
         # a tensor learning rate is the governor's business elsewhere
@@ -101,6 +111,16 @@ def poisoned_behind_a_gate(run):
 )
 def test_the_device_decides_alone(name, scaler):
     run = Run(name, scaler, cadence=100)
+    before = poisoned_behind_a_gate(run)
+    assert is_finite(run)
+    assert same(run, before) == (name in EXACT)
+    run.governor.close()
+
+
+@pytest.mark.parametrize(("name", "scaler"), [*((each, False) for each in OPTIMIZERS), ("adamw", True)])
+def test_the_device_decides_alone_in_a_loop_of_somebody_else_s(name, scaler):
+    run = Run(name, scaler, FollowingGovernor, cadence=100)
+    run.governor.begin()
     before = poisoned_behind_a_gate(run)
     assert is_finite(run)
     assert same(run, before) == (name in EXACT)

@@ -375,9 +375,7 @@ def test_gradients_are_surveyed_and_leave_the_imprint_alone() -> None:
     world = World()
     first = world.state.survey()
     world.model.first.weight.grad = torch.ones(4, 3)
-    world.state.model.include_gradients = True
-    assert len(world.state.survey().gradients) == 1
-    world.state.model.include_gradients = False
+    assert len(world.state.survey(gradients=True).gradients) == 1
     assert world.state.survey().leaves is first.leaves
 
 
@@ -391,9 +389,7 @@ def test_extra_state_is_captured_of_the_modules_that_an_imprint_knows(removed: b
     more = world.model._modules.pop("more") if removed else Extra()
     if not removed:
         world.model.add_module("more", more)
-    world.state.model.include_gradients = True
-    world.state.survey()
-    world.state.model.include_gradients = False
+    world.state.survey(gradients=True)
     if removed:
         world.model.add_module("more", more)
     else:

@@ -122,7 +122,6 @@ class ModulePart(StatePart):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
-        self.include_gradients = False
         self._extra: list[nn.Module] = []  # with extra state, at the last survey
         self._trained: dict[str, bool] = {}  # by name within the module, for all that has been seen
         parameters, buffers = module.named_parameters, module.named_buffers

@@ -106,17 +106,20 @@ class TrainState:
                     seen.add(id(parameter))
                     yield parameter
 
-    def survey(self) -> SurveyResult:
+    def survey(self, *, gradients: bool = False) -> SurveyResult:
         """Find every governed tensor. Raises `UnsupportedState` for the first that cannot be restored exactly.
 
         Surveys between which no tensor and no module has come, gone, moved or changed places share their `Leaves`.
+
+        Args:
+            gradients: Find live gradients as well.
         """
         with self._asking:
-            return self._survey()
+            return self._survey(gradients)
 
-    def _survey(self) -> SurveyResult:
+    def _survey(self, gradients: bool) -> SurveyResult:
         imprint = self._imprint
-        if imprint is not None and len(imprint.parts) == len(self.parts) and not self.model.include_gradients:
+        if imprint is not None and len(imprint.parts) == len(self.parts) and not gradients:
             again = imprint.again()
             if again is not None:
                 self._in_vain = 0
@@ -129,7 +132,7 @@ class TrainState:
         saved = tuple(part.survey(leaves) for part in self.parts)
         leaves.previous = None
         self._last_survey = leaves
-        if self.model.include_gradients:
+        if gradients:
             return SurveyResult(leaves, saved, self._survey_gradients(leaves))
         self._imprint = None
         # where something moves each time an imprint is as much again as the survey, for nothing: try now and then
