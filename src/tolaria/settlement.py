@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tolaria import recover
+from tolaria import recover, ring
 from tolaria.course import Course
 from tolaria.errors import SafetyError
 from tolaria.feed import Rewind
-from tolaria.records import Health, Verdict, VitalSigns
+from tolaria.records import Health, Incident, Verdict, VitalSigns
 from tolaria.report import RollbackReport, logger
 from tolaria.ring import Slot
 from tolaria.shield import Shield
@@ -23,6 +23,11 @@ STILL_OPEN = "still open at the end"
 """Ends the reason of an incident that is about a suspicion, not about a panic of its own."""
 
 Panic = tuple[VitalSigns, Verdict]
+
+
+def is_second_look(incident: Incident) -> bool:
+    """Whether it is about a suspicion whose steps were run again for want of later ones; no panic."""
+    return incident.attempt == 0 and incident.reason.endswith(STILL_OPEN)
 
 
 class Settlement:
@@ -74,7 +79,8 @@ class Settlement:
         if course.config.mode == "observe":
             course.watch_only(wait=True)
             return False
-        panic = course.catch_up(wait=True) or self._left_torn()
+        has_begun = ring.newest_good(course.keeper.ring) is not None  # else whoever broke a step has seen its error
+        panic = course.catch_up(wait=True) or (self._left_torn() if has_begun else None)
         if panic is not None:
             self._go_back(*panic, None)
         return panic is not None
