@@ -123,12 +123,12 @@ def alone() -> Iterator[None]:
 
     One intra-op thread: the tensors are tiny, and OpenMP threads that spin for a busy core cost 100 ms an operator.
     """
-    from tolaria import governor
+    from tolaria import living
 
-    if len(governor._live):
+    if living.governors():
         gc.collect()
-    for left in list(governor._live):
-        left.close()
+    for left in living.governors():
+        left.close()  # type: ignore[attr-defined]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

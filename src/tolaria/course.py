@@ -48,6 +48,8 @@ class Course:
         tick: Steps judged, undone ones included; never goes back.
         recovery: Memory of past panics; never goes back.
         verdict: The newest one.
+        due: Of the step whose snapshot waits for the end of the loop body.
+        history: Which batches the steps have consumed.
     """
 
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
@@ -59,10 +61,10 @@ class Course:
         self._rng_policy = rng_policy
         self._ledger = Ledger(config.ledger, config.on_incident, Board.of(config.writer, config.write_every))
         self._last_automatic = 0  # `completed` at the last automatic snapshot
-        self._due: VitalSigns | None = None  # of the step whose snapshot waits for the end of the loop body
+        self.due: VitalSigns | None = None
         self.abandoned = 0  # `completed` when the last rollback took place
         self._position = 0  # of the data, at the snapshot restored last
-        self._history = recover.Consumption(_HISTORY_STEPS)
+        self.history = recover.Consumption(_HISTORY_STEPS)
         self._judged: deque[tuple[int, Any]] = deque(maxlen=_HISTORY_STEPS)  # (step, state of the detector after it)
         self._outstanding: deque[Sent] = deque()  # completed, not judged yet
         self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic whose rollback could not be made yet
@@ -78,7 +80,7 @@ class Course:
         feed.on_left_out = lambda: self.count(skipped_batches=1)
         self._pace = Pace(self.config.effective_cadence(keeper.lag))
         every = self.config.reexecute_every * (self.config.mode == "act")
-        self.again = Reexecution(every, keeper, feed, lambda: self._rewind(range(0)), self.count)
+        self.again = Reexecution(every, keeper, feed, lambda: self.rewind(range(0)), self.count)
 
     # ------------------------------------------------------------ what a snapshot holds of us
 
@@ -105,8 +107,8 @@ class Course:
             elif not self._outstanding:
                 self._judgement = judgement
             self._skips = 0  # a run of skips belongs to the abandoned future
-        self._last_automatic, self._due = self.completed, None
-        self._history.undo(self.completed)
+        self._last_automatic, self.due = self.completed, None
+        self.history.undo(self.completed)
 
     def _forget_outstanding(self, after: int) -> None:
         for sent in self._outstanding:
@@ -119,7 +121,7 @@ class Course:
     def account(self, sent: Sent) -> None:
         """A step is completed: count it, note its batches, and queue its numbers to be judged."""
         self.completed, self.tick = sent.step, self.tick + 1
-        self._history.note(sent.step, self.feed.consume())
+        self.history.note(sent.step, self.feed.consume())
         self.count(steps=1)
         self._outstanding.append(sent)
 
@@ -209,6 +211,10 @@ class Course:
         with self._judge_lock:
             self._unanswered = self.catch_up(wait=True)
 
+    def unsettled(self) -> tuple[int, Verdict | None]:
+        """Steps that are not judged yet, and a panic that is not answered yet."""
+        return len(self._outstanding), None if self._unanswered is None else self._unanswered[1]
+
     def watch_only(self, *, wait: bool = False) -> Verdict:
         """Judge what has arrived and report every panic, without acting. Answers the gravest verdict, or the newest."""
         gravest = None
@@ -222,67 +228,32 @@ class Course:
         if self.config.mode == "observe":
             return StepResult(verdict=self.watch_only(), rolled_back=False, skipped=sent.skipped, step=sent.step)
         panic = self.catch_up(wait=self.keeper.driver.state.torn)
-        due = self.completed - self._last_automatic >= self.cadence
+        ahead = self.completed - self._last_automatic - self.cadence
         self.keeper.backlog.tend(self.tick, self.cadence)
         self._pace.stepped(time.perf_counter())
-        if panic is None and self.verdict.health is Health.HEALTHY and due and not sent.skipped:
-            if self.feed.is_delivering and self._due is None:
-                self._due = VitalSigns(step=sent.step)  # `settle` takes it at the end of the loop body
+        if panic is None and self.verdict.health is Health.HEALTHY and ahead >= 0 and not sent.skipped:
+            if not self._has_room():  # taken as soon as a candidate has come through its probation
+                self.count(snapshots_deferred=int(ahead % self.cadence == 0))
+            elif self.feed.is_delivering and self.due is None:
+                self.due = VitalSigns(step=sent.step)  # `Settlement` takes it at the end of the loop body
             else:
-                panic = self._snapshot_or_panic(VitalSigns(step=sent.step))
+                panic = self.snapshot_or_panic(VitalSigns(step=sent.step))
         elif self.verdict.health is not Health.HEALTHY:
-            self._due = None
+            self.due = None
         verdict = self.verdict
         if panic is not None:
             self.answer(*panic)
         return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped, step=sent.step)
 
-    def settle(self, at_the_end: bool) -> None:
-        """The loop body is over: run steps again, take the snapshot that is due. At the end of the data, judge all.
-
-        Not inside `step`: what the body does after it (an average of the weights, a scheduler) belongs to that step. A
-        loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
-        """
-        if not self.feed.has_open and self.again.is_due(self.completed, at_the_end or self._due is not None):
-            self._reexecute(at_the_end)
-        panic = None
-        if self._due is not None and not self.feed.has_open:
-            panic = self._snapshot_or_panic(self._due)
-            self.again.note_snapshot(self.completed)
-        if panic is None and at_the_end and self.config.mode == "observe":
-            self.watch_only(wait=True)
-        elif panic is None and at_the_end:
-            panic = self.catch_up(wait=True) or self._left_torn()
-        if panic is not None:
-            self.answer(*panic)
-
-    def _left_torn(self) -> tuple[VitalSigns, Verdict] | None:
-        """A panic when the very last step raised half-way, so that no later one could be judged torn."""
-        step, is_torn = self.completed + 1, self.keeper.driver.state.torn
-        self.count(panics=int(is_torn))
-        return (
-            (VitalSigns(step=step), Verdict(Health.PANIC, step, "a write raised half-way", step)) if is_torn else None
-        )
-
-    def _reexecute(self, at_the_end: bool) -> None:
-        """Run the steps since the last snapshot again, or compare what came of it, if healthy or the last there are."""
-        if (panic := self.catch_up(wait=True)) is not None:
-            self.answer(*panic)
-        elif at_the_end or self.verdict.health is Health.HEALTHY:
-            step = VitalSigns(step=self.completed)
-            verdict, report, rewind = self.again.examine(self.completed)
-            if verdict is not None:
-                self.count(panics=1)
-                executions = self.again.pending()
-                if not self.answer(step, verdict, transient=True).note:
-                    self.again.resume(executions)
-            elif report is not None and report.corrupted_steps:
-                found = Verdict(Health.SUSPECT, step.step, "corrupted snapshot")
-                self.report(step, found, recover.Action.REPLAY.value, report, rewind, rewind.note)
-
-    def _snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
-        self._due, poisoned = None, self._take_automatic()
+    def snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
+        """Take the snapshot that is due after that step; a panic when it is not finite."""
+        self.due, poisoned = None, self._take_automatic()
         return self._poisoned(vital, ", ".join(poisoned[:8])) if poisoned else None
+
+    def _has_room(self) -> bool:
+        """Whether an automatic snapshot would find a slot now."""
+        tier, reach = self.keeper.vault.plan.tier, self.keeper.ground.reach
+        return ring.claim(self.keeper.ring, -1, -1, False, tier, reach) is not None
 
     @property
     def cadence(self) -> int:
@@ -337,7 +308,7 @@ class Course:
                 if first and (found is None or not found.nonfinite):
                     self.keeper.certify(info)
         except (SlotsBusy, CaptureInProgress):
-            # candidates in probation come first, and so does a graph capture; the next cadence tries again
+            # a graph capture comes first, and so does who took the last slot meanwhile; the next cadence tries again
             self.count(snapshots_deferred=1)
             return ()
         except (UnsupportedState, DeviceLost):
@@ -351,15 +322,22 @@ class Course:
 
     # ------------------------------------------------------------ rollback and recovery
 
-    def answer(self, vital: VitalSigns, verdict: Verdict, *, transient: bool = False) -> Rewind:
-        """Roll back, arrange the data, report; then end the run if the retry budget is spent. `transient`: replay."""
+    def answer(self, vital: VitalSigns, verdict: Verdict, *, disagreements: int = 0) -> Rewind:
+        """Roll back, arrange the data, report; then end the run if the retry budget is spent.
+
+        Args:
+            vital: Of the step that panicked.
+            verdict: Its panic.
+            disagreements: Executions of the same steps that came to different bytes, less one. The data is not to
+                blame, so all of it is replayed, and random state is as it was, whatever its policy.
+        """
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
             refuse_several_ranks(vital.step)
         onset = vital.step if verdict.onset is None else verdict.onset
         before = self.recovery
-        batches = self._history.of(onset, vital.step)
-        first, last = batches or (self.tick - (vital.step - onset), self.tick)  # counts of steps stand in
+        batches = self.history.of(onset, vital.step)
+        first, last = batches or self._blamed(onset, vital.step)
         self.recovery, plan = recover.decide(
             before,
             policy=self.config.recovery,
@@ -368,7 +346,7 @@ class Course:
             panic_batch=last,
             reach=self.config.probation,
             can_replay=self.feed.is_used,
-            transient=transient,
+            disagreements=disagreements,
         )
         report = RollbackReport(success=False, status="failed", env_id=self.config.env_id, reason=verdict.reason)
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
@@ -387,9 +365,10 @@ class Course:
             except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
                 raise
-            rewind = self._rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)
+            rewind = self.rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)
             self.treat(plan)
-            if not self._after_rollback(report, rewind, rekeys=plan.rekeys) and plan.moments == "keep":
+            repeats = disagreements > 0 and not rewind.note
+            if not self.after_rollback(report, rewind, rekeys=plan.rekeys, repeats=repeats) and plan.moments == "keep":
                 self.again.note_return(self.completed)  # else what follows did not begin with the snapshot's state
             action = recover.Action.SKIP.value if rewind.note else plan.action.value
             self.report(vital, verdict, action, report, rewind, rewind.note, plan)
@@ -397,13 +376,19 @@ class Course:
             raise recover.spent(self.recovery, self.config.recovery, vital.step, verdict.reason, report.snapshot_step)
         return rewind
 
+    def _blamed(self, onset: int, step: int) -> tuple[int, int]:
+        """Batches of a panic whose steps took none: open ones, or the next. Counts stand in where nobody watches."""
+        if self.feed.is_delivering:
+            return self.feed.position, max(self.feed.position, self.feed.upcoming - 1)
+        return self.tick - (step - onset), self.tick
+
     def treat(self, plan: recover.Plan) -> None:
         """What a policy changes in the state that was restored: the learning rate from here on, and the moments."""
         self.count(troubles=int(plan.attempt == 1), troubles_returned=int(plan.attempt == 2))
         self.recovery = recover.cooled(self.recovery, plan, self.completed)
         self.keeper.treat_moments(plan.moments)
 
-    def _rewind(self, skip: range | None, *, further: int = 0, rekeys: bool = False) -> Rewind:
+    def rewind(self, skip: range | None, *, further: int = 0, rekeys: bool = False) -> Rewind:
         return self.feed.rewind(self._position, skip, self._rng_policy() == "restore" and not rekeys, further)
 
     def roll_back(self, report: RollbackReport, to: Target, optimizer: Optimizer | None, verify: str | None) -> None:
@@ -422,13 +407,15 @@ class Course:
             except BaseException:
                 report.status = "failed"  # a boundary may be what raises, but who queued it holds only the report
                 raise
-            rewind = self._rewind(None)
-            self._after_rollback(report, rewind)
+            rewind = self.rewind(None)
+            self.after_rollback(report, rewind)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
 
-    def _after_rollback(self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False) -> bool:
-        """Count it, and re-key random state where draws would repeat. Answers whether it did."""
+    def after_rollback(
+        self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False, repeats: bool = False
+    ) -> bool:
+        """Count it, and re-key random state where draws would repeat, unless they must. Answers whether it did."""
         self._pace.interrupted()
         self.count(
             rollbacks=1,
@@ -440,7 +427,7 @@ class Course:
         )
         policy = self._rng_policy()
         # skipped batches had drawn shuffle seeds or augmentation from random state that was just put back
-        if rekeys := policy == "fork" or (policy == "restore" and (rewind.drew or rekeys)):
+        if rekeys := not repeats and (policy == "fork" or (policy == "restore" and (rewind.drew or rekeys))):
             rng.rekey(self.statistics.rollbacks)
         return rekeys
 

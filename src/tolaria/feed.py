@@ -97,6 +97,7 @@ class Feed:
 
     Attributes:
         passes: Deliveries of a loader that have ended; what follows one is not the body of its loop.
+        first_of_pass: Index of the first batch of the pass that began last.
         on_left_out: Called with each batch that is fetched only to be left out.
 
     Threads: one may rewind while others are delivered to; a loader itself is asked without any lock held.
@@ -114,7 +115,7 @@ class Feed:
         self._left_out_before = 0  # batches below this index are left out when they are fetched
         self.on_left_out: Callable[[], None] = lambda: None
         self._delivering = 0
-        self.passes = 0
+        self.passes = self.first_of_pass = 0
         self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._exact_before = 0  # deliveries again below this index find the random state they found before
@@ -194,6 +195,7 @@ class Feed:
         """
         with self._lock:
             self._delivering += 1
+            self.first_of_pass = self._next
             self._taken = []
         try:
             source: Iterator[Any] | None = None

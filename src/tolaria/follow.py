@@ -32,6 +32,7 @@ from tolaria.governor import TolariaGovernor
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
 from tolaria.refusal import Refusals
+from tolaria.settlement import STILL_OPEN
 from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent
 
@@ -73,6 +74,8 @@ class FollowingGovernor(TolariaGovernor):
             self.close()
             raise
         self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
+        if not self.is_disabled:
+            self._settlement.looks_again = False  # `stepped` does, before the framework has counted its last batch
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
@@ -260,26 +263,9 @@ class FollowingGovernor(TolariaGovernor):
         if self.config.mode != "act" or verdict.health is not Health.SUSPECT or batch == self._doubted:
             return result
         self._doubted = batch
-        panic = replace(verdict, health=Health.PANIC, reason=f"{verdict.reason}, still open at the end")
+        panic = replace(verdict, health=Health.PANIC, reason=f"{verdict.reason}, {STILL_OPEN}")
         self._course.answer(VitalSigns(step=verdict.step), panic)
         return replace(result, verdict=panic, rolled_back=True)
-
-    def finish(self) -> bool:
-        """Wait for all verdicts; a panic among them is answered by a rollback without replay. Call at the end.
-
-        Returns:
-            Whether the state was rolled back.
-        """
-        if self.is_disabled or self._closed:
-            return False
-        self._require_boundary("finishing")
-        if self.config.mode == "observe":
-            self._course.watch_only(wait=True)
-            return False
-        panic = self._course.catch_up(wait=True)
-        if panic is not None:
-            self.execute_rollback(reason=panic[1].reason)
-        return panic is not None
 
     def fence(self) -> None:
         """Take a snapshot, and let no later rollback go further back than it.

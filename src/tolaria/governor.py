@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import judge, observe, ring
+from tolaria import judge, living, observe, ring
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
@@ -24,6 +23,7 @@ from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
 from tolaria.records import NO_CAPABILITIES, Capabilities, Health, Statistics, StepResult, Verdict
 from tolaria.report import RollbackReport, SnapshotInfo
+from tolaria.settlement import Settlement
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.update import Update
@@ -34,14 +34,6 @@ Verify = Literal["before", "after"]
 Grads = Literal["capture", "drop"]
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
-_live: weakref.WeakValueDictionary[int, TolariaGovernor] = weakref.WeakValueDictionary()  # not to be walked
-_fork_hook_installed = False
-
-
-def _close_in_child() -> None:
-    """After a fork the child lacks our other threads: its governors stand aside without touching a lock."""
-    for governor in _governors():
-        governor._abandon()
 
 
 class TolariaGovernor:
@@ -84,7 +76,7 @@ class TolariaGovernor:
         self.model = model
         self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
         self._course = Course(
-            self.config, detector or judge.default_detector(), functools.partial(_rng_policy, self.config)
+            self.config, detector or judge.default_detector(), functools.partial(living.rng_policy, self.config)
         )
         self._closed = False
         if self.is_disabled:
@@ -95,7 +87,7 @@ class TolariaGovernor:
                 "a coordinator was given, and agreement between ranks is not handled yet",
                 'Use one process, or mode="observe".',
             )
-        if any(model is governor.model for governor in _governors()):
+        if any(model is governor.model for governor in living.governors()):
             raise UsageError(
                 "attaching the governor",
                 "this model is governed already, expected one governor per model",
@@ -104,7 +96,7 @@ class TolariaGovernor:
         course, config = self._course, self.config  # nothing inside may hold the governor, so that it can be dropped
 
         def follows() -> bool:
-            return _rng_policy(config) != "keep"
+            return living.rng_policy(config) != "keep"
 
         self._keeper = Keeper(
             TrainState(model, self._update.optimizers, self._update.schedulers, scaler),
@@ -119,10 +111,10 @@ class TolariaGovernor:
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
+        self._settlement = Settlement(self._course)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
-        _install_fork_hook()
-        _live[id(self)] = self
+        living.enter(self)
 
     # ------------------------------------------------------------ the loop
 
@@ -155,7 +147,7 @@ class TolariaGovernor:
         self._require_open("watching a loader")
         if self.config.mode == "act" and ring.newest_good(self._keeper.ring) is None:
             self._course.take_first()
-        yield from self._feed.deliver(loader, self._course.settle)
+        yield from self._feed.deliver(loader, self._settlement.settle)
 
     def step(
         self,
@@ -407,7 +399,7 @@ class TolariaGovernor:
             slots=vault.room.slots,
             cadence=self._course.cadence,
             cadence_stretched=self.config.cadence not in ("auto", self._course.cadence),
-            rng=_rng_policy(self.config),
+            rng=living.rng_policy(self.config),
             reexecution=self._course.again.in_force,
         )
 
@@ -446,18 +438,42 @@ class TolariaGovernor:
         """A new episode: detectors and the retry budget start afresh; snapshots and counters stay."""
         self._course.forget()
 
+    def finish(self) -> bool:
+        """Wait for all verdicts; a panic among them is answered by a rollback without replay. Call at the end of a run.
+
+        At the end of `watch` there is nothing left to do. A loop that was left by ``break``, or that has no `watch`,
+        may end before the verdicts of its last steps are there (`context` barrier). Leaving ``with governor`` calls
+        this, unless by an error.
+
+        Returns:
+            Whether the state was rolled back.
+
+        Raises:
+            PhaseError: Called from inside a section or a backward.
+            NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
+        """
+        if self.is_disabled or self._closed:
+            return False
+        self._require_boundary("finishing")
+        return self._settlement.finish()
+
     def close(self) -> None:
-        """Detach from model and optimizers and free all slots. Idempotent."""
+        """Detach from model and optimizers and free all slots. Idempotent. Judges nothing any more: see `finish`."""
         if not (self.is_disabled or self._closed):
+            self._settlement.tell_what_is_open()
             self._keeper.close()
-            _live.pop(id(self), None)
+            living.leave(self)
         self._closed = True
 
     def __enter__(self) -> TolariaGovernor:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
     # ------------------------------------------------------------ small things
 
@@ -470,19 +486,10 @@ class TolariaGovernor:
         self._keeper.require_boundary(doing)
 
     def _abandon(self) -> None:
-        """Stand aside in a forked child: no lock may be taken, its owner may not exist here."""
+        """In a forked child: stand aside, taking no lock."""
         self._closed = True
         self._keeper.sections.is_open = False
-        _live.pop(id(self), None)
-
-
-def _governors() -> list[TolariaGovernor]:
-    return [governor for reference in _live.valuerefs() if (governor := reference()) is not None]
-
-
-def _rng_policy(config: GovernorConfig) -> str:
-    """The policy in force: global random state belongs to one acting governor, or to nobody."""
-    return config.rng or ("restore" if sum(one.config.mode == "act" for one in _governors()) <= 1 else "keep")
+        living.leave(self)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -491,10 +498,3 @@ def _as_list(value: Any) -> list[Any]:
 
 def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
     return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}
-
-
-def _install_fork_hook() -> None:
-    global _fork_hook_installed
-    if not _fork_hook_installed:
-        os.register_at_fork(after_in_child=_close_in_child)
-    _fork_hook_installed = True

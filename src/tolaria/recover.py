@@ -98,7 +98,7 @@ def decide(
     panic_batch: int,
     reach: int,
     can_replay: bool,
-    transient: bool = False,
+    disagreements: int = 0,
 ) -> tuple[RecoveryState, Plan]:
     """Decide what follows a panic.
 
@@ -110,16 +110,17 @@ def decide(
         panic_batch: Last batch of the step that panicked.
         reach: Batches after the last panic within which a new episode counts as the same trouble.
         can_replay: Batches come from `watch`.
-        transient: It is known that the data is not to blame, so everything is replayed and no trouble is remembered.
+        disagreements: Not 0: it is known that the data is not to blame, so everything is replayed and no trouble is
+            remembered; and how often executions of these steps have differed.
 
     Returns:
         The new memory and the plan.
     """
     recent = (*(t for t in state.ticks if tick - t < policy.retry_window), tick)
     is_spent = len(recent) > policy.max_retries
-    if transient and can_replay and not is_spent:
-        return replace(state, ticks=recent), Plan(action=Action.REPLAY)
-    same = state.attempt > 0 and onset_batch <= state.last_batch + reach
+    if disagreements and can_replay and not is_spent:
+        return replace(state, ticks=recent), Plan(action=Action.REPLAY, attempt=disagreements)
+    same = is_known(state, onset_batch, reach)
     attempt = state.attempt + 1 if same else 1
     data = tuple(t for t in state.data_incidents if tick - t < policy.cool_window)
     if attempt == 2:
@@ -152,6 +153,11 @@ def decide(
         moments=policy.moments if returned else "keep",
         rekeys=returned and policy.rng == "rekey",
     )
+
+
+def is_known(state: RecoveryState, onset_batch: int, reach: int) -> bool:
+    """Whether an episode that begins at that batch belongs to the trouble that panicked last."""
+    return state.attempt > 0 and onset_batch <= state.last_batch + reach
 
 
 def _further(policy: Recovery, attempt: int) -> int:

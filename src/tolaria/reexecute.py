@@ -6,7 +6,8 @@ difference is a panic (`SILENT`); its replay is a third execution, and shows by 
 was.
 
 Before that is trusted, two healthy steps are run twice. Where the executions differ, a third one tells a model that is
-not deterministic, for which re-execution switches itself off, from a step that was disturbed.
+not deterministic, for which re-execution switches itself off, from a step that was disturbed. Later on a third result
+is more likely to be a second disturbance, so it goes on until two executions agree, or five have not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from tolaria.shield import Shield
 
 SILENT = "silent corruption"
 """The reason of the panic that follows when two executions differ."""
+
+_MOST_EXECUTIONS = 5  # of the same steps, once two executions of others have agreed
+_ORDINALS = ("first", "second", "third", "fourth", "fifth")
+_NUMBERS = ("one", "two", "three", "four", "five")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,18 @@ class Executions:
     first: int
     last: int
     digests: tuple[str, ...] = ()
+
+    @property
+    def agree(self) -> bool:
+        """Whether the last execution came to what an earlier one has come to."""
+        return self.digests[-1] in self.digests[:-1]
+
+    def disturbed(self) -> str:
+        """Which executions came to something else than the last."""
+        odd = [name for name, digest in zip(_ORDINALS, self.digests, strict=False) if digest != self.digests[-1]]
+        several = len(odd) > 1
+        names = f"{', '.join(odd[:-1])} and {odd[-1]}" if several else odd[0]
+        return f"the {names} execution{'s were' if several else ' was'} disturbed"
 
 
 class Reexecution:
@@ -151,8 +168,8 @@ class Reexecution:
         Call it at the end of a loop body, when `is_due`, with all steps so far judged healthy.
 
         Returns:
-            A panic when two executions differ (else None); what the rollback for another execution has met, and where
-            the data went, if there was one.
+            A panic when two executions differ, or a suspicion when that is given up (else None); what the rollback for
+            another execution has met, and where the data went, if there was one.
         """
         noted, base = self._executions, self._base
         try:
@@ -195,30 +212,33 @@ class Reexecution:
         return report, rewind
 
     def _compare(self, noted: Executions, completed: int) -> tuple[Verdict | None, Executions | None]:
-        """A panic when a trusted comparison fails; what to run once more when one fails that is not trusted yet."""
+        """A panic when a trusted comparison fails; what to run once more when one fails that is not trusted yet.
+
+        No panic but a suspicion when it is given up: nobody can tell which of the results is right, if any.
+        """
         self._executions = None
         if completed > noted.last:  # its end was not seen: a loop that fetches ahead
             return None, None
-        digest = fingerprint(self._keeper)
-        noted = replace(noted, digests=(*noted.digests, digest))
-        steps = f"steps {noted.first + 1} to {noted.last}"
-        if digest in noted.digests[:-1]:
-            if len(noted.digests) > 2:
-                disturbed = "second" if digest == noted.digests[0] else "first"
-                logger.warning("%s: the %s execution was disturbed; the third is kept", steps, disturbed)
+        noted = replace(noted, digests=(*noted.digests, fingerprint(self._keeper)))
+        steps, num = f"steps {noted.first + 1} to {noted.last}", len(noted.digests)
+        if noted.agree:
+            if num > 2:
+                logger.warning("%s: %s; the %s is kept", steps, noted.disturbed(), _ORDINALS[num - 1])
             self._is_trusted = True
             self._compared = completed
             return None, None
-        if len(noted.digests) > 2:
-            why = (
-                "not deterministic, or a broken machine" if self._is_trusted else "the model is not deterministic here"
-            )
-            self._switch_off(f"{steps}, run three times, came to three results: {why}")
-            return None, None
-        if not self._is_trusted:
+        if not self._is_trusted and num <= 2:
             return None, noted
+        evidence = {"executions": float(num)}
+        if num >= (_MOST_EXECUTIONS if self._is_trusted else 3):
+            number = _NUMBERS[num - 1]
+            different = f"{steps}, run {number} times, came to {number} results"
+            if not self._is_trusted:
+                self._switch_off(f"{different}: the model is not deterministic here")
+                return None, None
+            self._switch_off(f"{different}: not deterministic, or a broken machine")
+            return Verdict(Health.SUSPECT, completed, SILENT, noted.first + 1, evidence), None
         self._executions = noted
-        evidence = {"executions": float(len(noted.digests))}
         return Verdict(Health.PANIC, completed, SILENT, noted.first + 1, evidence), None
 
     def pending(self) -> Executions | None:

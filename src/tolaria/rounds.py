@@ -221,7 +221,7 @@ class Rounds:
     # ------------------------------------------------------------ judge and answer
 
     def _judge(self, signs: Signs | None, error: Exception | None) -> Panic | None:
-        numbers: dict[str, observe.Scalar] = {"nonfinite_weights": observe.num_nonfinite(self._trained())}
+        numbers: dict[str, observe.Scalar] = {"nonfinite_weights": observe.num_overflowing(self._trained())}
         if self._reference:
             numbers[EXTRA + "drift"] = drift(self._reference, self._weights())
         if signs is not None and error is None:
@@ -294,7 +294,7 @@ class Rounds:
                 course.recovery = before
                 raise
             course.treat(plan)
-            course._after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)
+            course.after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)
             if draws is not None:
                 rng.write(draws)
             note = "" if error is None else f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tolaria.drill.campaign import acts, campaign, page
+from tolaria.drill.campaign import trial as trials
 from tolaria.drill.campaign.__main__ import main
 from tolaria.drill.campaign.kinds import BY_NAME, CONTROL, KINDS, Ending, Kind
 from tolaria.drill.campaign.outcome import Facts, Outcome, judge
@@ -19,6 +20,7 @@ from tolaria.drill.campaign.tally import row_of, summary
 from tolaria.drill.campaign.trial import WORKLOADS, Mode, References, open_references, place_of, run_trial
 from tolaria.drill.workloads import CannotRun
 from tolaria.feed import Feed
+from tolaria.settlement import STILL_OPEN
 
 STEPS = 30
 INSIDE = [kind for kind in KINDS if kind.ending is not Ending.OUTSIDE]
@@ -53,6 +55,19 @@ def test_sixty_faults(kind: Kind, workload: str, references: Callable[[str], Ref
     trial = run_trial(kind, references(workload), 0)
     assert trial.outcome.is_good, trial
     assert trial.facts.struck
+
+
+def test_a_second_look_at_the_last_step_is_no_false_panic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch is odd by nature: its step is suspicious, is run again, and comes to the same."""
+    odd = open_references("regression", 0, STEPS)
+    *others, last = odd.workload.batches
+    odd.workload.batches = (*others, last._replace(targets=last.targets * 1e3))
+    looks: list[str] = []
+    known = trials.is_second_look
+    monkeypatch.setattr(trials, "is_second_look", lambda incident: looks.append(incident.reason) or known(incident))
+    trial = run_trial(CONTROL, odd, 0)
+    assert looks == [f"loss spike, {STILL_OPEN}"]
+    assert (trial.outcome, trial.facts.panics, trial.facts.is_equal) == (Outcome.UNHARMED, 0, True)
 
 
 def test_they_are_sixty_of_every_kind_and_workload() -> None:

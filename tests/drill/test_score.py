@@ -13,6 +13,7 @@ from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.drill.score import PATIENCE, attribute, skipped_batches
 from tolaria.records import Incident
 from tolaria.reexecute import SILENT
+from tolaria.settlement import STILL_OPEN
 
 STEPS = 60
 CHANCE = 2.3
@@ -224,6 +225,14 @@ def test_executions_differ_for_a_reason_that_is_there() -> None:
     record.events.append(RunAgain(2, 1))
     record.events.append(replace(incident(2, 1), reason=SILENT))
     assert len(attribute(record, ["flip"])[1]) == 1
+
+
+def test_a_second_look_at_a_suspicion_is_no_false_panic() -> None:
+    look = replace(incident(4, 2), reason=f"loss spike, {STILL_OPEN}", attempt=0)
+    for event, num_false in ((look, 0), (replace(look, attempt=2), 1), (replace(look, reason="loss spike"), 1)):
+        record = RunRecord("guarded", events=[*[Trained(1 + i, i, 0.1) for i in range(4)], event])
+        assert len(attribute(record, ["flip"])[1]) == num_false
+        assert [step.step for step in record.kept] == [1, 2]
 
 
 def test_the_latest_of_two_faults_gets_the_incident() -> None:

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import tolaria.governor
-from tolaria import GovernorConfig, PhaseError, TolariaGovernor, UnsupportedState, UsageError
+from tolaria import GovernorConfig, PhaseError, TolariaGovernor, UnsupportedState, UsageError, living
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -50,7 +49,7 @@ def test_close_leaves_no_trace(how: str, govern: Govern, kit: Any) -> None:
         except KeyError:
             pass
     assert traces(run) == before
-    assert governor not in tolaria.governor._live
+    assert governor not in living.governors()
     governor.close()  # a second time does nothing
 
 
@@ -193,7 +192,7 @@ def test_a_refused_construction_attaches_nothing(govern: Govern) -> None:
     with pytest.raises(UnsupportedState, match="body"):
         govern(model)
     assert vars(model) == before
-    assert list(tolaria.governor._live) == []
+    assert living.governors() == []
 
 
 def test_a_refused_optimizer_attaches_nothing(govern: Govern, kit: Any) -> None:

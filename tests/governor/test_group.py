@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import governor as governors
+from tolaria import TolariaGovernor, living
 from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import InvalidConfig, PhaseError, UsageError
 from tolaria.group import GovernorGroup
@@ -204,14 +204,14 @@ def test_one_survey_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_governors_are_counted_while_one_is_built() -> None:
-    built: list[governors.TolariaGovernor] = []
+    built: list[TolariaGovernor] = []
 
     class Config:
         @property
         def mode(self) -> str:
             if not built:
                 built.append(None)  # type: ignore[arg-type]
-                built[0] = governors.TolariaGovernor(nn.Linear(2, 2))
+                built[0] = TolariaGovernor(nn.Linear(2, 2))
             return "act"
 
     with GovernorGroup() as group:
@@ -219,8 +219,8 @@ def test_governors_are_counted_while_one_is_built() -> None:
         real = one.config
         vars(one)["config"] = Config()
         try:
-            assert governors._rng_policy(GovernorConfig()) == "restore"
+            assert living.rng_policy(GovernorConfig()) == "restore"
         finally:
             vars(one)["config"] = real
-        assert governors._rng_policy(GovernorConfig()) == "keep"
+        assert living.rng_policy(GovernorConfig()) == "keep"
         built[0].close()

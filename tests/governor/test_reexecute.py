@@ -256,18 +256,50 @@ def test_a_flip_between_the_step_and_the_snapshot_is_in_both(govern: Govern, kit
     assert fit.run.state() != undisturbed(kit)
 
 
-def test_three_results_switch_it_off(govern: Govern, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A machine that disturbs every execution, each in its own way."""
-    fit = Fit(kit, govern)
-    noise = torch.Generator().manual_seed(1)
-    fit.flips = {8: {1, 2, 3}}
-    fit.flip = lambda: fit.run.model[0].weight.data.add_(torch.rand((), generator=noise) * 1e-4)  # type: ignore[method-assign]
+@pytest.mark.parametrize("settings", [{}, {"rng": "fork"}], ids=["restore", "fork"])
+@pytest.mark.parametrize("visits", [{1, 3}, {2, 3}, {1, 2, 3}], ids=str)
+def test_a_second_disturbance_is_outlasted(
+    visits: set[int], settings: dict[str, Any], govern: Govern, kit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each in its own way: steps are run until two executions agree, with the random draws of the first."""
+    fit = restless(Fit(kit, govern, {8: visits}, **settings))
     with caplog.at_level(logging.WARNING, "tolaria"):
         fit.train()
-    assert fit.silent == [(10, 5, "replay")]
-    assert "three results" in fit.governor.capabilities().reexecution
+    assert fit.silent == [(10, 5, "replay")] * len(visits)
+    assert fit.run.state() == undisturbed(kit)
+    assert fit.governor.capabilities().reexecution == "on"
+    names = {(1, 3): "first and third", (2, 3): "second and third", (1, 2, 3): "first, second and third"}
+    assert f"the {names[tuple(sorted(visits))]} executions were disturbed" in caplog.text
+    assert [incident.attempt for incident in fit.incidents] == list(range(1, len(fit.incidents) + 1))
+    found = fit.governor.statistics()
+    assert (found.panics, found.troubles, found.skipped_batches) == (len(fit.incidents), 1, 0)
+
+
+def restless(fit: Fit) -> Fit:
+    """Its flips differ from each other."""
+    noise = torch.Generator().manual_seed(1)
+    fit.flip = lambda: fit.run.model[0].weight.data.add_(torch.rand((), generator=noise) * 1e-4)  # type: ignore[method-assign]
+    return fit
+
+
+def test_five_results_switch_it_off(govern: Govern, kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A machine that disturbs every execution: the state may be wrong, and an incident says so."""
+    fit = restless(Fit(kit, govern, {8: {1, 2, 3, 4, 5}}))
+    with caplog.at_level(logging.WARNING, "tolaria"):
+        fit.train()
+    assert fit.silent == [*[(10, 5, "replay")] * 3, (10, None, "observe")]
+    assert "run five times, came to five results" in fit.incidents[-1].note
+    assert fit.incidents[-1].note == fit.governor.capabilities().reexecution.removeprefix("off: ")
     assert caplog.text.count("switched off") == 1
     assert fit.steps[-1] == 30
+
+
+def test_disturbances_without_end_spend_the_retry_budget(govern: Govern, kit: Any) -> None:
+    fit = restless(Fit(kit, govern, {8: {1, 2, 3, 4, 5}}, recovery=Recovery(max_retries=2)))
+    with pytest.raises(RetryBudgetExceeded, match=SILENT):
+        fit.train()
+    assert fit.silent == [(10, 5, "replay"), (10, 5, "replay"), (10, 5, "stop")]
+    assert fit.governor._course.completed == 5
 
 
 def test_a_panic_while_steps_are_run_again_is_answered_as_any_other(govern: Govern, kit: Any) -> None:

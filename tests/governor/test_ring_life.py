@@ -203,6 +203,18 @@ def test_when_every_slot_must_be_kept_the_snapshot_is_deferred(govern: Govern, k
     assert life.governor.execute_rollback().snapshot_step == 0
 
 
+def test_a_deferred_snapshot_is_taken_as_soon_as_there_is_room(govern: Govern, kit: Any) -> None:
+    """Two suspicions have begun probation again: at step 12 all slots are taken, at 13 a candidate is certified."""
+    life = Life(kit, govern, {5: "suspect", 9: "suspect"}, cadence=4, probation=4)
+    life.step(12)
+    assert life.ring == {0: "certified", 4: "sealed", 8: "sealed"}
+    life.step(1)
+    assert life.ring == {4: "certified", 8: "certified", 13: "sealed"}
+    assert life.governor.statistics().snapshots_deferred == 1
+    life.step(4)
+    assert max(life.ring) == 17
+
+
 def test_the_cadence_is_stretched_and_says_so(govern: Govern, kit: Any) -> None:
     life = Life(kit, govern, cadence=2, probation=7, slots=3)
     capabilities = life.governor.capabilities()

@@ -109,6 +109,29 @@ def test_weights_are_looked_at_as_often_as_configured_by_observe_too(govern: Gov
 # ------------------------------------------------------------ update ratio and groups
 
 
+@pytest.mark.parametrize("by_watching", [False, True], ids=["step", "observe"])
+def test_a_flipped_exponent_panics_in_its_own_step(by_watching: bool, govern: Govern, kit: Any) -> None:
+    """In a weight that no later loss may ask for: a negative logit of 1e37 is as good as none."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=GovernorConfig(cadence=5, probation=5))
+    for number, batch in enumerate(governor.watch(run.batches[:20])):
+        loss = run.backward(batch)
+        if number == 12 and governor.rollbacks == 0:
+            run.model[4].weight.data.view(torch.int32)[0, 0] ^= 1 << 30
+            assert bool(torch.isfinite(run.model[4].weight).all())
+            if by_watching:
+                assert governor.check_vital_signs(loss)
+                return
+        verdict = governor.step(loss=loss).verdict
+        assert verdict.is_panic == (number == 12 and governor.rollbacks == 1 and verdict.step == 13)
+    assert not by_watching
+    assert governor.rollbacks == 1
+    clean = kit.Run()
+    for batch in clean.batches[:20]:
+        clean.plain_step(batch)
+    assert run.state() == clean.state()
+
+
 def test_the_update_ratio_is_what_the_step_has_moved(govern: Govern, kit: Any) -> None:
     run, seen = kit.Run(), []
     governor = govern(run.model, run.optimizer, detector=recorder(seen), config=GovernorConfig(update_ratio_every=2))

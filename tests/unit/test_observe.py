@@ -95,5 +95,25 @@ def test_num_nonfinite(dtype):
     assert observe.num_nonfinite([good, bad, bad]) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_weights_beyond_measure_count_like_those_that_are_not_finite(dtype):
+    """As where norms are read late. A finite weight whose square float32 does not hold is no weight any more."""
+    good, nan, huge = torch.ones(4, dtype=dtype), torch.ones(4, dtype=dtype), torch.ones(2, 2, dtype=dtype)
+    nan[2] = float("nan")
+    huge[1, 1] = {torch.float64: 1e200, torch.float16: float("inf")}.get(dtype, 1e25)
+    assert observe.num_overflowing([good, huge, nan, huge]) == 3
+    assert observe.num_overflowing([good, torch.arange(3), torch.empty(0), huge]) == 1
+    assert observe.num_overflowing([good, torch.full((4,), 1e18, dtype=torch.float32)]) == 0
+    assert observe.num_overflowing([]) == observe.num_overflowing(iter([torch.arange(3)])) == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_weights_are_judged_alike_whether_read_late_or_not(late):
+    weights, numbers, lists = [torch.ones(3), torch.tensor([1.0, 3e37]), torch.full((5,), 1e18)], {}, {}
+    observe.look_at_weights(weights, late, numbers, lists)
+    found = lists["weights"][0].isfinite().logical_not().sum() if late else numbers["nonfinite_weights"]
+    assert int(found) == 1
+
+
 def test_finite_values_whose_sum_overflows_are_no_alarm():
     assert observe.num_nonfinite([torch.full((8,), 6e4, dtype=torch.float16), torch.full((4,), 3e38)]) == 0

@@ -3,10 +3,10 @@
 import pytest
 
 from tolaria.config import Recovery
-from tolaria.recover import Action, Consumption, RecoveryState, cooled, decide, learning_rate_factor
+from tolaria.recover import Action, Consumption, RecoveryState, cooled, decide, is_known, learning_rate_factor
 
 
-def panic(state, tick, onset, batch, *, can_replay=True, transient=False, **policy):
+def panic(state, tick, onset, batch, *, can_replay=True, disagreements=0, **policy):
     policy = Recovery(**policy)
     return decide(
         state,
@@ -16,7 +16,7 @@ def panic(state, tick, onset, batch, *, can_replay=True, transient=False, **poli
         panic_batch=batch,
         reach=5,
         can_replay=can_replay,
-        transient=transient,
+        disagreements=disagreements,
     )
 
 
@@ -118,7 +118,7 @@ def test_policies_wait_for_the_return():
     assert (first.steps_back, first.moments, first.rekeys) == (0, "keep", False)
     _, second = returned(1, **policy)
     assert (second.steps_back, second.moments, second.rekeys) == (100, "damp", True)
-    _, known = panic(RecoveryState(), 10, 30, 33, transient=True, **policy)
+    _, known = panic(RecoveryState(), 10, 30, 33, disagreements=1, **policy)
     assert (known.action, known.steps_back, known.moments, known.rekeys) == (Action.REPLAY, 0, "keep", False)
     _, last = returned(1, max_retries=1, **policy)
     assert (last.action, last.steps_back, last.moments, last.further) == (Action.STOP, 0, "keep", 0)
@@ -147,12 +147,19 @@ def test_which_batches_some_steps_have_consumed():
     assert taken.of(2, 5) == (1, 2)
 
 
+def test_a_known_trouble_reaches_a_little_beyond_its_last_batch():
+    state, _ = panic(RecoveryState(), 10, 30, 33)
+    assert is_known(state, 38, 5)
+    assert not is_known(state, 39, 5)
+    assert not is_known(RecoveryState(), -1, 5)
+
+
 def test_what_is_not_the_datas_fault_is_always_replayed_and_still_counted():
     state, _ = panic(RecoveryState(), 10, 30, 33)
-    after, plan = panic(state, 20, 30, 33, transient=True)
-    assert (plan.action, plan.first_skipped, plan.generations_back) == (Action.REPLAY, None, 0)
+    after, plan = panic(state, 20, 30, 33, disagreements=3)
+    assert (plan.action, plan.first_skipped, plan.generations_back, plan.attempt) == (Action.REPLAY, None, 0, 3)
     assert after == RecoveryState(ticks=(10, 20), first_batch=30, last_batch=33, attempt=1)
-    _, plan = panic(after, 30, 30, 33, transient=True, max_retries=2)
+    _, plan = panic(after, 30, 30, 33, disagreements=1, max_retries=2)
     assert plan.action is Action.STOP
-    _, plan = panic(after, 30, 30, 33, transient=True, can_replay=False)
+    _, plan = panic(after, 30, 30, 33, disagreements=1, can_replay=False)
     assert (plan.action, plan.first_skipped) == (Action.SKIP, None)

@@ -22,6 +22,7 @@ from typing import Any
 from tolaria.drill.records import RunAgain, RunRecord, Trained
 from tolaria.records import SCHEMA_VERSION, Incident
 from tolaria.reexecute import SILENT
+from tolaria.settlement import is_second_look
 
 PATIENCE = 20
 """Steps after a fault's last stroke within which an incident is put down to it."""
@@ -133,7 +134,7 @@ def attribute(guarded: RunRecord, kinds: Sequence[str]) -> tuple[tuple[FaultScor
         causes = [(step, kind) for step, kind in suspects if 0 <= event.step - step <= PATIENCE]
         if causes:
             scores[max(causes)[1]].incidents.append(event)
-        else:
+        elif not is_second_look(event):
             false.append(event)
         if event.restored_step is not None:
             alive = [(step, kind) for step, kind in alive if step <= event.restored_step]

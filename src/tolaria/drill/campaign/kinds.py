@@ -203,6 +203,12 @@ KINDS: tuple[Kind, ...] = (
         (Stroke(Moment.UPDATE, flip_exposed_exponent, occasions=TWICE),),
         (0.0, 0.9),
     ),
+    Kind(
+        "returns_at_the_end",
+        "an exponent flip in the last step, that comes again in each execution",
+        (Stroke(Moment.UPDATE, flip_exposed_exponent, occasions=LASTING),),
+        _LAST,
+    ),
     # faults that do not end
     Kind(
         "broken_unit",
@@ -245,13 +251,6 @@ KINDS: tuple[Kind, ...] = (
         "a mantissa flip that comes again in each execution",
         (Stroke(Moment.REST, flip(weights_of, _MANTISSA), occasions=LASTING),),
         ending=Ending.OUTSIDE,
-    ),
-    Kind(
-        "returns_at_the_end",
-        "an exponent flip in the last step, that comes again in each execution",
-        (Stroke(Moment.UPDATE, flip_exposed_exponent, occasions=LASTING),),
-        _LAST,
-        Ending.OUTSIDE,
     ),
     Kind(
         "random_state",

@@ -25,6 +25,7 @@ from tolaria.governor import TolariaGovernor
 from tolaria.judge import Detector
 from tolaria.records import Health, Incident, Verdict
 from tolaria.ring import READABLE, newest_good
+from tolaria.settlement import is_second_look
 
 STEPS = 80
 """Optimizer steps of one training."""
@@ -238,8 +239,9 @@ class _Run:
             self.val_loss = self._workload.validate(training.model)
 
     def _note(self, incident: Incident) -> None:
-        self.incidents.append(incident)
-        self.false_panics += not self.striker.struck
+        if not is_second_look(incident):
+            self.incidents.append(incident)
+            self.false_panics += not self.striker.struck
         if incident.restored_step is not None:
             del self.kept[incident.restored_step :]
             self.striker.rolled_back = True
