@@ -25,8 +25,10 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+
+from tolaria.values import replace
 
 
 class SlotPhase(Enum):

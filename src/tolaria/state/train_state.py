@@ -263,7 +263,8 @@ class TrainState:
         for i, (part, saved, captured) in enumerate(zip(self.parts, survey.saved, host.captured, strict=True)):
             try:
                 own = clone_tree(captured)  # each time, so that nobody can ever reach the snapshot
-                for tensor in _pytree.tree_leaves(own):
+                is_empty = own is None or (type(own) is list and not own)
+                for tensor in () if is_empty else _pytree.tree_leaves(own):
                     if isinstance(tensor, torch.Tensor):
                         adopt(tensor)
                 if imprint is None:
