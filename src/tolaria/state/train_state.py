@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import threading
 import weakref
@@ -303,9 +304,9 @@ class TrainState:
         """
         left = False
         known = list(self.parameters()) if parameters is None else parameters
-        for parameter, grad in zip(known, map(_gradient_of, known), strict=True):
-            if grad is None:
-                continue
+        gradients = list(map(_gradient_of, known))
+        there = map(operator.is_not, gradients, itertools.repeat(None))
+        for parameter, grad in list(itertools.compress(zip(known, gradients, strict=True), there)):
             if not grad._is_view() and not self.is_static(grad):
                 parameter.grad = None
                 continue
