@@ -66,8 +66,7 @@ class Driver:
 
     def __init__(self, state: HostState, vault: Vault, devices: dict[str, Device]) -> None:
         self.state = state
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition(threading.Lock())
         self._num_waiting = 0  # under the lock; a notification takes longer than most changes
 
         def queued(device: DeviceName) -> QueuedDevice:
@@ -161,7 +160,7 @@ class Driver:
             raise lost from error
 
     def _change(self, op: Change) -> Any:
-        with self._lock:
+        with self._changed:
             self.state, result = op.function(self.state)
             if self._num_waiting:
                 self._changed.notify_all()
@@ -170,7 +169,7 @@ class Driver:
     def _await(self, op: Await) -> tuple[Any, float]:
         """Answers (result, seconds waited)."""
         started: float | None = None
-        with self._lock:
+        with self._changed:
             answer = op.function(self.state)
             if answer is None:
                 started = time.monotonic()

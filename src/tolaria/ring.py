@@ -48,7 +48,7 @@ class Tier(Enum):
     HOST = "host"  # in main memory
 
 
-READABLE = frozenset({SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED})
+READABLE = (SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED)  # no set: hashing an enum takes longer
 
 
 @dataclass(frozen=True, slots=True)

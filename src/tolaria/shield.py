@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -33,11 +34,13 @@ class Shield:
     def __enter__(self) -> Shield:
         if threading.current_thread() is threading.main_thread():
             try:
-                for number in _NUMBERS:
-                    handler = _handler_of(number)
-                    if callable(handler):
-                        self._held[number] = handler
-                        _set_handler(number, self._note)
+                handlers = list(map(_handler_of, _NUMBERS))
+                for number, handler in itertools.compress(
+                    zip(_NUMBERS, handlers, strict=True), map(callable, handlers)
+                ):
+                    self._held[number] = handler
+                    # another one, where a handler that has just run has set it
+                    self._held[number] = _set_handler(number, self._note)
             except BaseException:
                 self.__exit__()
                 raise

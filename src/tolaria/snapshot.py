@@ -253,10 +253,13 @@ class Vault:
         if all(storage.bytes.untyped_storage().data_ptr() == storage.key[1] for storage in storages):
             slot.laid = surveyed.leaves
 
-    def _on_streams(self) -> contextlib.ExitStack:
+    def _on_streams(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, what is launched on any governed device is ordered with our copies."""
+        ports = [port for port in self.devices.values() if port.barrier is not Barrier.HOST]
+        if len(ports) == 1:
+            return ports[0].on_stream()
         stack = contextlib.ExitStack()
-        for port in self.devices.values():
+        for port in ports:
             stack.enter_context(port.on_stream())
         return stack
 
@@ -337,7 +340,7 @@ class Vault:
 
         with self._on_streams():
             # the policy may have become "keep" since, when a second governor was built
-            host = host if self.with_rng() else replace(host, rng=None)
+            host = host if host.rng is None or self.with_rng() else replace(host, rng=None)
             slot = self.slots[op.slot]
             alive = self.state.restore(survey, host, devices, adopt, standing=slot.standing)
             for optimizer in op.reset:

@@ -222,7 +222,7 @@ class _Block:
             and self._looks()
         )
 
-    def _where_the_empty_are(self) -> list[tuple[int, int]]:
+    def _where_the_empty_are(self) -> list[tuple[int, Any]]:
         addresses = map(torch.UntypedStorage.data_ptr, self._under_empty)
         return list(zip(addresses, map(torch.Tensor.storage_offset, self._empty), strict=True))
 
