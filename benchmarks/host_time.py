@@ -1,14 +1,17 @@
 """Host time of one snapshot and of one rollback against the number of governed tensors.
 
-    python benchmarks/host_time.py [--device cpu] [--tensors 40 400 4000] [--layers 24] [--rounds 15]
+    python benchmarks/host_time.py [--device cpu|cuda|idle] [--tensors 4 400 4000] [--layers 2 24] [--rounds 15]
 
 `plain`: that many parameters in one module. `transformer`: that many layers with AdamW, whose tensors stand in modules,
 parameter groups and optimizer state, so that more than tensors has to be compared. An optimizer step and another
 learning rate precede each snapshot.
 
 On a CPU no bytes are moved (they would be moved by the host): what is left is what the host does besides. On CUDA the
-device copies meanwhile. `from the start`: the same with the imprint of the last survey thrown away each time, so that
-the whole train state is walked in Python.
+device copies meanwhile. `idle`: the path of CUDA on a CPU, over a driver that does nothing. `from the start`: the same
+with the imprint of the last survey thrown away each time, so that the whole train state is walked in Python.
+
+The last lines split the times of the first kind of model into a fixed part and one per tensor, by a line through the
+smallest and the largest.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
+from idle_driver import on_an_idle_device
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, judge, protocol
@@ -96,30 +100,53 @@ def _still(
     return lambda: None
 
 
+def split(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The fixed part, and the part per tensor, of times at several numbers of tensors: (number, time) each."""
+    (few, short), (many, long) = min(points), max(points)
+    slope = (long - short) / (many - few) if many > few else 0.0
+    return short - few * slope, slope
+
+
 def main() -> None:
     """Measure and print one row per model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "idle"), default="cpu")
     parser.add_argument("--tensors", type=int, nargs="+", default=[4, 400, 4000])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 24])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     logging.getLogger("tolaria").setLevel(logging.ERROR)
-    where = platform.processor() or platform.machine() if arguments.device == "cpu" else torch.cuda.get_device_name()
+    on_cuda = arguments.device == "cuda"
+    device = "cuda" if on_cuda else "cpu"
+    where = torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine()
     print(f"{where}, torch {torch.__version__}, Python {platform.python_version()}; microseconds, medians\n")
     print(f"{'':>12} {'tensors':>8} {'snapshot':>9} {'rollback':>9}   {'from the start':>14} {'rollback':>9}")
     rows = [("plain", plain, n) for n in arguments.tensors] + [
         ("transformer", transformer, n) for n in arguments.layers
     ]
-    # the digest of a rollback's read-back is taken of what was not copied
-    with mock.patch.object(CpuDevice, "prepare", _still) if arguments.device == "cpu" else contextlib.nullcontext():
+    lines: dict[str, list[tuple[int, float]]] = {"snapshot": [], "rollback": []}
+    with _where[arguments.device]():
         for name, build, size in rows:
             found = []
             for from_the_start in (False, True):
-                model, optimizer = build(size, arguments.device)
+                model, optimizer = build(size, device)
                 found.append(measure(model, optimizer, arguments.rounds, from_the_start=from_the_start))
             (num_tensors, taken, restored), (_, walked, checked) = found
             print(f"{name:>12} {num_tensors:>8} {taken:>9.0f} {restored:>9.0f}   {walked:>14.0f} {checked:>9.0f}")
+            if name == rows[0][0]:
+                lines["snapshot"].append((num_tensors, taken))
+                lines["rollback"].append((num_tensors, restored))
+    for what, points in lines.items():
+        fixed, each = split(points)
+        print(f"{what} of {rows[0][0]}: {fixed:.0f} us + {each:.2f} us per tensor")
+
+
+_where: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    # the digest of a rollback's read-back is taken of what was not copied
+    "cpu": lambda: mock.patch.object(CpuDevice, "prepare", _still),
+    "cuda": contextlib.nullcontext,
+    "idle": on_an_idle_device,
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ altogether, because any barrier would invalidate it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from enum import Enum
 
 from tolaria import gate
@@ -26,6 +25,7 @@ from tolaria.operations import (
     SectionKind,
     Streams,
 )
+from tolaria.values import replace
 
 # ---------------------------------------------------------------- sections
 

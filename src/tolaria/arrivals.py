@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tolaria import protocol, ring
 from tolaria.barriers import Ground
@@ -19,6 +19,7 @@ from tolaria.report import logger
 from tolaria.ring import Slot
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
+from tolaria.values import replace
 
 
 @dataclass(frozen=True, slots=True, eq=False)

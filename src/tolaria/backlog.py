@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 from tolaria import protocol, ring
 from tolaria.barriers import Ground
@@ -17,6 +16,7 @@ from tolaria.driver import Driver
 from tolaria.operations import Inspection
 from tolaria.report import logger
 from tolaria.ring import Slot, SlotPhase, Tier
+from tolaria.values import replace
 
 
 class Backlog:

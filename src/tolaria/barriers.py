@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tolaria.admission import known_streams, wait_everywhere, wait_known
 from tolaria.operations import (
@@ -24,6 +24,7 @@ from tolaria.operations import (
     Synchronize,
     TransferRecord,
 )
+from tolaria.values import replace
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -29,6 +28,7 @@ from tolaria.report import Board, Ledger, RollbackReport, SnapshotInfo, incident
 from tolaria.shield import Shield
 from tolaria.state import rng
 from tolaria.target import Target
+from tolaria.values import replace
 from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096
@@ -445,7 +445,7 @@ class Course:
         barrier, batches = self.keeper.ground.barrier.value, (rewind.replayed, rewind.skipped + rewind.ahead)
         incident = incident_of(vital, verdict, action, report, batches, note, barrier, self.config.env_id)
         after = replace(incident, attempt=plan.attempt, moments=plan.moments, lr_factor=self.learning_rate_factor())
-        self._ledger.write(after, self.statistics)
+        self._ledger.write(after, self._tally.read)
 
     # ------------------------------------------------------------ counters, resume
 

@@ -68,11 +68,10 @@ class TorchStreams:
         return torch.cuda.is_current_stream_capturing()
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._known: dict[tuple[int, int], _Named] = {}
 
-    @contextmanager
-    def use(self, index: int, stream: int) -> Generator[None]:
-        # what `torch.cuda.stream` does, without its checks and its objects: this is done a dozen times per rollback
+    def _enter(self, index: int, stream: int) -> tuple[int, _Named]:
+        """Make a stream current on its device. Answers what `_leave` puts back: the current device, and its stream."""
         named = self._known.get((index, stream))
         if named is None:
             torch.cuda.init()
@@ -80,21 +79,39 @@ class TorchStreams:
             named = self._known[index, stream] = external.stream_id, external.device_index, external.device_type
         device, before = torch._C._cuda_getDevice(), torch._C._cuda_getCurrentStream(index)
         _set_stream(named)
+        if device != index:
+            torch._C._cuda_setDevice(device)
+        return device, before
+
+    @contextmanager
+    def use(self, index: int, stream: int) -> Generator[None]:
+        # what `torch.cuda.stream` does, without its checks and its objects: this is done a dozen times per rollback
+        device, before = self._enter(index, stream)
         try:
-            if device != index:
-                torch._C._cuda_setDevice(device)
             yield
         finally:
-            _set_stream(before)
-            if device != index:
-                torch._C._cuda_setDevice(device)
+            _leave(index, device, before)
 
     def enqueue(self, index: int, stream: int, work: Callable[[], None]) -> None:
-        with self.use(index, stream):
+        # as `use`, whose generator takes as long as some launches
+        device, before = self._enter(index, stream)
+        try:
             work()
+        finally:
+            _leave(index, device, before)
 
 
-def _set_stream(named: tuple[int, int, int]) -> None:
+_Named = tuple[int, int, int]
+"""What torch calls a stream: its number, device and kind of device."""
+
+
+def _leave(index: int, device: int, before: _Named) -> None:
+    _set_stream(before)
+    if device != index:
+        torch._C._cuda_setDevice(device)
+
+
+def _set_stream(named: _Named) -> None:
     """Make a stream current on its device, and that device current."""
     torch._C._cuda_setStream(stream_id=named[0], device_index=named[1], device_type=named[2])
 
@@ -320,9 +337,10 @@ class ContextDevice:
                 self._driver.cuEventDestroy(handle)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        code, *answer = getattr(self._driver, name)(*arguments)
-        self._check(name, code)
-        return answer[0] if len(answer) == 1 else tuple(answer)
+        found = getattr(self._driver, name)(*arguments)
+        if int(found[0]):
+            self._check(name, found[0])
+        return found[1] if len(found) == 2 else found[1:]
 
     def _check(self, name: str, code: Any) -> None:
         if int(code) in STICKY_CODES:

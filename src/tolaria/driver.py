@@ -6,6 +6,8 @@ call. It decides nothing.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +67,7 @@ class Driver:
     def __init__(self, state: HostState, vault: Vault, devices: dict[str, Device]) -> None:
         self.state = state
         self._changed = threading.Condition(threading.Lock())
+        self._num_waiting = 0  # under the lock; a notification takes longer than most changes
 
         def queued(device: DeviceName) -> QueuedDevice:
             return cast("QueuedDevice", devices[device])  # only barriers with events yield these
@@ -105,9 +108,9 @@ class Driver:
             shield: The caller's, when signals are to be held back for longer than the submission.
         """
         if shield is not None:
-            return drive(protocol, lambda op: self.perform(op, shield))
+            return drive(protocol, functools.partial(self.perform, shield=shield))
         with Shield() as own:
-            return drive(protocol, lambda op: self.perform(op, own))
+            return drive(protocol, functools.partial(self.perform, shield=own))
 
     def change(self, function: Callable[[HostState], tuple[HostState, Any]]) -> Any:
         """Apply one atomic change outside of a protocol."""
@@ -140,13 +143,11 @@ class Driver:
 
     def perform(self, op: Op, shield: Shield | None = None) -> Any:
         """Perform one operation."""
-        if isinstance(op, Await):
-            if shield is None:
-                return self._await(op)
-            with shield.interruptible():
-                return self._await(op)
         call = self._table.get(type(op))
         if call is None:
+            if isinstance(op, Await):
+                with contextlib.nullcontext() if shield is None else shield.interruptible():
+                    return self._await(op)
             raise TolariaInternalError(
                 "running the protocol", f"this machine's driver has no call for {op}", "Please report this."
             )
@@ -161,30 +162,39 @@ class Driver:
     def _change(self, op: Change) -> Any:
         with self._changed:
             self.state, result = op.function(self.state)
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
         return result
 
     def _await(self, op: Await) -> tuple[Any, float]:
         """Answers (result, seconds waited)."""
+        started: float | None = None
         with self._changed:
             answer = op.function(self.state)
-            if answer is not None:
-                self.state, result = answer
-                self._changed.notify_all()
-                return result, 0.0
-            started = time.monotonic()
-            while answer is None:
-                left = None if op.timeout_s is None else op.timeout_s - (time.monotonic() - started)
-                if left is not None and left <= 0:
-                    raise QuiesceTimeout(
-                        op.label,
-                        f"not possible within {op.timeout_s:g} s: sections open in threads "
-                        f"{[thread for thread, _ in self.state.gate.sections]}, submitting thread "
-                        f"{self.state.gate.owner}; expected them to end",
-                        "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
-                    )
-                self._changed.wait(left)
-                answer = op.function(self.state)
+            if answer is None:
+                started = time.monotonic()
+                self._num_waiting += 1
+                try:
+                    answer = self._wait_for(op, started)
+                finally:
+                    self._num_waiting -= 1
             self.state, result = answer
-            self._changed.notify_all()
-        return result, time.monotonic() - started
+            if self._num_waiting:
+                self._changed.notify_all()
+        return result, 0.0 if started is None else time.monotonic() - started
+
+    def _wait_for(self, op: Await, started: float) -> tuple[HostState, Any]:
+        while True:
+            left = None if op.timeout_s is None else op.timeout_s - (time.monotonic() - started)
+            if left is not None and left <= 0:
+                raise QuiesceTimeout(
+                    op.label,
+                    f"not possible within {op.timeout_s:g} s: sections open in threads "
+                    f"{[thread for thread, _ in self.state.gate.sections]}, submitting thread "
+                    f"{self.state.gate.owner}; expected them to end",
+                    "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
+                )
+            self._changed.wait(left)
+            answer = op.function(self.state)
+            if answer is not None:
+                return answer

@@ -56,9 +56,7 @@ class Examination:
         self._events.clear()
         self.finite = self.under_way = True
         for tally in self._tallies.values():
-            tally.is_fresh, tally.is_sent = True, False
-            # an answer that never came must not pass for one: no two readings start from the same number
-            tally.row[0], tally.row[1] = -next(_numbers), 1
+            tally.begin(unlike=-next(_numbers))
 
     def tally(self, name: str) -> Tally:
         """What readings of that device are added to."""
@@ -91,12 +89,12 @@ class Examination:
 
     def digest(self) -> Digest:
         """The digest; the answer must be there."""
-        found = {**self.digests, **{name: int(tally.row[0]) for name, tally in self._tallies.items()}}
+        found = {**self.digests, **{name: tally.digest for name, tally in self._tallies.items()}}
         return tuple(sorted(found.items()))
 
     def is_finite(self) -> bool:
         """Whether all is well; False means: look again, tensor by tensor."""
-        return self.finite and not any(int(tally.row[1]) for tally in self._tallies.values())
+        return self.finite and all(tally.is_finite for tally in self._tallies.values())
 
 
 def _queued(port: Device) -> QueuedDevice:

@@ -15,9 +15,10 @@ Rules
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tolaria.errors import PhaseError
+from tolaria.values import replace
 
 ThreadId = int
 

@@ -7,9 +7,8 @@ stop a running pass, so it remembers those, and the optimizer step that would ap
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tolaria.operations import HostState
+from tolaria.values import replace
 
 
 def begin_backward(state: HostState, token: int, epoch: int) -> tuple[HostState, bool]:

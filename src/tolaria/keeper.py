@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -39,6 +39,7 @@ from tolaria.snapshot import Vault
 from tolaria.state.leaves import Storage, is_page_locked
 from tolaria.state.train_state import TrainState
 from tolaria.target import Target, chooser
+from tolaria.values import replace
 
 logger = logging.getLogger("tolaria")
 

@@ -17,9 +17,11 @@ and plain torch operators (every device).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -204,6 +206,28 @@ class Tally:
     def __init__(self, total: torch.Tensor, row: torch.Tensor) -> None:
         self.total, self.row = total, row
         self.is_fresh = self.is_sent = False
+        # the same memory: an element of a tensor takes microseconds, and each reading writes and reads two
+        self._numbers = (ctypes.c_int64 * 2).from_address(row.data_ptr())
+
+    def begin(self, unlike: int) -> None:
+        """Start from nothing.
+
+        Args:
+            unlike: What stands for the digest until the answer has come. An answer that never came must not pass for
+                one: no two readings start from the same number.
+        """
+        self.is_fresh, self.is_sent = True, False
+        self._numbers[:] = unlike, 1
+
+    @property
+    def digest(self) -> int:
+        """The answer, once it has come: the digest, as a signed number."""
+        return int(self._numbers[0])
+
+    @property
+    def is_finite(self) -> bool:
+        """The answer, once it has come: whether all that ought to be finite is."""
+        return not self._numbers[1]
 
     def adding(self, *, last: bool = False) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
         """What has to be launched together with something that adds: before it, and behind it. Once per launch."""
@@ -249,6 +273,7 @@ class Sweep:
         self._num_blocks = 0
         self._kernel: Callable[..., Any] | None = None
         self._index = -1
+        self._launches: dict[tuple[int, int], Callable[[], None]] = {}
         if self._live and self.num_chunks and self._live[0].device.type == "cuda":
             with torch.cuda.device(self._live[0].device):
                 self._index = torch.cuda.current_device()
@@ -303,9 +328,17 @@ class Sweep:
             return
         grid = self.num_chunks if answer is None else -(-self.num_chunks // _CHUNKS_PER_READER)
         counted = self._table if answer is None else answer  # never written without _READ
-        arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
-        with torch.cuda.device(self._index):
-            self._kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=arguments)
+        # by address: whoever has it holds that memory, so it is given to nobody else
+        launch = self._launches.get((what, counted.data_ptr()))
+        if launch is None:
+            arguments = [self._table, self._num_blocks, self.num_chunks, self._first, what, counted]
+            launch = launcher(self._kernel, self._index, grid, arguments)
+            self._launches[what, counted.data_ptr()] = launch
+        if torch._C._cuda_getDevice() == self._index:
+            launch()
+        else:
+            with torch.cuda.device(self._index):
+                launch()
 
     def _run_portably(self, source: Side, copy: bool, answer: torch.Tensor | None) -> None:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
@@ -419,6 +452,53 @@ def _shifted(k: torch.Tensor, by: int) -> torch.Tensor:
 
 def _signed(k: int) -> int:
     return k - (1 << 64) if k >= 1 << 63 else k
+
+
+def launcher(kernel: Any, index: int, grid: int, arguments: Sequence[torch.Tensor | int]) -> Callable[[], None]:
+    """A call that launches a compiled kernel on the current stream of its device, any number of times, by any thread.
+
+    torch's own launch opens the driver library and converts every argument anew each time, which takes several times as
+    long as the launch itself. It is used where it does not say what this needs to know.
+
+    Args:
+        kernel: What `compiled` has answered for the device of that index, which has to be current at each launch.
+        index: The device.
+        grid: Number of thread blocks.
+        arguments: Tensors on the device, and 32-bit integers. They are held.
+    """
+    library, function = _driver_library(), getattr(kernel, "func", None)
+    if library is None or not isinstance(function, ctypes.c_void_p):
+        return lambda: kernel(grid=(grid, 1, 1), block=(_THREADS, 1, 1), args=list(arguments))
+    kept = list(arguments)
+    values = [
+        ctypes.c_void_p(each.data_ptr()) if isinstance(each, torch.Tensor) else ctypes.c_int(each) for each in kept
+    ]
+    addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    launch_kernel, stream_of = library.cuLaunchKernel, torch._C._cuda_getCurrentRawStream
+
+    def launch(_held: object = (kept, values, kernel)) -> None:
+        code = launch_kernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream_of(index), addresses, None)
+        if code:
+            error = RuntimeError(f"CUDA error {code} at the launch of a sweep")
+            vars(error)["error_code"] = code  # where torch has it too, so that a lost device is recognised
+            raise error
+
+    return launch
+
+
+@functools.cache
+def _driver_library() -> Any:
+    """CUDA's driver library, which torch has loaded already; None on ROCm, and where it has another name."""
+    if torch.version.hip is not None:
+        return None
+    try:
+        # calls let other threads run: a launch may have to wait for room in the queue of the device
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        address, number = ctypes.c_void_p, ctypes.c_uint
+        library.cuLaunchKernel.argtypes = (address, *[number] * 7, address, address, address)
+    except (OSError, AttributeError):
+        return None
+    return library
 
 
 @functools.cache

@@ -31,7 +31,7 @@ are copied first and have events of their own, because a train-mode forward writ
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tolaria import ring
@@ -57,6 +57,7 @@ from tolaria.operations import (
 from tolaria.ring import Tier
 from tolaria.rollback import RolledBack, rollback
 from tolaria.sealing import drain, reinspect, reinspect_restored, seal
+from tolaria.values import replace
 
 __all__ = [
     "Ground",

@@ -6,8 +6,8 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, Verdic
 
 logger = logging.getLogger("tolaria")
 
+_ALL_SIGNS = tuple(one.name for one in fields(VitalSigns) if one.name != "step")
 _SIGNS = ("loss", "grad_norm", "nonfinite_gradients", "nonfinite_weights", "metric")
 _COUNTS = ("rollbacks", "steps_lost", "vetoes", "skipped_batches", "replayed_batches")
 
@@ -157,6 +158,10 @@ def incident_line(incident: Incident) -> str:
     return json.dumps({"schema_version": SCHEMA_VERSION, **_plain(asdict(incident))}, allow_nan=False)
 
 
+def _copied(sign: Any) -> Any:
+    return dict(sign) if isinstance(sign, Mapping) else sign
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -195,7 +200,7 @@ def incident_of(
         step=vital.step,
         onset=vital.step if verdict.onset is None else verdict.onset,
         reason=verdict.reason,
-        signs={name: value for name, value in asdict(vital).items() if name != "step" and value is not None},
+        signs={name: value for name in _ALL_SIGNS if (value := _copied(getattr(vital, name))) is not None},
         evidence=dict(verdict.evidence),
         action=action,
         restored_step=None if report is None else report.snapshot_step,
@@ -272,10 +277,11 @@ class Ledger:
             self._watching = None
             logger.exception("vital signs could not be written, and none are from here on")
 
-    def write(self, incident: Incident, statistics: Statistics) -> None:
+    def write(self, incident: Incident, statistics: Callable[[], Statistics]) -> None:
         """Report one incident. Never raises: a full disk must not end a run that was just saved."""
-        logger.warning("%s", describe(incident))
-        shown = None if self._board is None else functools.partial(self._board.tell, statistics=statistics)
+        if logger.isEnabledFor(logging.WARNING):
+            logger.warning("%s", describe(incident))
+        shown = None if self._board is None else functools.partial(self._board.tell, statistics=statistics())
         for tell in (self._append, shown, self._sink):
             try:
                 if tell is not None:

@@ -25,8 +25,10 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+
+from tolaria.values import replace
 
 
 class SlotPhase(Enum):
@@ -46,7 +48,7 @@ class Tier(Enum):
     HOST = "host"  # in main memory
 
 
-READABLE = frozenset({SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED})
+READABLE = (SlotPhase.STAGED, SlotPhase.SEALED, SlotPhase.CERTIFIED)  # no set: hashing an enum takes longer
 
 
 @dataclass(frozen=True, slots=True)

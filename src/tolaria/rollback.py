@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tolaria import ring
@@ -26,6 +26,7 @@ from tolaria.operations import (
 )
 from tolaria.ring import Ring, Slot
 from tolaria.sealing import read
+from tolaria.values import replace
 
 
 @dataclass(frozen=True, slots=True)

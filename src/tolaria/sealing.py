@@ -5,8 +5,6 @@ Sealing reads a slot back; draining copies it into the other tier. Both pin it m
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from tolaria import ring
 from tolaria.admission import refuse_in_capture
 from tolaria.barriers import Ground
@@ -25,6 +23,7 @@ from tolaria.operations import (
     Transfer,
 )
 from tolaria.ring import Ring
+from tolaria.values import replace
 
 
 def seal(thread: ThreadId, slot: int, serial: int, vouched: bool, ground: Ground) -> Protocol:

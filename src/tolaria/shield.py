@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -12,8 +13,10 @@ from typing import Any
 Handler = Any
 
 _NUMBERS = tuple(int(number) for number in signal.valid_signals())  # asking takes longer than a small rollback
-# what is under `signal.getsignal` in CPython: asked for every signal at every submission, and enums are slow
-_handler_of: Callable[[int], Any] = getattr(getattr(signal, "_signal", signal), "getsignal", signal.getsignal)
+# what is under `signal` in CPython: asked for every signal at every submission, and enums are slow
+_signal: Any = getattr(signal, "_signal", signal)
+_handler_of: Callable[[int], Handler] = _signal.getsignal
+_set_handler: Callable[[int, Handler], Any] = _signal.signal
 
 
 class Shield:
@@ -31,11 +34,13 @@ class Shield:
     def __enter__(self) -> Shield:
         if threading.current_thread() is threading.main_thread():
             try:
-                for number in _NUMBERS:
-                    handler = _handler_of(number)
-                    if callable(handler):
-                        self._held[number] = handler
-                        signal.signal(number, self._note)
+                handlers = list(map(_handler_of, _NUMBERS))
+                for number, handler in itertools.compress(
+                    zip(_NUMBERS, handlers, strict=True), map(callable, handlers)
+                ):
+                    self._held[number] = handler
+                    # another one, where a handler that has just run has set it
+                    self._held[number] = _set_handler(number, self._note)
             except BaseException:
                 self.__exit__()
                 raise
@@ -54,7 +59,7 @@ class Shield:
         while self._held:
             number = next(iter(self._held))
             try:
-                signal.signal(number, self._held[number])
+                _set_handler(number, self._held[number])
             except BaseException as error:
                 raised = raised or error
             if _handler_of(number) != self._note:

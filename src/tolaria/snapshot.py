@@ -50,6 +50,7 @@ from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 logger = logging.getLogger("tolaria")
 
+_FIRST_PART, *_, _LAST_PART = Part
 
 _V = TypeVar("_V", bound="Vault")
 _O = TypeVar("_O")
@@ -117,7 +118,14 @@ class Vault:
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         surveyed = self.state.survey(gradients=op.gradients)
-        keys = [torch.device(name) for name in self._layout_of(surveyed.leaves).names]
+        names = self._layout_of(surveyed.leaves).names
+        if any(name not in self.devices for name in names):
+            self._open(list(map(torch.device, names)))
+        self.lay_plan(surveyed)
+        self._surveyed = surveyed
+        return self._places(surveyed)
+
+    def _open(self, keys: Sequence[torch.device]) -> None:
         if self.devices.barrier is Barrier.HOST and any(device.type != "cpu" for device in keys):
             raise UnsupportedState(
                 "surveying the train state",
@@ -125,9 +133,6 @@ class Vault:
                 "Build the governor after moving the model.",
             )
         self.devices.open(keys)
-        self.lay_plan(surveyed)
-        self._surveyed = surveyed
-        return self._places(surveyed)
 
     def _layout_of(self, leaves: Leaves) -> Layout:
         known = self._layout  # draining asks from a thread of its own
@@ -181,9 +186,9 @@ class Vault:
         # asked each time: memory may be page-locked where it lies
         pinned = bool(layout.on_host) and any_page_locked(layout.on_host)
         # a device that holds nothing of ours may still be reading page-locked memory that is
-        there = list(self.devices) if pinned else names
-        queued = tuple(sorted(name for name in there if self.devices[name].barrier is not Barrier.HOST))
-        host = tuple(name for name in names if name not in queued)
+        there = sorted(self.devices) if pinned else names
+        queued = tuple([name for name in there if self.devices[name].barrier is not Barrier.HOST])
+        host = tuple([name for name in names if name not in queued])
         unguarded = bool(survey.gradients) or self.state.is_written_outside()
         return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
@@ -248,10 +253,13 @@ class Vault:
         if all(storage.bytes.untyped_storage().data_ptr() == storage.key[1] for storage in storages):
             slot.laid = surveyed.leaves
 
-    def _on_streams(self) -> contextlib.ExitStack:
+    def _on_streams(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, what is launched on any governed device is ordered with our copies."""
+        ports = [port for port in self.devices.values() if port.barrier is not Barrier.HOST]
+        if len(ports) == 1:
+            return ports[0].on_stream()
         stack = contextlib.ExitStack()
-        for port in self.devices.values():
+        for port in ports:
             stack.enter_context(port.on_stream())
         return stack
 
@@ -321,20 +329,20 @@ class Vault:
         if host is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} has no host values", "Please report this.")
         self.write_journal(host.journal)
-        callers = {
-            str(device): torch.cuda.current_stream(device) for device in self._devices() if device.type == "cuda"
-        }
+        devices = self._devices()
+        callers = {device: torch._C._cuda_getCurrentStream(device.index) for device in devices if device.type == "cuda"}
 
         def adopt(tensor: torch.Tensor) -> None:
             # allocated on our stream, and the user's from now on: not to be given away while his work uses it
-            if str(tensor.device) in callers:
-                tensor.record_stream(callers[str(tensor.device)])
+            if tensor.device in callers:
+                number, index, kind = callers[tensor.device]
+                tensor.record_stream(torch.cuda.Stream(stream_id=number, device_index=index, device_type=kind))
 
         with self._on_streams():
             # the policy may have become "keep" since, when a second governor was built
-            host = host if self.with_rng() else replace(host, rng=None)
+            host = host if host.rng is None or self.with_rng() else replace(host, rng=None)
             slot = self.slots[op.slot]
-            alive = self.state.restore(survey, host, self._devices(), adopt, standing=slot.standing)
+            alive = self.state.restore(survey, host, devices, adopt, standing=slot.standing)
             for optimizer in op.reset:
                 optimizer.state.clear()
         return alive
@@ -366,13 +374,13 @@ class Vault:
     def read_live(self, op: ReadLive) -> None:
         """Perform `ReadLive`. Main memory is read whole with the last part."""
         held, survey, _ = self._filled(op.slot)
-        slot, parts = self.slots[op.slot], list(Part)
-        if op.part is parts[0]:
+        slot = self.slots[op.slot]
+        if op.part is _FIRST_PART:
             slot.restored.begin()
         for (name, part), route in slot.routes.items():
             if part is op.part and self.devices[name].barrier is not Barrier.HOST:
-                route.read(Side.LIVE, slot.restored.tally(name), last=part is parts[-1])
-        if op.part is parts[-1]:
+                route.read(Side.LIVE, slot.restored.tally(name), last=part is _LAST_PART)
+        if op.part is _LAST_PART:
             for device in held.flat:
                 if self.devices[str(device)].barrier is Barrier.HOST:
                     blocks = [survey.leaves.storages[i].bytes for i in held.of(device)]

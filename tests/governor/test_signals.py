@@ -221,16 +221,13 @@ def test_interruptible_loses_nothing_when_a_handler_raises(heard: Heard) -> None
 
 
 class _Meddling:
-    """The `signal` module, with a signal that arrives right after some handler was set."""
+    """Sets handlers, with a signal that arrives right after one of them."""
 
     def __init__(self, after: int, arrives: int, when: Callable[[Any], bool]) -> None:
         self._after, self._arrives, self._when = after, arrives, when
         self.fired = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(signal, name)
-
-    def signal(self, number: int, handler: Any) -> None:
+    def set_handler(self, number: int, handler: Any) -> None:
         signal.signal(number, handler)
         if number == self._after and self._when(handler) and not self.fired:
             self.fired += 1
@@ -244,7 +241,7 @@ def test_a_handler_that_raises_while_handlers_are_put_back(
     """It is back, so it runs at once; the others come back all the same, and nothing that had arrived is lost."""
     heard.raises = {after: TimeoutError()}
     module = _Meddling(after, after, lambda handler: handler is heard)
-    monkeypatch.setattr(tolaria.shield, "signal", module)
+    monkeypatch.setattr(tolaria.shield, "_set_handler", module.set_handler)
     late = signal.SIGUSR1 if after != signal.SIGUSR1 else signal.SIGTERM
 
     def work() -> None:
@@ -266,7 +263,7 @@ def test_a_handler_that_raises_while_the_shield_goes_up(
     last = max(NUMBERS)
     heard.raises = {last: TimeoutError()}
     module = _Meddling(after, last, lambda handler: handler is not heard)
-    monkeypatch.setattr(tolaria.shield, "signal", module)
+    monkeypatch.setattr(tolaria.shield, "_set_handler", module.set_handler)
 
     def work() -> None:
         with Shield():

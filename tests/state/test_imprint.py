@@ -30,6 +30,7 @@ class Extra(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
         self.register_buffer("seen", torch.zeros(3), persistent=False)
         self.register_buffer("window", torch.zeros(8)[2:5])
+        self.register_buffer("hollow", torch.zeros(8)[2:2])
         self.register_buffer("phase", torch.tensor([1j, 2j]))
         self.calls, self.names, self.table = 0, ["a", ["b"]], {"x": 1}
         self.activation = nn.functional.relu
@@ -114,6 +115,11 @@ CHANGES: dict[str, Callable[[World], Any]] = {
     "other offset": lambda w: setattr(w.model.norm.running_mean, "data", w.model.norm.running_mean.data[1:]),
     "a buffer shifted": lambda w: w.model.norm.running_mean.set_(w.model.norm.running_mean.untyped_storage(), 1, (3,)),
     "a window shifted": lambda w: w.model.extra.window.set_(w.model.extra.window.untyped_storage(), 3, (3,)),
+    "an empty window shifted": lambda w: w.model.extra.hollow.set_(w.model.extra.hollow.untyped_storage(), 5, (0,)),
+    "memory of an empty window freed and taken again": lambda w: [
+        w.model.extra.hollow.untyped_storage().resize_(0),
+        w.model.extra.hollow.untyped_storage().resize_(32),
+    ],
     "conjugated": lambda w: setattr(w.model.extra.phase, "data", w.model.extra.phase.data.conj()),
     "negated": lambda w: setattr(w.model.extra.seen, "data", torch._neg_view(w.model.extra.seen.data)),
     "storage grown": lambda w: w.model.norm.running_mean.untyped_storage().resize_(1 << 16),

@@ -193,13 +193,20 @@ _BLOCK = 256
 class _Block:
     def __init__(self, leaves: Leaves, some: Sequence[Leaf]) -> None:
         self._tensors = [leaf.tensor for leaf in some]
-        self._offsets = [leaf.geometry[1] for leaf in some]
         # the objects are kept, and torch hands out the same one for the same memory for as long as it lives
         self._under = list(map(torch.Tensor.untyped_storage, self._tensors))
-        keys = {id(u): leaves.storages[leaf.storage].key for u, leaf in zip(self._under, some, strict=True)}
-        self._memory = list({id(under): under for under in self._under}.values())
-        self._addresses = [keys[id(under)][1] for under in self._memory]
-        self._sizes = [keys[id(under)][2] for under in self._memory]
+        keys = [leaves.storages[leaf.storage].key for leaf in some]
+        memory = {id(under): (under, key[2]) for under, key in zip(self._under, keys, strict=True)}
+        self._memory = [under for under, _ in memory.values()]
+        self._sizes = [size for _, size in memory.values()]
+        # the address of its memory and its offset in one; an empty tensor begins nowhere
+        self._begins = [
+            address + leaf.geometry[1] * leaf.geometry[0].itemsize if leaf.tensor.numel() else 0
+            for leaf, (_, address, _) in zip(some, keys, strict=True)
+        ]
+        empty = [i for i, leaf in enumerate(some) if not leaf.tensor.numel()]
+        self._empty, self._under_empty = [self._tensors[i] for i in empty], [self._under[i] for i in empty]
+        self._of_empty = [(keys[i][1], some[i].geometry[1]) for i in empty]
         self._looks = looks(self._tensors)
         if [(each.dtype, tuple(each.shape), each.stride()) for each in self._tensors] != [
             (leaf.geometry[0], *leaf.geometry[2:]) for leaf in some
@@ -209,11 +216,15 @@ class _Block:
     def stands(self) -> bool:
         return (
             all(map(operator.is_, map(torch.Tensor.untyped_storage, self._tensors), self._under))
-            and list(map(torch.UntypedStorage.data_ptr, self._memory)) == self._addresses
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._begins
             and list(map(torch.UntypedStorage.nbytes, self._memory)) == self._sizes
-            and list(map(torch.Tensor.storage_offset, self._tensors)) == self._offsets
+            and (not self._empty or self._where_the_empty_are() == self._of_empty)
             and self._looks()
         )
+
+    def _where_the_empty_are(self) -> list[tuple[int, Any]]:
+        addresses = map(torch.UntypedStorage.data_ptr, self._under_empty)
+        return list(zip(addresses, map(torch.Tensor.storage_offset, self._empty), strict=True))
 
 
 def looks(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:

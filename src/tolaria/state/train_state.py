@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 import threading
 import weakref
@@ -81,6 +82,7 @@ class TrainState:
         self.parts: list[StatePart] = [self.model, *self.optimizers, *self.schedulers]
         if scaler is not None:
             self.parts.append(ScalerPart("scaler", scaler))
+        self._extras: list[StatePart] = []  # written outside of sections
         self._last_survey: Leaves | None = None
         self._asking = threading.RLock()  # an imprint takes notes: two surveys at once would mix theirs
         self._imprint: StateImprint | None = None  # of the last survey from the start that it could be taken of
@@ -95,7 +97,10 @@ class TrainState:
         """Add one more thing. Raises `UsageError` for a name in use or an object without readable state."""
         if any(part.name == name for part in self.parts):
             raise UsageError(f"registering {name!r}", "the name is in use, expected a new one", "Choose another name.")
-        self.parts.append(make_part(name, obj))
+        part = make_part(name, obj)
+        self.parts.append(part)
+        if not isinstance(part, ScalerPart):
+            self._extras.append(part)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every governed parameter once."""
@@ -176,9 +181,7 @@ class TrainState:
 
     def is_written_outside(self) -> bool:
         """Whether something is written outside of sections: registered objects, extra state of modules."""
-        own = (self.model, *self.optimizers, *self.schedulers)
-        extras = [part for part in self.parts if part not in own and not isinstance(part, ScalerPart)]
-        return bool(extras) or self.model.calls_the_user()
+        return bool(self._extras) or self.model.calls_the_user()
 
     def _calls_the_user(self, host: HostValues | None = None) -> bool:
         """Whether some part is captured, or restored to `host`, by the user's own methods, which may draw numbers."""
@@ -257,8 +260,8 @@ class TrainState:
         answered, and nothing but bytes has changed since. Answers whether there are gradients afterwards.
         """
         imprint = self._imprint if standing else None
-        random_state = host.rng
-        if random_state is None and self._calls_the_user(host):
+        random_state, calls_the_user = host.rng, self._calls_the_user(host)
+        if random_state is None and calls_the_user:
             random_state = rng.read(devices)
         keep = frozenset(storage.key for storage in survey.leaves.storages) if imprint is None else imprint.memory
         left = self.drop_gradients(keep, None if imprint is None else imprint.parameters)
@@ -266,7 +269,8 @@ class TrainState:
         for i, (part, saved, captured) in enumerate(zip(self.parts, survey.saved, host.captured, strict=True)):
             try:
                 own = clone_tree(captured)  # each time, so that nobody can ever reach the snapshot
-                for tensor in _pytree.tree_leaves(own):
+                is_empty = own is None or (type(own) is list and not own)
+                for tensor in () if is_empty else _pytree.tree_leaves(own):
                     if isinstance(tensor, torch.Tensor):
                         adopt(tensor)
                 if imprint is None:
@@ -275,7 +279,7 @@ class TrainState:
                     part.restore_standing(saved, own, survey.leaves, imprint.parts[i])
             except Exception as error:  # the other parts come back all the same; the caller learns of the first failure
                 errors.append((part.name, error))
-        if imprint is None or self._calls_the_user(host):
+        if imprint is None or calls_the_user:
             left = self.drop_gradients(keep)  # of parameters that are back in their places
         for parameter, ref in survey.gradients:
             parameter.grad = put_back(survey.leaves, ref)
@@ -305,9 +309,9 @@ class TrainState:
         """
         left = False
         known = list(self.parameters()) if parameters is None else parameters
-        for parameter, grad in zip(known, map(_gradient_of, known), strict=True):
-            if grad is None:
-                continue
+        gradients = list(map(_gradient_of, known))
+        there = map(operator.is_not, gradients, itertools.repeat(None))
+        for parameter, grad in list(itertools.compress(zip(known, gradients, strict=True), there)):
             if not grad._is_view() and not self.is_static(grad):
                 parameter.grad = None
                 continue
