@@ -28,6 +28,7 @@ from tolaria.brake import brake_foreign_steps
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
+from tolaria.measure import Measure, Measured
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
 from tolaria.shield import Shield
@@ -41,13 +42,13 @@ class _Gradients:
     Attributes:
         norm: L2 norm, unscaled; None where `norms` stands for it, or without gradients.
         bad: Gradient tensors with a non-finite value.
-        norms: Norms of the single gradients on their devices, to be read late.
+        norms: On their devices, to be read late.
         skipped: Not 0 where the scaler will not apply the step.
     """
 
     norm: float | None
     bad: int
-    norms: Sequence[torch.Tensor]
+    norms: Measured
     skipped: torch.Tensor | float
 
 
@@ -67,6 +68,7 @@ class FollowingGovernor(TolariaGovernor):
             self.close()
             raise
         self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
+        self._measures: dict[int, Measure] = {}  # by optimizer
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
@@ -117,25 +119,29 @@ class FollowingGovernor(TolariaGovernor):
         grads = observe.gradients(parameters)
         key = id(optimizer)
         if self._keeper.reads_late:
-            self._gradients[key] = self._read_late(grads, scale)
+            self._gradients[key] = self._read_late(optimizer, grads, scale)
             return
         norm, bad = observe.gradient_norm(grads)
         # LBFGS asks several times for one step: the last norm stands for it, and every bad gradient counts
         bad += self._gradients[key].bad if key in self._gradients else 0
         skipped = float(self._update.scaler is not None and bad > 0)
         self._gradients[key] = _Gradients(
-            norm if norm is None or scale is None else norm / float(scale), bad, (), skipped
+            norm if norm is None or scale is None else norm / float(scale), bad, Measured(), skipped
         )
 
-    def _read_late(self, grads: Sequence[torch.Tensor], scale: torch.Tensor | None) -> _Gradients:
-        norms = observe.norms(grads)
-        if self._update.scaler is None or not norms:
-            return _Gradients(None, 0, norms, 0.0)
-        if scale is None:
-            return _Gradients(None, 0, norms, self._update.skipped_by_scaler())
+    def _read_late(
+        self, optimizer: Optimizer | None, grads: Sequence[torch.Tensor], scale: torch.Tensor | None
+    ) -> _Gradients:
+        if not grads or self._update.scaler is None or scale is None:
+            norms = self._measure_of(optimizer).take(grads)
+            return _Gradients(None, 0, norms, self._update.skipped_by_scaler() if grads else 0.0)
         # the optimizer will unscale by itself, and skip what is not finite
-        skipped = (~torch.isfinite(observe.total_norm(norms))).float()
-        return _Gradients(None, 0, [each / scale for each in norms], skipped)
+        single = observe.norms(grads)
+        skipped = (~torch.isfinite(observe.total_norm(single))).float() if single else 0.0
+        return _Gradients(None, 0, Measured([each / scale for each in single]), skipped)
+
+    def _measure_of(self, optimizer: Optimizer | None) -> Measure:
+        return self._measures.setdefault(id(optimizer), Measure())
 
     def stepped(
         self,
@@ -194,11 +200,10 @@ class FollowingGovernor(TolariaGovernor):
             "scaler_skipped": skipped,
         }
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        if norms := [norm for each in found for norm in each.norms]:
-            lists["gradients"] = norms
-        trained = self._keeper.state.roster()[1]
+        for each in found:
+            each.norms.add_to(lists, "gradients")
         if step % self.config.check_weights_every == 0:
-            observe.look_at_weights(trained, self._keeper.reads_late, numbers, lists)
+            self._look.at_weights(self._keeper.state.roster()[1], self._keeper.reads_late, numbers, lists)
         others = {**observe.named_losses(loss), **signs}
         numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in others.items()}
         numbers |= {EXTRA + name: value for name, value in self._gauge.read(step).items()}
