@@ -152,9 +152,7 @@ class Readings:
             ticket = self._sent(device, [tensor for *_, tensor in entries], row, count)
             clock = clocks[device]
             lengths = tuple([(name, length) for name, length, _ in entries])
-            reading._transfers.append(
-                _Transfer(clock, lengths, row, clock.mark(), self._rows.append, count, ticket)
-            )
+            reading._transfers.append(_Transfer(clock, lengths, row, clock.mark(), self._rows.append, count, ticket))
         return reading
 
     def _sent(

@@ -71,9 +71,7 @@ class HostLauncher:
         ends = [*firsts[1:], call.size]
         answer = (ctypes.c_double * 2).from_address(call.out)
         answer[0] = math.sqrt(sum(sums))
-        answer[1] = sum(
-            not all(map(math.isfinite, sums[first:end])) for first, end in zip(firsts, ends, strict=True)
-        )
+        answer[1] = sum(not all(map(math.isfinite, sums[first:end])) for first, end in zip(firsts, ends, strict=True))
         if call.flag:
             ctypes.c_float.from_address(call.flag).value = float(not math.isfinite(answer[0]))
 
