@@ -47,7 +47,11 @@ KINDS: dict[torch.dtype, int] = {
 _SOURCE = """
 typedef unsigned long long u64;
 typedef long long i64;
-struct Call { u64 first[160]; u64 second[160]; u64 third[160]; u64 out, scratch, flag; i64 size, offset; int count, what; };
+struct Call {
+  u64 first[160], second[160], third[160], out, scratch, flag;
+  i64 size, offset;
+  int count, what;
+};
 
 __device__ __forceinline__ float of_half(unsigned bits) {
   float found;
@@ -177,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(256) tolaria_signs(const __grid_con
 class Call(ctypes.Structure):
     """The kernel's argument. What the fields mean for each of its three tasks stands in the source above."""
 
-    _fields_ = [  # noqa: RUF012  ctypes reads it from the class
+    _fields_ = [
         ("first", ctypes.c_uint64 * MOST_TENSORS),
         ("second", ctypes.c_uint64 * MOST_TENSORS),
         ("third", ctypes.c_uint64 * MOST_TENSORS),

@@ -57,7 +57,7 @@ class Measure:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._count = -1
-        self._is_alike: Callable[..., bool] = lambda *_: False
+        self._is_alike: Callable[..., bool] | None = None
         self._shares: list[tuple[Share, torch.device, list[int]]] | None = None
         self._in_vain = 0  # lists in a row that did not look like the one before
 
@@ -77,7 +77,7 @@ class Measure:
         return Measured(single=observe.norms(tensors))
 
     def _by_kernel(self, tensors: Sequence[torch.Tensor], flagged: bool) -> Measured | None:
-        if len(tensors) == self._count and self._is_alike(*tensors):
+        if self._is_alike is not None and len(tensors) == self._count and self._is_alike(*tensors):
             self._in_vain = 0
         else:
             self._in_vain += 1
@@ -101,7 +101,7 @@ class Measure:
         return Measured(totals=totals, flags=flags)
 
     def _lay(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._count, self._shares = -1, None
+        self._is_alike, self._shares = None, None
         sizes = list(map(_size, tensors))
         if any(size is None for size in sizes):
             return

@@ -58,10 +58,7 @@ class Reading:
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not wait."""
-        for transfer in self._transfers:
-            if not transfer.has_arrived():
-                return False
-        return True
+        return all(transfer.has_arrived() for transfer in self._transfers)
 
     def forget(self) -> None:
         """Nobody will read it. Its rows are used again when nothing is on its way to them any more."""

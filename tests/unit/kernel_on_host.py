@@ -1,7 +1,7 @@
 """The kernel of `tolaria.launch` in Python over main memory: what its arguments say is done, and nothing else.
 
-Decodes every launch by its fields alone, as the kernel does. A block that no tensor has, a part that lies outside of its
-tensor and a number outside of a row are errors.
+Decodes every launch by its fields alone, as the kernel does. A block that no tensor has, a part that lies outside of
+its tensor and a number outside of a row are errors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class HostLauncher:
         if self.fails:
             raise LaunchFailed("so it was asked for")
         self.launches.append(blocks)
-        assert 0 < call.count
+        assert call.count > 0
         (self._parts, self._total, self._send)[call.what](call, blocks)
 
     def _parts(self, call: Call, blocks: int) -> None:

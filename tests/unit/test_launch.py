@@ -1,4 +1,4 @@
-"""What the kernel for vital signs is told: by a stand-in that does what it is told over main memory (`kernel_on_host`)."""
+"""What the kernel for vital signs is told: a stand-in does it over main memory (`kernel_on_host`)."""
 
 import math
 

@@ -248,7 +248,11 @@ def _compared(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
         return [list(map(ask, some)) for ask in asked]
 
     before = read(tensors)
-    return lambda *others: read(others) == before
+
+    def is_alike(*others: torch.Tensor) -> bool:
+        return read(others) == before
+
+    return is_alike
 
 
 @functools.cache
