@@ -29,6 +29,7 @@ from tolaria.brake import brake_foreign_steps
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
+from tolaria.measure import Measure, Measured
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict, VitalSigns
 from tolaria.refusal import Refusals
@@ -44,14 +45,14 @@ class _Gradients:
     Attributes:
         norm: L2 norm, unscaled; None where `norms` stands for it, or without gradients.
         bad: Gradient tensors with a non-finite value.
-        norms: Norms of the single gradients on their devices, to be read late.
+        norms: On their devices, to be read late.
         skipped: Not 0 where the scaler will not apply the step.
         refused: Not 0 where we will not have it applied; None where nobody can do anything about it.
     """
 
     norm: float | None
     bad: int
-    norms: Sequence[torch.Tensor]
+    norms: Measured
     skipped: torch.Tensor | float
     refused: torch.Tensor | float | None = None
 
@@ -76,6 +77,7 @@ class FollowingGovernor(TolariaGovernor):
         self._gradients: dict[int, _Gradients] = {}  # of the step to come, by optimizer
         if not self.is_disabled:
             self._settlement.looks_again = False  # `stepped` does, before the framework has counted its last batch
+        self._measures: dict[int, Measure] = {}  # by optimizer
         self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
@@ -155,7 +157,7 @@ class FollowingGovernor(TolariaGovernor):
         if before is not None:
             bad, refused = bad + before.bad, refused or bool(before.refused)
         norm = norm if norm is None or scale is None else norm / float(scale)
-        return _Gradients(norm, bad, (), float(by_scaler), float(refused))
+        return _Gradients(norm, bad, Measured(), float(by_scaler), float(refused))
 
     def _has_flagged(self, optimizer: Optimizer | None) -> bool:
         """Whether the scaler, which has unscaled the gradients, will skip the step. Waits for the device."""
@@ -168,16 +170,18 @@ class FollowingGovernor(TolariaGovernor):
         vetoed: Sequence[Optimizer],
         optimizer: Optimizer | None,
     ) -> _Gradients:
-        norms = observe.norms(grads)
-        theirs: torch.Tensor | float = 0.0
-        if self._update.scaler is not None and norms:
-            if scale is None:
-                theirs = self._update.skipped_by_scaler(optimizer)
-            else:
-                # the optimizer will unscale by itself, and skip what is not finite
-                theirs = (~torch.isfinite(observe.total_norm(norms))).float()
-                norms = [each / scale for each in norms]
+        has_scaler = self._update.scaler is not None and bool(grads)
+        if has_scaler and scale is not None:
+            # the optimizer will unscale by itself, and skip what is not finite
+            single = observe.norms(grads)
+            theirs = (~torch.isfinite(observe.total_norm(single))).float() if single else 0.0
+            return _Gradients(None, 0, Measured([each / scale for each in single]), theirs)
+        norms = self._measure_of(optimizer).take(grads, flagged=bool(vetoed))
+        theirs = self._update.skipped_by_scaler(optimizer) if has_scaler else 0.0
         return _Gradients(None, 0, norms, theirs, self._refusals.decide_late(vetoed, norms, theirs))
+
+    def _measure_of(self, optimizer: Optimizer | None) -> Measure:
+        return self._measures.setdefault(id(optimizer), Measure())
 
     def stepped(
         self,
@@ -240,11 +244,10 @@ class FollowingGovernor(TolariaGovernor):
             "vetoed": veto.any_of(late) if late else None,
         }
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        if norms := [norm for each in found for norm in each.norms]:
-            lists["gradients"] = norms
-        trained = self._keeper.state.roster()[1]
+        for each in found:
+            each.norms.add_to(lists, "gradients")
         if step % self.config.check_weights_every == 0:
-            observe.look_at_weights(trained, self._keeper.reads_late, numbers, lists)
+            self._look.at_weights(self._keeper.state.roster()[1], self._keeper.reads_late, numbers, lists)
         others = {**observe.named_losses(loss), **signs}
         numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in others.items()}
         numbers |= {EXTRA + name: value for name, value in self._gauge.read(step).items()}

@@ -19,6 +19,7 @@ from tolaria.errors import PhaseError, UnsupportedState, UsageError
 from tolaria.feed import Feed
 from tolaria.gauge import Gauge
 from tolaria.keeper import Keeper
+from tolaria.measure import Look
 from tolaria.observe import Loss, Readings, Scalar
 from tolaria.operations import SectionKind
 from tolaria.records import NO_CAPABILITIES, Capabilities, Health, Statistics, StepResult, Verdict
@@ -107,6 +108,7 @@ class TolariaGovernor:
             count=course.count,
         )
         self._readings = Readings(self._keeper.clocks, 2 * len(self._keeper.state.roster()[0]) + _OTHER_NUMBERS)
+        self._look = Look()
         self._gauge = Gauge(self._update.optimizers, self.config.update_ratio_every, self.config.by_group)
         kept_steps = self.config.num_kept_steps(self._keeper.lag)
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
@@ -228,9 +230,10 @@ class TolariaGovernor:
             "metric": metric,
             **{EXTRA + name: value for name, value in self._gauge.read(step).items()},
         }
-        lists: dict[str, Sequence[torch.Tensor]] = {"gradients": done.norms} if done.norms else {}
+        lists: dict[str, Sequence[torch.Tensor]] = {}
+        done.norms.add_to(lists, "gradients")
         if step % self.config.check_weights_every == 0:
-            observe.look_at_weights(trained, late, numbers, lists)
+            self._look.at_weights(trained, late, numbers, lists)
         return Sent(
             step=step,
             reading=self._readings.send({**numbers, **_extra(others)}, lists),
@@ -264,9 +267,9 @@ class TolariaGovernor:
         if looks_at_gradients or looks_at_weights:  # else nobody need walk through the model
             parameters, trained = self._keeper.state.roster()
             if looks_at_gradients:
-                observe.look_at_gradients(parameters, late, numbers, lists)
+                self._look.at_gradients(parameters, late, numbers, lists)
             if looks_at_weights:
-                observe.look_at_weights(trained, late, numbers, lists)
+                self._look.at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
         reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)

@@ -11,11 +11,12 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from tolaria import launch
+from tolaria.launch import Sender, Ticket
 from tolaria.state.wrappers import inner_tensors, is_wrapper
 
 Loss = torch.Tensor | float | Sequence[torch.Tensor | float] | Mapping[str, torch.Tensor | float] | None
@@ -57,7 +58,7 @@ class Reading:
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not wait."""
-        return all(transfer.clock.has_passed(transfer.event) for transfer in self._transfers)
+        return all(transfer.has_arrived() for transfer in self._transfers)
 
     def forget(self) -> None:
         """Nobody will read it. Its rows are used again when nothing is on its way to them any more."""
@@ -68,8 +69,7 @@ class Reading:
         """Complete `numbers` and `lists`; waits for what has not arrived."""
         while self._transfers:
             transfer = self._transfers.pop()
-            transfer.clock.host_wait(transfer.event)
-            values = iter(transfer.row.tolist())
+            values = iter(transfer.values())
             for name, length in transfer.lengths:
                 if length is None:
                     self.numbers[name] = next(values)
@@ -78,8 +78,7 @@ class Reading:
             transfer.give_back(transfer.row)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Transfer:
+class _Transfer(NamedTuple):
     """Numbers of one device: which they are (a length for each list), where they arrive, and when."""
 
     clock: Clock
@@ -87,6 +86,20 @@ class _Transfer:
     row: torch.Tensor
     event: Any
     give_back: Callable[[torch.Tensor], None]
+    count: int
+    ticket: Ticket | None
+
+    def has_arrived(self) -> bool:
+        """Whether they are there."""
+        return self.clock.has_passed(self.event) if self.ticket is None else self.ticket.has_arrived()
+
+    def values(self) -> list[float]:
+        """They; waits for them."""
+        if self.ticket is not None and self.ticket.has_arrived():
+            return self.ticket.values()
+        self.clock.host_wait(self.event)
+        found: list[float] = self.row[: self.count].tolist()
+        return found
 
 
 class Readings:
@@ -98,10 +111,15 @@ class Readings:
     """
 
     def __init__(self, clocks: Mapping[str, Clock], expected: int = 0) -> None:
-        self._clocks = clocks
+        self._clocks = {torch.device(name): clock for name, clock in clocks.items()}
         # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
         self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, expected)) if clocks else ())
+        self._senders = {device: made for device in self._clocks if (made := self._sender(device)) is not None}
         self._abandoned: deque[_Transfer] = deque()
+
+    def _sender(self, device: torch.device) -> Sender | None:
+        launcher = launch.launcher_of(device)
+        return Sender(launcher) if launcher is not None and launcher.can_write(self._rows[0]) else None
 
     def send(self, numbers: Mapping[str, Scalar], lists: Mapping[str, Sequence[torch.Tensor]] = _NONE) -> Reading:
         """Start the transfer of one step's numbers on the caller's current streams.
@@ -110,30 +128,43 @@ class Readings:
             numbers: Single ones by name.
             lists: Lists by name, each as one or more tensors of shape [n], on any devices.
         """
-        reading = Reading({}, self._abandoned)
-        away: dict[str, list[tuple[str, int | None, torch.Tensor]]] = {}
+        here: dict[str, float | None] = {}
+        reading = Reading(here, self._abandoned)
+        away: dict[torch.device, list[tuple[str, int | None, torch.Tensor]]] = {}
+        clocks = self._clocks
         for name, value in numbers.items():
-            if isinstance(value, torch.Tensor) and str(value.device) in self._clocks:
-                away.setdefault(str(value.device), []).append((name, None, value.detach().reshape(1)))
+            if isinstance(value, torch.Tensor) and value.device in clocks:
+                away.setdefault(value.device, []).append((name, None, value))
             else:
-                reading.numbers[name] = None if value is None else float(value)
+                here[name] = None if value is None else float(value)
         for name, tensors in lists.items():
             for tensor in tensors:
-                if str(tensor.device) in self._clocks:
-                    away.setdefault(str(tensor.device), []).append((name, len(tensor), tensor))
+                if tensor.device in clocks:
+                    away.setdefault(tensor.device, []).append((name, len(tensor), tensor))
                 else:
                     reading.lists.setdefault(name, []).extend(tensor.tolist())
         for device, entries in away.items():
-            packed = torch.cat([tensor for *_, tensor in entries]).double()
-            row = self._row(len(packed))
-            row[: len(packed)].copy_(packed, non_blocking=True)
-            clock = self._clocks[device]
-            lengths = tuple((name, length) for name, length, _ in entries)
-            reading._transfers.append(_Transfer(clock, lengths, row, clock.mark(), self._rows.append))
+            count = sum([1 if length is None else length for _, length, _ in entries])
+            row = self._row(count + 1)
+            ticket = self._sent(device, [tensor for *_, tensor in entries], row, count)
+            clock = clocks[device]
+            lengths = tuple([(name, length) for name, length, _ in entries])
+            reading._transfers.append(_Transfer(clock, lengths, row, clock.mark(), self._rows.append, count, ticket))
         return reading
 
+    def _sent(
+        self, device: torch.device, tensors: Sequence[torch.Tensor], row: torch.Tensor, count: int
+    ) -> Ticket | None:
+        """Enqueue what brings the numbers to the row."""
+        sender = self._senders.get(device)
+        ticket = None if sender is None else sender.send(tensors, row)
+        if ticket is None:
+            packed = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()
+            row[:count].copy_(packed, non_blocking=True)
+        return ticket
+
     def _row(self, needed: int) -> torch.Tensor:
-        while self._abandoned and self._abandoned[0].clock.has_passed(self._abandoned[0].event):
+        while self._abandoned and self._abandoned[0].has_arrived():
             transfer = self._abandoned.popleft()
             transfer.give_back(transfer.row)
         if not self._rows or self._rows[0].numel() < needed:
@@ -249,46 +280,23 @@ def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:
     return sum(not bool(torch.isfinite(t).all()) for t in looked_at)
 
 
-def look_at_gradients(
-    parameters: Iterable[torch.nn.Parameter],
-    late: bool,
-    numbers: dict[str, Scalar],
-    lists: dict[str, Sequence[torch.Tensor]],
-) -> None:
-    """Add what is to be sent of the gradients: norms to be read `late`, or the norm and how many are not finite."""
-    if late:
-        lists["gradients"] = norms(gradients(parameters))
-    else:
-        numbers["grad_norm"], numbers["nonfinite_gradients"] = gradient_norm(gradients(parameters))
-
-
-def look_at_weights(
-    weights: Iterable[torch.Tensor],
-    late: bool,
-    numbers: dict[str, Scalar],
-    lists: dict[str, Sequence[torch.Tensor]],
-) -> None:
-    """Add what is to be sent of the weights: norms to be read `late`, or how many of these are not finite."""
-    if late:
-        lists["weights"] = norms(weights)
-    else:
-        numbers["nonfinite_weights"] = num_overflowing(weights)
+BEYOND_MEASURE = math.sqrt(torch.finfo(torch.float32).max)
+"""About 1.8e19: where squares end in float32. No norm of weights of any training is there; one flipped exponent is."""
 
 
 def num_overflowing(weights: Iterable[torch.Tensor]) -> int:
-    """How many of the tensors hold a NaN or an infinity, or so large a value that their norm is not finite.
+    """How many of the tensors hold a NaN or an infinity, or have a norm `BEYOND_MEASURE`.
 
-    As `norms` are read late: in float32 that is beyond 1e19, where its square ends. No training leads there. A flipped
-    exponent does, and shows in no loss as long as the batches happen not to ask for that weight. A wrapper counts as
-    the tensors in it (local shards).
+    A flipped exponent leads there, and shows in no loss as long as the batches happen not to ask for that weight. A
+    wrapper counts as the tensors in it (local shards).
     """
     tensors = weights if isinstance(weights, Sequence) else list(weights)
     if not _are_alike(tensors):
         tensors = [inner.detach() for tensor in tensors for inner in inner_tensors(tensor)]
     parts = norms(tensors)
-    if not parts or math.isfinite(float(total_norm(parts))):
+    if not parts or float(total_norm(parts)) < BEYOND_MEASURE:
         return 0
-    return sum(not math.isfinite(norm) for part in parts for norm in part.tolist())
+    return max(1, sum(not norm < BEYOND_MEASURE for part in parts for norm in part.tolist()))
 
 
 def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from tolaria import observe, veto
+from tolaria.measure import Measured
 
 
 class Refusals:
@@ -45,21 +46,22 @@ class Refusals:
         return bool(optimizers) and all(id(optimizer) in self._governed for optimizer in optimizers)
 
     def decide_late(
-        self, optimizers: Sequence[Optimizer], norms: Sequence[torch.Tensor], theirs: torch.Tensor | float
+        self, optimizers: Sequence[Optimizer], norms: Measured, theirs: torch.Tensor | float
     ) -> torch.Tensor | None:
         """Have the device refuse the next step of `optimizers` if a gradient is not finite. Waits for nothing.
 
         Args:
             optimizers: One decision for all of them.
-            norms: Of their gradients, which are complete and not scaled.
+            norms: Of their gradients, which are complete and not scaled; with flags where they could be had.
             theirs: What a scaler has found in them: it skips by itself where that is not 0.
 
         Returns:
             shape [], float32, on a device: 1 where it refuses; None where it cannot.
         """
-        if not norms or not self._are_governed(optimizers):
+        if not (norms.single or norms.flags) or not self._are_governed(optimizers):
             return None
-        flag = veto.found(observe.total_norm(norms))
+        found = [veto.found(observe.total_norm(norms.single))] if norms.single else []
+        flag = veto.any_of([*found, *norms.flags])
         if isinstance(theirs, torch.Tensor):
             flag = veto.unseen(flag, theirs)
         means = [self._means.of(optimizer, flag.device) for optimizer in optimizers]

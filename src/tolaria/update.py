@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tolaria import observe, veto
+from tolaria.measure import Measure, Measured
 
 Closure = Callable[[], Any]
 IsStatic = Callable[[torch.Tensor], bool]
+_Read = tuple[Optimizer | None, Measured]
+"""Norms of gradients, and the optimizer that a scaler may skip them with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class Outcome:
         loss: As handed in (from the closure where nothing was).
         grad_norm: L2 norm before clipping, after unscaling; None without gradients, and where `norms` stands for it.
         nonfinite_gradients: Gradient tensors with a non-finite value.
-        norms: L2 norms of the single gradients, on their devices, to be read late; see `observe.norms`.
+        norms: On their devices, to be read late.
         vetoed: The step was refused because of them.
         late_veto: shape [], float32, on a device: 1 where the device refuses it. None where the host has decided, and
             where the device cannot.
@@ -39,7 +42,7 @@ class Outcome:
     loss: observe.Scalar
     grad_norm: float | None = None
     nonfinite_gradients: int = 0
-    norms: Sequence[torch.Tensor] = ()
+    norms: Measured = field(default_factory=Measured)
     vetoed: bool
     late_veto: torch.Tensor | None = None
     stale: bool
@@ -61,6 +64,7 @@ class Update:
         self.optimizers, self.schedulers = list(optimizers), list(schedulers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._means = veto.Choice()
+        self._measures: dict[int, Measure] = {}  # by optimizer where a scaler skips each by itself
 
     def can_read_late(self, *, may_veto: bool, keeps: bool) -> bool:
         """Whether the next update needs no number on the host.
@@ -149,10 +153,10 @@ class Update:
         self._unscale()
         counted = self._counted(parameters)
         grads = observe.gradients(counted) if closure is None else []
-        read = self._norms(grads)
-        norms = [norm for _, some in read for norm in some]
+        read = self._measured(grads, clips=clip is not None, flagged=may_veto)
         skipped = self.skipped_by_scaler()
-        total = observe.total_norm(norms) if norms else None
+        single = list(_single(read))
+        total = observe.total_norm(single) if single else None
         refusal = self._refusal(read, total) if may_veto else None
         if clip is not None and total is not None:
             if may_veto and len(read) > 1:
@@ -167,7 +171,14 @@ class Update:
                 metric = observe.read_loss(value)
             self._step_schedulers(metric)
         self._clear(parameters, is_static)
-        return Outcome(loss=value, norms=norms, vetoed=False, late_veto=refusal, stale=is_stale, scaler_skipped=skipped)
+        return Outcome(
+            loss=value,
+            norms=Measured(single, [total for _, norms in read for total in norms.totals]),
+            vetoed=False,
+            late_veto=refusal,
+            stale=is_stale,
+            scaler_skipped=skipped,
+        )
 
     def skipped_by_scaler(self, optimizer: Optimizer | None = None) -> torch.Tensor | float:
         """What the scaler has found in the unscaled gradients (of one optimizer): not 0 where it will skip."""
@@ -213,34 +224,41 @@ class Update:
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in observe.gradients(parameters)))
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
 
-    def _applied(self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]]) -> Iterator[torch.Tensor]:
+    def _applied(self, read: Sequence[_Read]) -> Iterator[torch.Tensor]:
         """The norms, with 0 for those of optimizers that the scaler skips: they would spoil the clipping of others."""
         for optimizer, norms in read:
             theirs = 0.0 if optimizer is None else self.skipped_by_scaler(optimizer)
-            for norm in norms:
+            for norm in norms.single:
                 if isinstance(theirs, torch.Tensor):
                     norm = norm.masked_fill(theirs.to(norm.device, non_blocking=True).ne(0), 0.0)
                 yield norm
 
-    def _norms(self, grads: Sequence[torch.Tensor]) -> list[tuple[Optimizer | None, list[torch.Tensor]]]:
-        """`observe.norms` of all gradients: by optimizer where a scaler skips each by itself, else together."""
-        if self.scaler is None or len(self.optimizers) <= 1 or not grads:
-            scaled = self.optimizers[0] if self.scaler is not None and self.optimizers else None
-            return [(scaled, observe.norms(grads))]
-        return [(each, observe.norms(observe.gradients(_parameters(each)))) for each in self.optimizers]
+    def _measured(self, grads: Sequence[torch.Tensor], *, clips: bool, flagged: bool) -> list[_Read]:
+        """The norms of all gradients: by optimizer where a scaler skips each by itself, else together.
 
-    def _refusal(
-        self, read: Sequence[tuple[Optimizer | None, list[torch.Tensor]]], total: torch.Tensor | None
-    ) -> torch.Tensor | None:
+        Where we clip, they are taken by torch's operators: clipping is that of torch then, bit for bit.
+        """
+
+        def take(optimizer: Optimizer | None, some: Sequence[torch.Tensor]) -> _Read:
+            if clips:
+                return optimizer, Measured(observe.norms(some))
+            return optimizer, self._measures.setdefault(id(optimizer), Measure()).take(some, flagged=flagged)
+
+        if self.scaler is None or len(self.optimizers) <= 1 or not grads:
+            return [take(self.optimizers[0] if self.scaler is not None and self.optimizers else None, grads)]
+        return [take(each, observe.gradients(_parameters(each))) for each in self.optimizers]
+
+    def _refusal(self, read: Sequence[_Read], total: torch.Tensor | None) -> torch.Tensor | None:
         """1 on a device where a gradient is not finite and no scaler has seen it; None where nobody could act on it.
 
         What a scaler has seen it skips by itself, optimizer by optimizer, and that is routine.
         """
         flags = []
         for optimizer, norms in read:
-            if norms:
+            if norms.single or norms.flags:
                 theirs = 0.0 if optimizer is None else self.skipped_by_scaler(optimizer)
-                bad = veto.found(total if len(read) == 1 and total is not None else observe.total_norm(norms))
+                whole = total if len(read) == 1 else observe.total_norm(norms.single) if norms.single else None
+                bad = veto.any_of([*norms.flags] if whole is None else [veto.found(whole), *norms.flags])
                 flags.append(veto.unseen(bad, theirs) if isinstance(theirs, torch.Tensor) else bad)
         if not flags:
             return None
@@ -342,6 +360,10 @@ class Update:
         finally:
             for group, lr in zip(groups, saved, strict=True):
                 _set_lr(group, lr)
+
+
+def _single(read: Sequence[_Read]) -> Iterator[torch.Tensor]:
+    return (norm for _, norms in read for norm in norms.single)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

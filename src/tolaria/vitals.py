@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tolaria.observe import Reading
+from tolaria.measure import TOTALS
+from tolaria.observe import BEYOND_MEASURE, Reading
 from tolaria.records import Health, Verdict, VitalSigns
 
 EXTRA = "extra:"
@@ -43,8 +46,8 @@ class Sent:
     Attributes:
         step: Its number.
         reading: ``loss``, ``grad_norm``, ``nonfinite_gradients``, ``nonfinite_weights``, ``scaler_skipped``, ``vetoed``
-            (by the device) and ``metric`` where they exist, and the caller's signs; or lists ``gradients`` and
-            ``weights`` of norms in their place.
+            (by the device) and ``metric`` where they exist, and the caller's signs; or ``gradients`` and ``weights``
+            in their place, as `Measured` enters them.
         skipped: The optimizer step was known not to be applied when it was sent.
         torn: The train state was known to be half written.
         vetoed: The host has refused it because of its gradients.
@@ -67,11 +70,13 @@ class Sent:
         kept = vetoed and self.keeps_vetoes
         loss, norm = numbers.get("loss"), numbers.get("grad_norm")
         bad, weights = numbers.get("nonfinite_gradients") or 0, numbers.get("nonfinite_weights")
-        if lists.get("gradients"):
-            norm = math.sqrt(sum(each * each for each in lists["gradients"])) if norm is None else norm
-            bad = _num_nonfinite(lists["gradients"])
-        if "weights" in lists:
-            weights = _num_nonfinite(lists["weights"])
+        if lists:
+            taken, num_bad = _together(lists, "gradients")
+            if taken is not None:
+                norm, bad = taken if norm is None else norm, num_bad
+            taken, num_bad = _together(lists, "weights")
+            if taken is not None:
+                weights = num_bad if taken < BEYOND_MEASURE else max(1, num_bad)
         # what a scaler skips is routine: its gradients show nothing
         judges = not kept and not by_scaler
         signs = VitalSigns(
@@ -90,8 +95,15 @@ class Sent:
         return Arrived(signs, by_scaler, vetoed, kept)
 
 
-def _num_nonfinite(values: list[float]) -> int:
-    return sum(not math.isfinite(value) for value in values)
+def _together(lists: Mapping[str, list[float]], name: str) -> tuple[float | None, int]:
+    """Of what `Measured.add_to` has sent: the norm of everything, and how many tensors are not finite."""
+    single, totals = lists.get(name, ()), lists.get(name + TOTALS, ())
+    if not single and not totals:
+        return None, 0
+    parts = (*single, *totals[::2]) if totals else single
+    norm = math.sqrt(sum(map(operator.mul, parts, parts)))
+    bad = 0 if math.isfinite(norm) else sum(not math.isfinite(value) for value in single)
+    return norm, bad + int(sum(totals[1::2]))
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -461,9 +461,9 @@ def test_an_update_over_dtensors_that_waits_for_nothing(one_rank: None, clip: fl
         model[1](model[0](inputs)).square().mean().backward()
         parameters = list(model.parameters())
         outcome = Update([optimizer], [], None).run_late(parameters, None, clip, None, None, 1.0, True, lambda _: False)
-        assert all(type(norms) is torch.Tensor for norms in outcome.norms)
+        assert all(type(norms) is torch.Tensor for norms in outcome.norms.single)
         plain = [p if whole else p.to_local() for p in parameters]
-        found.append((torch.cat(list(outcome.norms)).tolist(), [p.tolist() for p in plain]))
+        found.append((torch.cat(list(outcome.norms.single)).tolist(), [p.tolist() for p in plain]))
     assert found[0] == found[1]
 
 

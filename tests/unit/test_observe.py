@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tolaria import observe
+from tolaria.measure import Look
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_weights_beyond_measure_count_like_those_that_are_not_finite(dtype):
 @pytest.mark.parametrize("late", [False, True])
 def test_weights_are_judged_alike_whether_read_late_or_not(late):
     weights, numbers, lists = [torch.ones(3), torch.tensor([1.0, 3e37]), torch.full((5,), 1e18)], {}, {}
-    observe.look_at_weights(weights, late, numbers, lists)
+    Look().at_weights(weights, late, numbers, lists)
     found = lists["weights"][0].isfinite().logical_not().sum() if late else numbers["nonfinite_weights"]
     assert int(found) == 1
 

@@ -233,31 +233,37 @@ def looks(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     The flag is `requires_grad`. Answered in one call by what torch guards its compiled code with. That is private to
     torch: where it is missing, or does not notice what it should, attributes are compared.
     """
-    guards = _guards()
-    if guards is None:
-        return _compared(tensors)
     kept = tuple(tensors)
-    return functools.partial(guards(kept), *kept)
+    return functools.partial(look_alike(kept), *kept)
 
 
-def _compared(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    kept = list(tensors)
+def look_alike(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """`looks` to be asked of others: as many tensors, one by one. These here are not held."""
+    guards = _guards()
+    return _compared(tensors) if guards is None else guards(tensors)
 
-    def read() -> list[list[Any]]:
-        asked: tuple[Callable[[Any], Any], ...] = (
-            type,
-            operator.attrgetter("shape"),
-            torch.Tensor.stride,
-            operator.attrgetter("dtype"),
-            operator.attrgetter("device"),
-            operator.attrgetter("requires_grad"),
-            torch.is_conj,
-            torch.is_neg,
-        )
-        return [list(map(ask, kept)) for ask in asked]
 
-    before = read()
-    return lambda: read() == before
+def _compared(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    asked: tuple[Callable[[Any], Any], ...] = (
+        type,
+        operator.attrgetter("shape"),
+        torch.Tensor.stride,
+        operator.attrgetter("dtype"),
+        operator.attrgetter("device"),
+        operator.attrgetter("requires_grad"),
+        torch.is_conj,
+        torch.is_neg,
+    )
+
+    def read(some: Sequence[torch.Tensor]) -> list[list[Any]]:
+        return [list(map(ask, some)) for ask in asked]
+
+    before = read(tensors)
+
+    def is_alike(*others: torch.Tensor) -> bool:
+        return read(others) == before
+
+    return is_alike
 
 
 @functools.cache

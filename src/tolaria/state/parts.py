@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -129,6 +129,11 @@ class ModulePart(StatePart):
             with contextlib.suppress(UnsupportedState):  # the survey will name it
                 plain = plain_tensors(key, tensor)
                 self._trained[key] = tensor.requires_grad or all(map(is_finite, plain))
+
+    @property
+    def known(self) -> Sized:
+        """Grows with what `constants` depends on."""
+        return self._trained
 
     def parameters(self) -> Iterator[nn.Parameter]:
         # without the names that `Module.parameters` spends most of its time on

@@ -73,7 +73,7 @@ class ModuleImprint:
         for module, values in zip(self._modules, self._vars, strict=True):
             if any(getattr(module, name) is not values.get(name) for name in (*_TABLES, _TRANSIENT)):
                 raise Unfit  # handed out by something else than the module itself
-            if any(getattr(getattr(module, way), "__func__", None) is not plain for way, plain in _WAYS.items()):
+            if not walks_plainly(module):
                 raise Unfit
         self._tables = {name: [values[name] for values in self._vars] for name in _TABLES}
         self._contents = Contents([table for tables in self._tables.values() for table in tables])
@@ -231,6 +231,11 @@ class ScalerImprint:
     def again(self) -> Any:
         values = vars(self._scaler)
         return {key: self._tensors[key][0] if key in self._tensors else values[key] for key in self._keys}
+
+
+def walks_plainly(module: nn.Module) -> bool:
+    """Whether it says what modules are in it as torch's own do."""
+    return all(getattr(getattr(module, way), "__func__", None) is plain for way, plain in _WAYS.items())
 
 
 def has_extra_state(kind: type[nn.Module]) -> bool:

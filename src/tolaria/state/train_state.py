@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import xxhash
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils import _pytree
 
@@ -24,6 +23,7 @@ from tolaria.state.digest import update_tree
 from tolaria.state.imprint import Unfit
 from tolaria.state.leaves import Identity, Leaves, Ref, Storage, StorageKey, clone_tree, put_back, storage_key
 from tolaria.state.parts import ModulePart, OptimizerPart, ScalerPart, StatefulPart, StatePart, make_part
+from tolaria.state.roster import Parameters, Roster, find
 from tolaria.state.standing import StateImprint
 from tolaria.state.structure import Blank, ModuleRecord
 from tolaria.state.wrappers import inner_tensors
@@ -86,6 +86,8 @@ class TrainState:
         self._last_survey: Leaves | None = None
         self._asking = threading.RLock()  # an imprint takes notes: two surveys at once would mix theirs
         self._imprint: StateImprint | None = None  # of the last survey from the start that it could be taken of
+        self._roster: Roster | None = None
+        self._rosters_in_vain = 0  # in a row
         self._in_vain = (
             0  # imprints in a row that did not stand at the next survey, and surveys that took none for that
         )
@@ -151,7 +153,7 @@ class TrainState:
 
     def forget_survey(self) -> None:
         """Hold no tensor any more that the last survey met."""
-        self._last_survey = self._imprint = None
+        self._last_survey = self._imprint = self._roster = None
 
     def _survey_gradients(self, leaves: Leaves) -> tuple[tuple[nn.Parameter, Ref], ...]:
         for part in self.parts:
@@ -345,14 +347,23 @@ class TrainState:
         found = [p.grad._values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None]
         return any(bool(torch.count_nonzero(inner)) for grad in found for inner in inner_tensors(grad))
 
-    def roster(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def roster(self) -> tuple[Parameters, Parameters]:
         """Every governed parameter once; and those that ought to be finite: all but constants such as masks of -inf.
 
-        Parameters of lazy modules that wait for their first batch are only among the former.
+        Parameters of lazy modules that wait for their first batch are only among the former. The same lists as the time
+        before where nothing has come, gone or changed places; not to be changed.
         """
-        constants = {id(parameter) for part in self.parts for parameter in part.constants()}
-        everything = list(self.parameters())
-        return everything, [p for p in everything if id(p) not in constants and not is_lazy(p)]
+        roster = self._roster
+        if roster is not None and roster.stands(self.parts):
+            self._rosters_in_vain = 0
+            return roster.found
+        self._roster = None
+        self._rosters_in_vain += 1
+        if self._rosters_in_vain % _TRY_EVERY <= _TRIES:
+            with contextlib.suppress(Unfit):
+                self._roster = Roster(self.parts)
+                return self._roster.found
+        return find(self.parts)
 
     def digest(self) -> str:
         """xxh3-128 (hex) over every governed tensor and every captured host value. Blocks the host; changes nothing."""
