@@ -92,9 +92,12 @@ def _row(variant: Variant, without: Variant, steps: int, flat_ms: float) -> Row:
             one / plain - two / bare
             for one, plain, two, bare in zip(variant.ms, variant.plain_ms, without.ms, without.plain_ms, strict=True)
         ]
-        cost = statistics.median(ratios) * statistics.median(variant.plain_ms) / taken
+        plain_ms = statistics.median(variant.plain_ms)
+        cost = statistics.median(ratios) * plain_ms / taken
+        in_series = 1.0 + taken * flat_ms / plain_ms
         each = f"{cost:.2f} ms of the steps' time each" if cost > 0.0 else "too cheap to be seen among these steps"
-        note = f"{variant.snapshots} snapshots, {variant.tier} tier: {each}; a flat copy alone {flat_ms:.2f} ms"
+        note = f"{variant.snapshots} snapshots, {variant.tier} tier: {each}; "
+        note += f"a flat copy alone {flat_ms:.2f} ms, in series with the steps x {in_series:.4f}"
     return Row.beside("training", variant.name, variant.ms, "without a governor", variant.plain_ms, note=note)
 
 
