@@ -62,7 +62,7 @@ def train(work: Workload, steps: int, rounds: int, tick: Callable[[], None]) -> 
     """
     clock = Clock(work.device)
     flat = statistics.median(Floors(clock, work.num_bytes()).copy_ms() for _ in range(5))
-    _block(work, clock, 3)
+    block_ms(work, clock, 3)
     before = _plain(work, clock, steps, rounds, tick)
     plain = list(before)
     chosen = variants()
@@ -122,10 +122,10 @@ def _governed(
 ) -> None:
     with quiet(), TolariaGovernor(work.model, work.optimizer, config=variant.config) as governor:
         warm(work, governor)
-        _block(work, clock, 3, governor)
+        block_ms(work, clock, 3, governor)
         before = governor.statistics().snapshots
         for _ in range(rounds):
-            variant.ms.append(_block(work, clock, steps, governor))
+            variant.ms.append(block_ms(work, clock, steps, governor))
             tick()
         facts = governor.capabilities()
         variant.snapshots = governor.statistics().snapshots - before
@@ -135,12 +135,12 @@ def _governed(
 def _plain(work: Workload, clock: Clock, steps: int, rounds: int, tick: Callable[[], None]) -> list[float]:
     found: list[float] = []
     for _ in range(rounds):
-        found.append(_block(work, clock, steps))
+        found.append(block_ms(work, clock, steps))
         tick()
     return found
 
 
-def _block(work: Workload, clock: Clock, steps: int, governor: TolariaGovernor | None = None) -> float:
+def block_ms(work: Workload, clock: Clock, steps: int, governor: TolariaGovernor | None = None) -> float:
     """Milliseconds per step of that many. The device is at rest before and after."""
     batches = work.batches(steps)
     clock.rest()
