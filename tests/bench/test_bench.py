@@ -156,8 +156,17 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         ),
         Standing(name="three", kind="judge", status="failed", note="OSError: no"),
     ]
-    monkeypatch.setattr(contest, "compare", lambda *_: standings)
-    assert main(["bench", "--device", "cpu", "--rounds", "1", "--parts", "copies", "--peers"]) == 0
+    asked: list[float] = []
+
+    def compare(size: str, device: torch.device, rounds: int, tick: Any, seconds: float) -> list[Standing]:
+        asked.append(seconds)
+        return standings
+
+    monkeypatch.setattr(contest, "compare", compare)
+    assert (
+        main(["bench", "--device", "cpu", "--rounds", "1", "--parts", "copies", "--peers", "--peer-seconds", "2"]) == 0
+    )
+    assert asked == [2.0]
     out = " ".join(capsys.readouterr().out.split())
     assert "tolaria beside its floors" in out
     assert "not installed: pip install one" in out
