@@ -88,6 +88,9 @@ class Bench:
     peers: bool = False
     """Also measure other packages on the same work, each in a process of its own, where they are installed."""
 
+    peer_seconds: float | None = None
+    """Seconds after which no package begins another round; one round of each counts in any case."""
+
     json: bool = False
     """Print one JSON object, and nothing else."""
 
@@ -220,6 +223,7 @@ def _bench(command: Bench) -> int:
         peers=command.peers,
         as_json_object=command.json,
         parts=command.parts,
+        peer_seconds=command.peer_seconds,
     )
 
 

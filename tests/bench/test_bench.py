@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -85,7 +86,10 @@ def test_the_cost_of_a_snapshot_is_what_the_steps_with_it_take_more() -> None:
     variant.snapshots, variant.tier = 4, "device"  # in two blocks of 20 steps: one in ten
     row = training._row(variant, without, 20, 2.5)
     assert row.times_floor == pytest.approx(1.04)
-    assert row.note == "4 snapshots, device tier: 30.00 ms of the steps' time each; a flat copy alone 2.50 ms"
+    assert row.note == (
+        "4 snapshots, device tier: 30.00 ms of the steps' time each; "
+        "a flat copy alone 2.50 ms, in series with the steps x 1.0025"
+    )
     variant.ms = [100.5, 100.5]
     assert "too cheap to be seen" in training._row(variant, without, 20, 2.5).note
 
@@ -152,8 +156,17 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         ),
         Standing(name="three", kind="judge", status="failed", note="OSError: no"),
     ]
-    monkeypatch.setattr(contest, "compare", lambda *_: standings)
-    assert main(["bench", "--device", "cpu", "--rounds", "1", "--parts", "copies", "--peers"]) == 0
+    asked: list[float] = []
+
+    def compare(size: str, device: torch.device, rounds: int, tick: Any, seconds: float) -> list[Standing]:
+        asked.append(seconds)
+        return standings
+
+    monkeypatch.setattr(contest, "compare", compare)
+    assert (
+        main(["bench", "--device", "cpu", "--rounds", "1", "--parts", "copies", "--peers", "--peer-seconds", "2"]) == 0
+    )
+    assert asked == [2.0]
     out = " ".join(capsys.readouterr().out.split())
     assert "tolaria beside its floors" in out
     assert "not installed: pip install one" in out
@@ -167,9 +180,10 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     [
         (["--rounds", "0"], "Correct the value"),
         (["--steps", "0"], "Correct the value"),
+        (["--peers", "--peer-seconds", "0"], "Correct the value"),
         ([], "Choose a smaller --size"),
     ],
-    ids=["rounds", "steps", "room"],
+    ids=["rounds", "steps", "seconds", "room"],
 )
 def test_what_cannot_be_measured_is_refused(
     arguments: list[str], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -293,6 +307,42 @@ def test_what_came_back_is_looked_at(work: Workload, factory: str, is_exact: boo
 def test_one_that_breaks_costs_its_row(work: Workload) -> None:
     found = contest.run(Fixed("x", "snapshot", "", "Broken"), work, 2)
     assert (found.status, found.note) == ("failed", "OSError: no room")
+
+
+class Clock:
+    """Each look at it is a second later."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1.0
+        return self.seconds
+
+
+def test_rounds_end_with_their_time_but_one_of_each_kind_is_made() -> None:
+    assert list(contest.turns(2, math.inf)) == [False, False, False, True, True]
+    assert list(contest.turns(2, 0.5, Clock())) == [False, True]
+    # the second warm-up begins after one second, the third would after two; then three and four, five would be too late
+    assert list(contest.turns(9, 3.5, Clock())) == [False, False, True, True]
+
+
+def test_one_that_takes_its_time_is_measured_once(work: Workload) -> None:
+    found = contest.run(Fixed("x", "snapshot", "", "Copying"), work, 5, seconds=1e-9)
+    assert found.stall_ms is not None
+    assert found.stall_ms.count == 1
+
+
+def test_files_that_have_no_room_in_memory_lie_elsewhere_and_the_row_says_so(
+    work: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Fixed("x", "snapshot", "", "Copying", note="how")
+    assert contest._has_room(1) == contest._SHARED_MEMORY.is_dir()
+    assert not contest._has_room(2**62)
+    monkeypatch.setattr(contest, "_has_room", lambda _: False)
+    assert contest.run(entry, work, 1).note == "how; /dev/shm has no room: any files lay elsewhere"
+    with contest._folder(in_memory=False) as folder:
+        assert contest._SHARED_MEMORY not in folder.parents
 
 
 @pytest.mark.parametrize("entry", [CATALOGUE[0], *TORCH], ids=lambda entry: entry.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ def main(
     peers: bool,
     as_json_object: bool,
     parts: Sequence[str] = PARTS,
+    peer_seconds: float | None = None,
 ) -> int:
     """`tolaria bench`, see `tolaria.cli.Bench` for its arguments. Returns 0.
 
@@ -56,13 +58,15 @@ def main(
     chosen = SIZES[size or ("355m" if where.type == "cuda" else "10mb")]
     if rounds < 1 or steps < 1:
         raise CannotMeasure(f"rounds={rounds}, steps={steps}, expected 1 or more", "Correct the value.")
+    if peer_seconds is not None and not peer_seconds > 0.0:
+        raise CannotMeasure(f"peer_seconds={peer_seconds}, expected more than 0", "Correct the value.")
     show = Show(as_json=as_json_object)
     with show.running():
         facts, rows = measure(chosen, where, rounds, steps, show.part, parts)
         standings: list[Standing] = []
         if peers:
             tick = show.part("side by side", len(contest.CATALOGUE))
-            standings = contest.compare(chosen.name, where, rounds, tick)
+            standings = contest.compare(chosen.name, where, rounds, tick, peer_seconds or math.inf)
     if as_json_object:
         print(json.dumps(as_json(facts, rows, standings), allow_nan=False))
     show.facts(facts)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,16 @@ from tolaria.bench.records import Spread, Standing
 from tolaria.bench.workload import SIZES, Size, Workload
 
 _PATIENCE_S = 600.0  # for one contestant
+_START_S = 60.0  # of that, for all but its rounds, where these are limited
+_LONGEST_ROUND = 5.0  # how many times the limit one contestant may take that cannot be interrupted in a round
 _WARM_UPS = 3
 _SHARED_MEMORY = Path("/dev/shm")
+_FILES_HELD = 3  # the most that a contestant keeps at once
 
 
-def compare(size: str, device: torch.device, rounds: int, tick: Callable[[], None]) -> list[Standing]:
+def compare(
+    size: str, device: torch.device, rounds: int, tick: Callable[[], None], seconds: float = math.inf
+) -> list[Standing]:
     """Every contestant, one after the other.
 
     Args:
@@ -41,10 +47,11 @@ def compare(size: str, device: torch.device, rounds: int, tick: Callable[[], Non
         device: Where the workload is.
         rounds: Measurements of each.
         tick: Called after each of them.
+        seconds: After which no contestant begins another round, see `turns`.
     """
     standings: list[Standing] = []
     for index, entry in enumerate(CATALOGUE):
-        standings.append(_absent(entry, device) or _in_process(index, entry, size, device, rounds))
+        standings.append(_absent(entry, device) or _in_process(index, entry, size, device, rounds, seconds))
         tick()
     return standings
 
@@ -63,15 +70,18 @@ def _bare(entry: Entry, status: Any, note: str) -> Standing:
     return Standing(name=entry.name, kind=entry.kind, status=status, version=entry.version or "", note=note)
 
 
-def _in_process(index: int, entry: Entry, size: str, device: torch.device, rounds: int) -> Standing:
+def _in_process(
+    index: int, entry: Entry, size: str, device: torch.device, rounds: int, seconds: float = math.inf
+) -> Standing:
     command = [sys.executable, "-m", "tolaria.bench.contest", str(index), "--size", size]
-    command += ["--device", str(device), "--rounds", str(rounds)]
+    command += ["--device", str(device), "--rounds", str(rounds), "--seconds", str(seconds)]
+    patience = min(_PATIENCE_S, _START_S + _LONGEST_ROUND * seconds)
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
         )
     except subprocess.TimeoutExpired:
-        return _bare(entry, "failed", f"took longer than {_PATIENCE_S:.0f} s")
+        return _bare(entry, "failed", f"took longer than {patience:.0f} s")
     lines = done.stdout.strip().splitlines()
     try:
         return Standing.from_json(json.loads(lines[-1]))
@@ -80,45 +90,72 @@ def _in_process(index: int, entry: Entry, size: str, device: torch.device, round
         return _bare(entry, "failed", f"its process ended with {done.returncode}: {said[:200]}")
 
 
+def _has_room(num_bytes: int) -> bool:
+    """Whether files of a state of that size can be kept in memory here."""
+    return _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free >= _FILES_HELD * num_bytes
+
+
 @contextlib.contextmanager
-def _folder() -> Generator[Path]:
-    """For files of a contestant: in memory where the system has such a place."""
-    path = Path(tempfile.mkdtemp(prefix="tolaria-bench-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None))
+def _folder(in_memory: bool) -> Generator[Path]:
+    """For files of a contestant."""
+    path = Path(tempfile.mkdtemp(prefix="tolaria-bench-", dir=_SHARED_MEMORY if in_memory else None))
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def run(entry: Entry, work: Workload, rounds: int) -> Standing:
+def turns(rounds: int, seconds: float, now: Callable[[], float] = time.monotonic) -> Iterator[bool]:
+    """The rounds of one contestant; whether each of them counts. The first ones are warm-ups and do not.
+
+    Args:
+        rounds: That count, at most; at least one does.
+        seconds: After half of them the warm-ups end, if there was one, and after all of them the rounds.
+        now: The clock.
+    """
+    started = now()
+    for number in range(_WARM_UPS):
+        if number and now() - started > seconds / 2:
+            break
+        yield False
+    for number in range(rounds):
+        if number and now() - started > seconds:
+            break
+        yield True
+
+
+def run(entry: Entry, work: Workload, rounds: int, seconds: float = math.inf) -> Standing:
     """Measure one contestant in this process. What it raises becomes its row.
 
     Args:
         entry: Who.
         work: With optimizer state. Its weights and moments are changed.
         rounds: Measurements.
+        seconds: After which no further round begins, see `turns`.
     """
-    with _folder() as folder:
+    in_memory = _has_room(work.num_bytes())
+    with _folder(in_memory) as folder:
         try:
             made = entry.make(work, folder)
             try:
                 measure = _keep if entry.kind == "snapshot" else _judge
-                found = measure(made, work, rounds)
+                found = measure(made, work, turns(rounds, seconds))
             finally:
                 made.close()
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
             return _bare(entry, "failed", f"{type(error).__name__}: {first[:200]}")
-    return replace(found, name=entry.name, version=entry.version or "", note=entry.note)
+    note = entry.note if in_memory else f"{entry.note}; {_SHARED_MEMORY} has no room: any files lay elsewhere"
+    return replace(found, name=entry.name, version=entry.version or "", note=note)
 
 
-def _keep(made: Keeper, work: Workload, rounds: int) -> Standing:
+def _keep(made: Keeper, work: Workload, rounds: Iterator[bool]) -> Standing:
     """Snapshot, change everything, roll back, look whether all of it is there."""
     clock = Clock(work.device)
     floors = Floors(clock, work.num_bytes())
     found: list[tuple[float, float, float, float]] = []
     exact, in_place = True, True
-    for number in range(_WARM_UPS + rounds):
+    for counts in rounds:
         floor = floors.copy_ms()
         addresses = [tensor.data_ptr() for tensor in work.tensors()]
         besides = clock.host_ms(made.reference)[1] if isinstance(made, WithReference) else 0.0
@@ -130,7 +167,7 @@ def _keep(made: Keeper, work: Workload, rounds: int) -> Standing:
         exact = exact and len(now) == len(kept) and all(map(torch.equal, now, kept))
         in_place = in_place and [tensor.data_ptr() for tensor in now] == addresses
         del kept, now
-        if number >= _WARM_UPS:
+        if counts:
             found.append((floor, stall, complete, back))
     columns = [Spread.of(column) for column in zip(*found, strict=True)]
     return Standing(
@@ -164,17 +201,17 @@ def _spoil(work: Workload) -> None:
             tensor.add_(1.0)
 
 
-def _judge(made: Judge, work: Workload, rounds: int) -> Standing:
+def _judge(made: Judge, work: Workload, rounds: Iterator[bool]) -> Standing:
     """One healthy step after the other. What the loop would do anyway is subtracted, round by round."""
     clock = Clock(work.device)
     floor = ReadFloor(clock, sum(parameter.numel() for parameter in work.model.parameters()))
     loss = work.backward()
     found: list[tuple[float, float, float]] = []
-    for number in range(_WARM_UPS + rounds):
+    for counts in rounds:
         read = floor.read_ms()
         held, whole = clock.host_ms(lambda: made.healthy(loss))
         plain_held, plain = clock.host_ms(lambda: made.reference(loss))
-        if number >= _WARM_UPS:
+        if counts:
             found.append((read, held - plain_held, whole - plain))
     columns = [Spread.of(column) for column in zip(*found, strict=True)]
     return Standing(
@@ -202,10 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     given = parser.parse_args(arguments)
     entry = CATALOGUE[given.index]
     with quiet(), contextlib.redirect_stdout(sys.stderr):  # whatever it prints
-        standing = run(entry, prepare(SIZES[given.size], given.device, fused=entry.fused), given.rounds)
+        work = prepare(SIZES[given.size], given.device, fused=entry.fused)
+        standing = run(entry, work, given.rounds, given.seconds)
     print(json.dumps(asdict(standing), allow_nan=False), flush=True)
     return 0
 

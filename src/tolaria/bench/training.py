@@ -62,7 +62,7 @@ def train(work: Workload, steps: int, rounds: int, tick: Callable[[], None]) -> 
     """
     clock = Clock(work.device)
     flat = statistics.median(Floors(clock, work.num_bytes()).copy_ms() for _ in range(5))
-    _block(work, clock, 3)
+    block_ms(work, clock, 3)
     before = _plain(work, clock, steps, rounds, tick)
     plain = list(before)
     chosen = variants()
@@ -92,9 +92,12 @@ def _row(variant: Variant, without: Variant, steps: int, flat_ms: float) -> Row:
             one / plain - two / bare
             for one, plain, two, bare in zip(variant.ms, variant.plain_ms, without.ms, without.plain_ms, strict=True)
         ]
-        cost = statistics.median(ratios) * statistics.median(variant.plain_ms) / taken
+        plain_ms = statistics.median(variant.plain_ms)
+        cost = statistics.median(ratios) * plain_ms / taken
+        in_series = 1.0 + taken * flat_ms / plain_ms
         each = f"{cost:.2f} ms of the steps' time each" if cost > 0.0 else "too cheap to be seen among these steps"
-        note = f"{variant.snapshots} snapshots, {variant.tier} tier: {each}; a flat copy alone {flat_ms:.2f} ms"
+        note = f"{variant.snapshots} snapshots, {variant.tier} tier: {each}; "
+        note += f"a flat copy alone {flat_ms:.2f} ms, in series with the steps x {in_series:.4f}"
     return Row.beside("training", variant.name, variant.ms, "without a governor", variant.plain_ms, note=note)
 
 
@@ -119,10 +122,10 @@ def _governed(
 ) -> None:
     with quiet(), TolariaGovernor(work.model, work.optimizer, config=variant.config) as governor:
         warm(work, governor)
-        _block(work, clock, 3, governor)
+        block_ms(work, clock, 3, governor)
         before = governor.statistics().snapshots
         for _ in range(rounds):
-            variant.ms.append(_block(work, clock, steps, governor))
+            variant.ms.append(block_ms(work, clock, steps, governor))
             tick()
         facts = governor.capabilities()
         variant.snapshots = governor.statistics().snapshots - before
@@ -132,12 +135,12 @@ def _governed(
 def _plain(work: Workload, clock: Clock, steps: int, rounds: int, tick: Callable[[], None]) -> list[float]:
     found: list[float] = []
     for _ in range(rounds):
-        found.append(_block(work, clock, steps))
+        found.append(block_ms(work, clock, steps))
         tick()
     return found
 
 
-def _block(work: Workload, clock: Clock, steps: int, governor: TolariaGovernor | None = None) -> float:
+def block_ms(work: Workload, clock: Clock, steps: int, governor: TolariaGovernor | None = None) -> float:
     """Milliseconds per step of that many. The device is at rest before and after."""
     batches = work.batches(steps)
     clock.rest()
