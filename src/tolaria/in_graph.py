@@ -108,7 +108,7 @@ class CapturedStep:
         self.governor, self._train, self._clip, self._after = governor, train, clip, after
         self.is_captured, self.loss = False, cast("observe.Loss", None)
         self._as_written = governor.is_disabled or governor.config.mode == "observe"
-        self._left = warm_up
+        self._warm_up = self._left = warm_up
         if self._as_written:
             return
         self._device = _device_of(governor)
@@ -155,7 +155,8 @@ class CapturedStep:
             if self._after is not None and not result.rolled_back:
                 with self.governor.using():
                     self._after()
-        self._left -= 1
+        # a rollback may have taken the optimizer's state with it
+        self._left = self._warm_up if result.rolled_back else self._left - 1
         return result
 
     # ------------------------------------------------------------ capture

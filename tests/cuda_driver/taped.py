@@ -35,7 +35,8 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
-        kwargs = kwargs or {}
+        # other names for the same memory: a graph does not notice when a tensor is given another
+        args, kwargs = _pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
         given = tensors_of((args, kwargs))
         self.keep(given)
         made = func(*args, **kwargs)
@@ -63,7 +64,7 @@ class Recorder:
     """Stands in for `in_graph.Recorder`, and announces captures and replays as `capture` does."""
 
     def __init__(self, sections):
-        self.sections, self.num_replays = sections, 0
+        self.sections, self.num_replays, self.calls = sections, 0, []
 
     def beside(self):
         return contextlib.nullcontext()
@@ -84,10 +85,12 @@ class Recorder:
             torch.set_rng_state(drawn)
             self.sections.end_capture(7, succeeded=succeeded)
 
+        calls = self.calls = tape.calls
+
         def replay():
             self.num_replays += 1
             with self.sections.replaying(), torch.no_grad():
-                for call in tape.calls:
+                for call in list(calls):
                     call()
 
         return replay
