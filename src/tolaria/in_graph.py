@@ -28,6 +28,7 @@ from tolaria.operations import Barrier
 from tolaria.records import StepResult
 from tolaria.ring import SlotPhase, Tier
 from tolaria.state.leaves import Leaves
+from tolaria.state.parts import GeneratorPart
 from tolaria.state.train_state import SurveyResult
 from tolaria.vitals import EXTRA, Sent
 
@@ -55,9 +56,16 @@ class Recorder:
         finally:
             current.wait_stream(self._stream)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture `work`, which is executed by each call of what this returns, and not now."""
+    def record(self, work: Callable[[], None], generators: Sequence[torch.Generator] = ()) -> Callable[[], None]:
+        """Capture `work`, which is executed by each call of what this returns, and not now.
+
+        Args:
+            work: What to capture.
+            generators: Of the device, which it draws from besides the default one.
+        """
         graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
         # other threads may allocate and query events meanwhile; the governor keeps its own hands off
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
@@ -202,8 +210,9 @@ class CapturedStep:
             update._clear(parameters, lambda _: False)
 
         kept = [{key: dict(state) for key, state in each.state.items()} for each in update.optimizers]
+        drawn_from = [part.generator for part in keeper.state.parts if isinstance(part, GeneratorPart)]
         try:
-            self._replay = self._recorder.record(work)
+            self._replay = self._recorder.record(work, [g for g in drawn_from if g.device == self._device])
         finally:
             update._clear(parameters, lambda _: False)  # where it was cut short, nobody has written them
         self._survey = keeper.state.survey()
@@ -249,9 +258,9 @@ class CapturedStep:
         with keeper.whole_step():
             with keeper.sections.whole_step():  # no rollback of another thread from here to the last count
                 self._require_unchanged(doing)
+                if self._last is not None:  # the caller may have changed streams since, and the latch is in use
+                    self._port.caller_wait(self._last)
                 self._look_at_the_ring()
-                if self._last is not None:
-                    self._port.caller_wait(self._last)  # a caller that has changed streams since
                 with governor._update._scaled_learning_rate(course.learning_rate_factor()):
                     self._replay()
                 sent = self._sent(metric, signs)

@@ -69,8 +69,9 @@ class Recorder:
     def beside(self):
         return contextlib.nullcontext()
 
-    def record(self, work):
+    def record(self, work, generators=()):
         tape, drawn = Tape(), torch.get_rng_state()
+        self.generators = generators
         self.sections.begin_capture(7, threading.get_ident())
         _current.append(tape)
         succeeded = False

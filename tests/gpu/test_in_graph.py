@@ -47,7 +47,7 @@ class Run:
         generator = torch.Generator().manual_seed(1)
         self.batches = [torch.randn(32, 16, generator=generator).cuda() for _ in range(28)]
         self.x = torch.zeros(32, 16, device="cuda")
-        self.poison = torch.zeros((), device="cuda")
+        self.poison, self.shift = torch.zeros((), device="cuda"), torch.zeros(16, device="cuda")
         self.governor = TolariaGovernor(
             self.model,
             self.optimizer,
@@ -56,13 +56,16 @@ class Run:
             config=GovernorConfig(**{"cadence": 4, "probation": 4, "keep_batches": 64, **settings}),
             detector=judge.non_finite(),
         )
+        self.noise = torch.Generator("cuda").manual_seed(5)
         self.governor.register("average", self.average)
+        self.governor.register("noise", self.noise)
         self.step = CapturedStep(self.governor, self.train, after=self.follow if ema else None)
 
     def train(self):
+        self.shift.normal_(generator=self.noise)
         dtype = torch.float16 if self.scaler is not None else torch.float32
         with torch.autocast("cuda", dtype, enabled=self.scaler is not None, cache_enabled=False):
-            loss = self.model(self.x).float().square().mean()
+            loss = self.model(self.x + self.shift).float().square().mean()
         if self.scaler is None:
             loss.backward()
         else:
