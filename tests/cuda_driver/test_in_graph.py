@@ -101,6 +101,17 @@ class Run:
             self.step.step()
             after(delivered)
 
+    def plain(self):
+        """The loop without a governor and without a graph."""
+        self.governor.close()
+        for batch in self.batches:
+            self.x.copy_(batch)
+            self.train()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.follow()
+            self.scheduler.step()
+
     def written(self):
         """What the device writes in a step, bit for bit; without the learning rate, which schedules change."""
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -131,9 +142,8 @@ def make_step(late, monkeypatch):
 def test_the_run_is_the_clean_one(name, lag, late, make_step):
     late.lag, make = lag, OPTIMIZERS[name]
     clean = make_step(make)
-    clean.go()
+    clean.plain()
     expected = clean.state()
-    clean.governor.close()
     run = make_step(make)
     run.go(poisoned=[14])
     assert run.step.is_captured
@@ -515,9 +525,8 @@ def test_a_batch_that_is_always_bad_is_left_out(late, make_step):
 def test_a_panic_around_the_capture(at, late, make_step):
     late.lag = 3
     clean = make_step()
-    clean.go()
+    clean.plain()
     expected = clean.state()
-    clean.governor.close()
     run = make_step()
     run.go(poisoned=[at])
     assert run.governor.rollbacks == 1
@@ -563,10 +572,9 @@ def test_a_rollback_by_hand_releases_what_the_host_never_learnt_of(late, make_st
 
 def test_in_main_memory_the_device_refuses_and_the_host_rolls_back(late, make_step):
     late.lag = 1
-    clean = make_step(tier="host")
-    clean.go()
+    clean = make_step()
+    clean.plain()
     expected = clean.state()
-    clean.governor.close()
     run = make_step(tier="host")
     run.go(poisoned=[14])
     assert run.step._back is None
