@@ -14,14 +14,16 @@ import argparse
 import logging
 import statistics
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import nn
 
 from tolaria import GovernorConfig, TolariaGovernor, observe
+from tolaria import latch as latches
 from tolaria.bench.clock import Clock, Floors
 from tolaria.in_graph import CapturedStep, Recorder
-from tolaria.latch import PARKED
+from tolaria.latch import NOW, PARKED
 
 _REPEATED = 50
 
@@ -54,7 +56,7 @@ def main() -> None:
         num_bytes = governor.capabilities().state_bytes
         count = sum(parameter.numel() for parameter in model.parameters())
         num_tensors = 1 + 4 * len(list(model.parameters()))
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver {torch.version.cuda}")
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
         print(f"{count / 1e6:.0f} M parameters, state of {num_bytes / 1e9:.2f} GB in {num_tensors} tensors\n")
         flag = torch.zeros((), device=device)
         recorder = Recorder(device)
@@ -64,19 +66,27 @@ def main() -> None:
                 latch.decide(flag)
                 back.run(to_live=True)
 
-        idle = median_us(recorder.record(nodes)) / _REPEATED
-        print(f"{'decide + copy back, nothing to do':>40} {idle:>10.2f}")
-        latch.words[PARKED].fill_(latch._aimed)
-        going = median_us(recorder.record(lambda: back.run(to_live=True)))
-        latch.release()
         floors = Floors(clock, num_bytes)
         flat = statistics.median(floors.copy_ms() * 1e3 for _ in range(arguments.rounds))
-        print(f"{'copy back, going back':>40} {going:>10.1f}   {going / flat:.3f} x one flat copy")
-        guarded = median_us(step._replay)
-        print(f"{'replay, guarded':>40} {guarded:>10.1f}")
-    for name, with_norms in (("replay, with norms of the gradients", True), ("replay, plain", False)):
-        model, optimizer, train = training(arguments.layers, arguments.width, device)
-        print(f"{name:>40} {median_us(plain(optimizer, train, Recorder(device), with_norms)):>10.1f}")
+        for blocks in (1024, 2048, 4096, 16384, 1 << 20):
+            with mock.patch.object(latches, "_MOST_BLOCKS", blocks):
+                idle = median_us(recorder.record(nodes)) / _REPEATED
+                latch.words[PARKED].fill_(latch._aimed)
+                going = median_us(recorder.record(lambda: back.run(to_live=True)))
+                latch.release()
+            name = f"decide + copy back, at most {blocks} blocks"
+            print(f"{name:>42} {idle:>10.2f} with nothing to do; going back {going:.0f}, {going / flat:.3f} x flat")
+        rivals = {"replay, guarded": step._replay}
+        for name, with_norms in (("replay, with norms of the gradients", True), ("replay, plain", False)):
+            _, its_optimizer, its_train = training(arguments.layers, arguments.width, device)
+            rivals[name] = plain(its_optimizer, its_train, Recorder(device), with_norms)
+        spent: dict[str, list[float]] = {name: [] for name in rivals}
+        for turn in range(arguments.rounds + 2):  # in turn: the clock of a device that has worked for long is slower
+            for name, replay in rivals.items():
+                spent[name] += [clock.device_ms(replay) * 1e3] if turn > 1 else []
+        assert not int(latch.words[NOW])
+        for name, times in spent.items():
+            print(f"{name:>42} {statistics.median(times):>10.1f}")
 
 
 def training(

@@ -210,9 +210,10 @@ class CapturedStep:
             update._clear(parameters, lambda _: False)
 
         kept = [{key: dict(state) for key, state in each.state.items()} for each in update.optimizers]
-        drawn_from = [part.generator for part in keeper.state.parts if isinstance(part, GeneratorPart)]
+        registered = [part.generator for part in keeper.state.parts if isinstance(part, GeneratorPart)]
+        drawn_from = [generator for generator in registered if _is_on(generator.device, self._device)]
         try:
-            self._replay = self._recorder.record(work, [g for g in drawn_from if g.device == self._device])
+            self._replay = self._recorder.record(work, drawn_from)
         finally:
             update._clear(parameters, lambda _: False)  # where it was cut short, nobody has written them
         self._survey = keeper.state.survey()
@@ -233,7 +234,6 @@ class CapturedStep:
         target = self._target()
         if target is not None:
             offsets = [int(view.storage_offset()) for view in target.views]
-            self._signature = target.signature
             self._back = PredicatedCopy(self._latch, live, offsets, parked=True)
 
     def _target(self) -> arena.Arena | None:
@@ -301,7 +301,7 @@ class CapturedStep:
         if self._back is None:
             return
         target = self._target()
-        if target is None or target.signature != self._signature:
+        if target is None:
             self._latch.aim(0)
         else:
             flat = target.flat[self._device]
@@ -418,6 +418,11 @@ def _refuse_new_state(
         f"state appeared inside the capture, which every replay would begin anew: {', '.join(made[:8])}",
         "Raise warm_up=, so that it exists before.",
     )
+
+
+def _is_on(named: torch.device, device: torch.device) -> bool:
+    """Whether what says that it is on `named` is on `device`: a generator need not know the number of its device."""
+    return named.type == device.type and named.index in (None, device.index)
 
 
 def _whereabouts(surveyed: SurveyResult) -> set[tuple[Any, ...]]:

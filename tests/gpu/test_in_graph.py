@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tolaria import GovernorConfig, StateMismatch, TolariaGovernor, judge
-from tolaria.in_graph import CapturedStep
-from tolaria.latch import PredicatedCopy
+from tolaria.in_graph import CapturedStep, Recorder
+from tolaria.latch import Latch, PredicatedCopy
 from tolaria.testing.gates import Gate
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
@@ -198,3 +198,59 @@ def test_a_graph_whose_memory_has_moved_is_not_replayed():
         run.step.step()
     assert same(run.written(), before)
     run.governor.close()
+
+
+# ------------------------------------------------------------ the kernels
+
+SIZES = [0, 1, 3, 15, 16, 17, 4095, 32768, 32769, 65535, 300_001, 1 << 21]
+
+
+@pytest.mark.parametrize("parked", [False, True])
+@pytest.mark.parametrize("to_live", [False, True])
+def test_blocks_of_every_shape_are_copied_if_the_latch_says_so(to_live, parked):
+    generator = torch.Generator().manual_seed(2)
+    slot = torch.randint(0, 256, (sum(SIZES) + 64 * len(SIZES),), generator=generator).to(torch.uint8).cuda()
+    live, offsets, at = [], [], 0
+    for number, size in enumerate(SIZES):
+        at += number % 5  # most of them are not aligned
+        offsets.append(at)
+        at += size
+        memory = torch.full((size + 16,), 0xA5, dtype=torch.uint8, device="cuda")
+        live.append(memory[number % 3 : number % 3 + size])
+    held = [slot[offset : offset + size] for offset, size in zip(offsets, SIZES, strict=True)]
+    latch = Latch(torch.device("cuda:0"))
+    if parked:
+        latch.aim(slot.data_ptr())
+        copies = PredicatedCopy(latch, live, offsets, parked=True)
+    else:
+        copies = PredicatedCopy(latch, live, [block.data_ptr() for block in held])
+    before = [block.clone() for block in (*live, *held)]
+    for bad in (0.0, 1.0):
+        latch.decide(torch.tensor(bad, device="cuda"))
+        copies.run(to_live=to_live)
+        if not bad:
+            assert same([*live, *held], before)
+    source = before[len(SIZES) :] if to_live else before[: len(SIZES)]
+    assert same(live, source)
+    assert same(held, source)
+    whole = torch.cat([block._base for block in live if block._base is not None])
+    assert int((whole == 0xA5).sum()) >= 16 * sum(size > 0 for size in SIZES)  # nothing beside the blocks
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_the_decision_is_latched(protected):
+    latch = Latch(torch.device("cuda:0"))
+    state, slot = torch.zeros(2, 100_000, device="cuda"), torch.ones(2, 100_000, device="cuda")
+    copies = [PredicatedCopy(latch, [a.view(torch.uint8)], [b.data_ptr()]) for a, b in zip(state, slot, strict=True)]
+    bad = torch.ones((), device="cuda")
+
+    def work():
+        latch.decide(bad)
+        copies[0].run(to_live=True)
+        bad.zero_()
+        if not protected:
+            latch.decide(bad)
+        copies[1].run(to_live=True)
+
+    Recorder(torch.device("cuda:0")).record(work)()
+    assert (bool(state[0].all()) == bool(state[1].all())) == protected
