@@ -207,7 +207,8 @@ class Sections:
             raise UnsupportedState(
                 doing,
                 "this thread is capturing a CUDA graph, and a governed step decides on the host what comes next",
-                "Capture forward, backward or the optimizer's own step, and call step or observe after each replay.",
+                "Capture forward, backward or the optimizer's own step, and call step or observe after each replay; or "
+                "the whole of it, veto included, with tolaria.in_graph.CapturedStep.",
             )
 
     def _is_capturing(self) -> bool:

@@ -119,6 +119,7 @@ class Keeper:
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, stale)
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
+        self.before_manual: Callable[[], None] = lambda: None  # may wait, and may raise: then nothing is taken
 
     @property
     def reads_late(self) -> bool:
@@ -226,6 +227,8 @@ class Keeper:
         Returns:
             The handle and what sealing found; None when the slot had moved on meanwhile.
         """
+        if manual:
+            self.before_manual()
         found = None
         wanted = threading.get_ident(), self.ground, step, manual, gradients
         if self.reads_late:

@@ -284,21 +284,14 @@ class Sweep:
     def _laid(self, counts: Sequence[int]) -> torch.Tensor:
         """The table: per block its first chunk, both addresses, bytes and kind; then per chunk its block."""
         kept = [i for i, count in enumerate(counts) if count]
-        firsts = list(itertools.accumulate((counts[i] for i in kept), initial=0))[:-1]
         rows = (
-            firsts,
             [self._live[i].data_ptr() for i in kept],
             [self._held[i].data_ptr() for i in kept],
             [self._live[i].numel() for i in kept],
             [self._finite[i].value for i in kept],
         )
-        owners = torch.arange(len(kept), dtype=torch.int32)
-        owners = owners.repeat_interleave(torch.tensor([counts[i] for i in kept]), output_size=self.num_chunks)
-        table = torch.zeros(5 * len(kept) + -(-self.num_chunks // 2), dtype=torch.int64).pin_memory()
-        table[: 5 * len(kept)] = torch.tensor(rows, dtype=torch.int64).view(-1)
-        table[5 * len(kept) :].view(torch.int32)[: self.num_chunks] = owners
         self._num_blocks = len(kept)
-        return table.to(self._live[0].device, non_blocking=True)
+        return table_of(rows, [counts[i] for i in kept]).to(self._live[0].device, non_blocking=True)
 
     @property
     def is_compiled(self) -> bool:
@@ -353,6 +346,27 @@ class Sweep:
             ]
             if flags:
                 answer[1] |= ~torch.stack(flags).all()
+
+
+def table_of(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
+    """A table for a kernel that goes through blocks chunk by chunk: shape [n], int64, page-locked.
+
+    Args:
+        rows: Facts of the blocks, each as long as there are blocks.
+        counts: Chunks of each block, at least one.
+
+    Returns:
+        Per block the number of its first chunk; the rows; then per chunk the number of its block, as int32.
+    """
+    num_chunks, num_blocks = sum(counts), len(counts)
+    firsts = list(itertools.accumulate(counts, initial=0))[:-1]
+    owners = torch.arange(num_blocks, dtype=torch.int32)
+    owners = owners.repeat_interleave(torch.tensor(counts), output_size=num_chunks)
+    head = num_blocks * (len(rows) + 1)
+    table = torch.zeros(head + -(-num_chunks // 2), dtype=torch.int64).pin_memory()
+    table[:head] = torch.tensor((firsts, *rows), dtype=torch.int64).view(-1)
+    table[head:].view(torch.int32)[:num_chunks] = owners
+    return table
 
 
 def addresses_of(blocks: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

@@ -68,8 +68,9 @@ class Measure:
             tensors: Any.
             flagged: With `Measured.flags`.
         """
-        # what torch does not dispatch, a mode that looks on (a race detector) would not see
-        if tensors and tensors[0].is_cuda and not torch._C._len_torch_dispatch_stack():
+        # what torch does not dispatch, a mode that looks on (a race detector) would not see; and a graph would keep the
+        # addresses of memory that later calls use as well
+        if tensors and tensors[0].is_cuda and not torch._C._len_torch_dispatch_stack() and not _is_captured():
             with self._lock:
                 found = self._by_kernel(tensors, flagged)
             if found is not None:
@@ -118,6 +119,10 @@ class Measure:
             own = [size for index in where if (size := sizes[index]) is not None]
             shares.append((Share(launcher, device, own), device, where))
         self._shares = shares or None
+
+
+def _is_captured() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _size(tensor: torch.Tensor) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,7 +80,12 @@ class Update:
             return True
         if any(map(veto.unwritten_momenta, self.optimizers)):
             return False
-        return not keeps or self._means.are_exact(self.optimizers)
+        return not keeps or self.are_exact
+
+    @property
+    def are_exact(self) -> bool:
+        """Whether a step of all optimizers can be refused by a flag so that nothing of it is left."""
+        return self._means.are_exact(self.optimizers)
 
     def run(
         self,
@@ -150,33 +155,56 @@ class Update:
         Whoever learns later that a gradient was not finite rolls back, so nothing is lost but time. A
         `ReduceLROnPlateau` without `metric` needs the loss itself, and waits for it.
         """
+        with self._scaled_learning_rate(lr_factor):
+            done = self.launch(parameters, loss, clip, closure, (lambda flag: flag) if may_veto else None)
+        if not is_stale and self.schedulers:
+            if metric is None and self._wants_metric():
+                metric = observe.read_loss(done.loss)
+            self._step_schedulers(metric)
+        self._clear(parameters, is_static)
+        return replace(done, stale=is_stale)
+
+    def launch(
+        self,
+        parameters: Sequence[nn.Parameter],
+        loss: observe.Loss,
+        clip: float | None,
+        closure: Closure | None,
+        decide: Callable[[torch.Tensor], torch.Tensor | None] | None,
+    ) -> Outcome:
+        """What the device does in one update, and nothing of the host's: what a graph can hold.
+
+        Args:
+            parameters: Governed parameters, whose gradients are read.
+            loss: As handed to `step`.
+            clip: Greatest gradient norm, or None.
+            closure: Handed to every optimizer.
+            decide: Called right before the optimizers with the flag that tells whether a gradient is not finite (see
+                `veto`), and answers the flag by which they are to be refused; None: they are not. None for no veto.
+        """
         self._unscale()
         counted = self._counted(parameters)
         grads = observe.gradients(counted) if closure is None else []
-        read = self._measured(grads, clips=clip is not None, flagged=may_veto)
+        read = self._measured(grads, clips=clip is not None, flagged=decide is not None)
         skipped = self.skipped_by_scaler()
         single = list(_single(read))
         total = observe.total_norm(single) if single else None
-        refusal = self._refusal(read, total) if may_veto else None
+        refusal = None if decide is None else self._refusal(read, total)
+        if refusal is not None and decide is not None:
+            refusal = decide(refusal)
         if clip is not None and total is not None:
-            if may_veto and len(read) > 1:
+            if decide is not None and len(read) > 1:
                 total = observe.total_norm(list(self._applied(read)))
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
             torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(dtype))
-        with self._scaled_learning_rate(lr_factor):
-            returned = self._step(closure, guarded=may_veto, refusal=refusal)
+        returned = self._step(closure, guarded=decide is not None, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
-        if not is_stale and self.schedulers:
-            if metric is None and self._wants_metric():
-                metric = observe.read_loss(value)
-            self._step_schedulers(metric)
-        self._clear(parameters, is_static)
         return Outcome(
             loss=value,
             norms=Measured(single, [total for _, norms in read for total in norms.totals]),
             vetoed=False,
             late_veto=refusal,
-            stale=is_stale,
+            stale=False,
             scaler_skipped=skipped,
         )
 
