@@ -27,14 +27,28 @@ class Room:
     sets: list[dict[str, torch.Tensor]] = field(default_factory=list)
     pasts: list[torch.Tensor] = field(default_factory=list)
 
-    def furnish(self, parameter: torch.Tensor, live: dict[str, torch.Tensor], history: int) -> None:
-        """Make `live` the first set, and see that all others and the pasts are there and fit."""
-        others = [each for each in self.sets if each and not _shares(each, live) and _alike(each, live)]
+    def furnish(self, parameter: torch.Tensor, live: dict[str, torch.Tensor], history: int) -> bool:
+        """Make `live` the first set, and see that all others and the pasts are there and fit.
+
+        Answers whether all that was left here is still there, in its order: what comes first is overwritten first.
+        """
+        at = next((i for i, each in enumerate(self.sets) if _are(each, live)), None)
+        intact = at is not None or not self.sets
+        turned = [] if at is None else [*self.sets[at + 1 :], *self.sets[:at]]
+        others = turned if at is not None else [each for each in self.sets if not _shares(each, live)]
+        others = [each for each in others if _alike(each, live)]
+        intact = intact and len(others) == len(turned)
         others += [{k: torch.empty_like(t) for k, t in live.items()} for _ in range(history - len(others))]
         self.sets = [live, *others[:history]]
+        intact = intact and all(_twin(past, parameter) for past in self.pasts)
         kept = [past for past in self.pasts if _twin(past, parameter)]
         kept += [torch.empty_like(parameter.detach()) for _ in range(history - len(kept))]
         self.pasts = kept[:history]
+        return intact
+
+
+def _are(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor is other[name] for name, tensor in one.items())
 
 
 def _shares(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -66,6 +80,7 @@ class Batch:
         past_steps: Per kept step, the former step counts: shape [history, parameters]; None without counts.
         live: The set that the states hold.
         fresh: The states did not exist before this step.
+        is_continued: What earlier steps of these parameters have left in the rooms is still there.
     """
 
     def __init__(
@@ -80,13 +95,14 @@ class Batch:
     ) -> None:
         self.parameters, self.states, self.names = list(parameters), list(states), list(names)
         self.history, self.lacking, self.fresh, self.live = history, lacking, False, 0
+        self.is_continued = True
         for parameter, state, room in zip(parameters, states, rooms, strict=True):
             live = (
                 {name: torch.zeros_like(parameter.detach()) for name in names}
                 if lacking
                 else {name: state[name] for name in names}
             )
-            room.furnish(parameter, live, history)
+            self.is_continued &= room.furnish(parameter, live, history)
         self.sets = [[room.sets[s][name] for room in rooms for name in names] for s in range(history + 1)]
         self.pasts = [[room.pasts[k] for room in rooms] for k in range(history)]
         self.steps: list[torch.Tensor] = [state["step"] for state in states if "step" in state]

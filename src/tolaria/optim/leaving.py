@@ -131,7 +131,7 @@ class Leaving(Optimizer):
         past = self._past
         if capturing and not past.captured:
             past.captured, past.launches_undone = True, _launches(batch for _, batch in work)
-        past.begin([batch for _, batch in work])
+        past.begin()
         past.compiled = len(ready) == len(work)
         if past.compiled:
             traces = [self._step_in_one(*each, kernel) for each, kernel in zip(work, ready, strict=True)]
@@ -194,6 +194,8 @@ class Leaving(Optimizer):
                 lacking=lacks[indices[0]],
             )
             batch.fresh = id(some[0]) in fresh
+            if not batch.is_continued:
+                self._past.left.clear()
             made.append(batch)
         return made
 
@@ -263,6 +265,10 @@ class Leaving(Optimizer):
                 torch._foreach_copy_(batch.parameters, widened)
             if refused is not None:
                 _take_back(trace, refused)
+            if batch.lacking:  # what torch has made goes where the next steps look for it
+                made = [state[name] for state in batch.states for name in batch.names]
+                torch._foreach_copy_(batch.sets[0], made)
+                batch.install(0)
         return traces
 
     def _copy_away(self, group: Group, batch: Batch) -> Trace:

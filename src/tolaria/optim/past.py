@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -107,13 +107,9 @@ class Past:
     launches_undone: int = -1
     compiled: bool = False
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """A step of these batches comes: forget what it would overwrite unnoticed."""
-        if not self.left:
-            return
-        former = {id(trace.batch) for trace in self.left[-1].traces}
-        # a step of other parameters, or of parameters that somebody has written, does not follow on the last one
-        if self.captured or former != {id(batch) for batch in batches} or not self.left[-1].is_last_word():
+    def begin(self) -> None:
+        """A step comes: forget what it does not follow on."""
+        if self.left and (self.captured or not self.left[-1].is_last_word()):
             self.left.clear()
 
     def place(self) -> int:
