@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from tolaria.config import Moments
 from tolaria.errors import UnsupportedState
+from tolaria.optim.adamw import AdamW
+from tolaria.optim.sgd import SGD
 
 _AVERAGES = {"step": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0}
 
@@ -26,6 +28,8 @@ _COLD: dict[type[Optimizer], dict[str, float]] = {
     optim.RMSprop: {"step": 0.0, "square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0},
     optim.Adadelta: {"step": 0.0, "square_avg": 0.0, "acc_delta": 0.0},
     optim.SGD: {"momentum_buffer": 0.0},
+    AdamW: _AVERAGES,
+    SGD: {"momentum_buffer": 0.0},
 }
 """What each entry of the state is before the first step. A step from there is a first step, bit for bit."""
 

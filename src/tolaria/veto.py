@@ -2,9 +2,9 @@
 
 The host launches the step as always and learns later what became of it. Two means, by optimizer:
 
-* **predicate**: torch's fused optimizers take a flag, `found_inf`, and their kernels leave everything as it is where it
-  is 1 (the mechanism of `GradScaler`). They test for exactly 1, and `GradScaler` adds up the flags of several devices,
-  so theirs and ours are merged into 0 or 1. Nothing of the step is left, bit for bit.
+* **predicate**: torch's fused optimizers and those of `tolaria.optim` take a flag, `found_inf`, and their kernels leave
+  everything as it is where it is 1 (the mechanism of `GradScaler`). They test for exactly 1, and `GradScaler` adds up
+  the flags of several devices, so theirs and ours are merged into 0 or 1. Nothing of the step is left, bit for bit.
 * **blank**: any other optimizer gets gradients of zero instead. Nothing that is not finite reaches the weights, but
   moments decay and weight decay is applied, so only the rollback that follows makes it exact.
 
@@ -24,6 +24,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tolaria import observe
+from tolaria.optim.leaving import Leaving
 from tolaria.state.wrappers import inner_tensors, is_wrapper
 
 _MISSING = object()
@@ -71,7 +72,9 @@ class Choice:
 
 
 def can_be_predicated(optimizer: Optimizer) -> bool:
-    """Whether it is one of torch's own fused ones, over plain tensors: only of those is it known what a flag does."""
+    """Whether it is one of torch's fused ones or ours, over plain tensors: of those it is known what a flag does."""
+    if inspect.unwrap(type(optimizer).step) is inspect.unwrap(Leaving.step):
+        return not any(is_wrapper(parameter) for group in optimizer.param_groups for parameter in group["params"])
     known = {inspect.unwrap(kind.step) for kind in (Adam, AdamW, SGD, Adagrad)}
     return (
         inspect.unwrap(type(optimizer).step) in known

@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from tolaria import observe, veto
+from tolaria.optim import SGD, AdamW
 
 FUSED = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.1, fused=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.1, fused=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1, fused=True),
+    "ours": lambda p: AdamW(p, lr=0.1),
+    "our momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1, foreach=True),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1, fused=True),
 }
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)

@@ -1,0 +1,138 @@
+"""PAST: what an optimizer's steps have left behind, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from tolaria.optim.batch import Batch, Room
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What an optimizer was asked for.
+
+    Attributes:
+        history: How many steps are kept.
+        alternate: Let the moments change their place.
+        moment_dtype: Element type of the moments; None: that of the parameter.
+    """
+
+    history: int
+    alternate: bool
+    moment_dtype: torch.dtype | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What an optimizer holds of its past, for reading.
+
+    Attributes:
+        steps: How many steps can be undone now.
+        alternates: The moments change their place with every step, so that the old ones need no copy.
+        reason: Why they do not; empty if they do.
+        compiled: The last step was made by the kernels, and not by torch's operators.
+        num_bytes: Memory that the past takes.
+    """
+
+    steps: int
+    alternates: bool
+    reason: str
+    compiled: bool
+    num_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """Where one batch's state before a step is.
+
+    Attributes:
+        batch: The batch.
+        past: Which of its pasts has the parameters, and the step counts.
+        held: Which of its sets has the moments.
+        moved: The live moments are another set's since; else they were overwritten in place.
+    """
+
+    batch: Batch
+    past: int
+    held: int
+    moved: bool
+
+
+@dataclass(slots=True, eq=False)
+class Left:
+    """One step's traces, and what the parameters' versions were after it."""
+
+    traces: list[Trace]
+    versions: dict[int, int] = field(default_factory=dict)
+
+    def note(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Note the versions of parameters; None: of all that the step wrote."""
+        for parameter in self.parameters() if parameters is None else parameters:
+            if parameters is None or id(parameter) in self.versions:
+                self.versions[id(parameter)] = parameter._version
+
+    def parameters(self) -> Iterable[torch.Tensor]:
+        """Those that the step wrote."""
+        return (parameter for trace in self.traces for parameter in trace.batch.parameters)
+
+    def is_last_word(self) -> bool:
+        """Whether nobody has written the parameters since, through torch."""
+        return all(parameter._version == self.versions[id(parameter)] for parameter in self.parameters())
+
+
+@dataclass(slots=True, eq=False)
+class Past:
+    """The memory and the traces of one optimizer.
+
+    Attributes:
+        options: What was asked for.
+        rooms: Memory by parameter.
+        batches: What the last steps were made with, by group, parameters and what they lacked.
+        left: Traces of the steps that can be undone, oldest first.
+        turn: Which past the next step writes, counted up.
+        captured: A graph was captured, which goes on reading and writing where it did.
+        launches_undone: After a capture: how many launches there had been when the last step was undone.
+        compiled: The last step was made by the kernels.
+    """
+
+    options: Options
+    rooms: dict[torch.Tensor, Room] = field(default_factory=dict)
+    batches: dict[tuple[object, ...], list[Batch]] = field(default_factory=dict)
+    left: list[Left] = field(default_factory=list)
+    turn: int = 0
+    captured: bool = False
+    launches_undone: int = -1
+    compiled: bool = False
+
+    def begin(self) -> None:
+        """A step comes: forget what it does not follow on."""
+        if self.left and (self.captured or not self.left[-1].is_last_word()):
+            self.left.clear()
+
+    def place(self) -> int:
+        """Which past the step writes. After a capture always the one that the graph writes."""
+        return 0 if self.captured else self.turn % self.options.history
+
+    def target(self, batch: Batch, stays: bool) -> int:
+        """Which set the step writes, or copies the old moments into where the live ones stay."""
+        away = 1 + self.place() if stays else 1
+        return (batch.live + away) % (self.options.history + 1)
+
+    def end(self, traces: list[Trace]) -> None:
+        """The step was launched."""
+        left = Left(traces)
+        left.note()
+        self.left = [*self.left, left][-self.options.history :]
+        self.turn += 1
+
+    def num_bytes(self) -> int:
+        """Memory that the past takes."""
+        tensors = [
+            tensor
+            for room in self.rooms.values()
+            for tensor in (*(t for one in room.sets[1:] for t in one.values()), *room.pasts)
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,276 @@
+"""The kernels of `tolaria.optim` against torch's fused optimizers, bit for bit, and the way back on a device."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from tolaria import GovernorConfig, TolariaGovernor, judge
+from tolaria.errors import NoSnapshot, UnsupportedState
+from tolaria.optim import SGD, AdamW
+
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")]
+
+# whole chunks, parts of one, odd ends, nothing, a number
+SHAPES = [(8192,), (64, 257), (3,), (2, 8192), (0,), (), (1023, 33)]
+ADAMS = {
+    "plain": {},
+    "no decay": {"weight_decay": 0.0},
+    "amsgrad": {"amsgrad": True, "weight_decay": 0.3},
+    "maximize": {"maximize": True, "betas": (0.5, 0.95), "eps": 1e-3},
+    "capturable": {"capturable": True},
+}
+SGDS = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "dampening": {"momentum": 0.8, "dampening": 0.3, "maximize": True, "weight_decay": 0.01},
+}
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [nn.Parameter(torch.randn(s, device="cuda", generator=generator).to(dtype)) for s in shapes]
+
+
+def feed(number, *lists):
+    """The same gradients for each list, of very different sizes."""
+    generator = torch.Generator("cuda").manual_seed(number)
+    for of_each in zip(*lists, strict=True):
+        scale = 10.0 ** torch.randint(-6, 2, (), device="cuda", generator=generator)
+        grad = torch.randn(of_each[0].shape, device="cuda", generator=generator) * scale
+        for parameter in of_each:
+            parameter.grad = grad.to(parameter.dtype)
+
+
+def held(optimizer):
+    own = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    return [t.clone() for t in (*own, *(v for s in optimizer.state.values() for v in s.values() if v is not None))]
+
+
+def differing(one, other):
+    """Elements that differ by a bit, and by how many units in the last place at most."""
+    assert len(one) == len(other)
+    words = {4: torch.int32, 2: torch.int16}
+    apart = [(a.view(words[a.itemsize]) - b.view(words[b.itemsize])).abs() for a, b in zip(one, other, strict=True)]
+    return sum(int((a != 0).sum()) for a in apart), max(int(a.max()) for a in apart if a.numel())
+
+
+def pair(kind, settings, dtype=torch.float32, **own):
+    mine, theirs = parameters(dtype), parameters(dtype)
+    ours, torchs = (AdamW, torch.optim.AdamW) if kind == "adamw" else (SGD, torch.optim.SGD)
+    return mine, theirs, ours(mine, lr=0.01, **settings, **own), torchs(theirs, lr=0.01, fused=True, **settings)
+
+
+CASES = [*(("adamw", name, s) for name, s in ADAMS.items()), *(("sgd", name, s) for name, s in SGDS.items())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_as_torchs_fused_one(kind, name, settings, dtype):
+    mine, theirs, ours, torchs = pair(kind, settings, dtype)
+    for number in range(1000 if name == "plain" and dtype is torch.float32 else 40):
+        feed(number, mine, theirs)
+        ours.step()
+        torchs.step()
+    assert ours.kept().compiled
+    assert ours.kept().alternates == (name != "capturable")
+    assert differing(held(ours), held(torchs)) == (0, 0)
+
+
+def test_moments_wider_than_parameters():
+    mine, wide = parameters(torch.bfloat16), [p.detach().float() for p in parameters(torch.bfloat16)]
+    ours = AdamW(mine, lr=0.01, moment_dtype=torch.float32)
+    torchs = torch.optim.AdamW(wide, lr=0.01, fused=True)
+    for number in range(30):
+        feed(number, mine)
+        for narrow, one in zip(mine, wide, strict=True):
+            one.copy_(narrow.detach())
+            one.grad = narrow.grad.float()
+        ours.step()
+        torchs.step()
+        for one in wide:
+            one.copy_(one.bfloat16())
+    assert ours.kept().compiled
+    assert {v.dtype for s in ours.state.values() for v in s.values()} == {torch.float32}
+    expected = [w.bfloat16() for w in wide] + [v for s in torchs.state.values() for v in s.values()]
+    assert differing(held(ours), expected) == (0, 0)
+
+
+def test_memory_that_is_not_aligned():
+    flat = torch.randn(40_000, device="cuda")
+    mine = [nn.Parameter(flat[1:20_001].clone()[1:]), nn.Parameter(flat.clone()[3:])]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    ours, torchs = AdamW(mine, lr=0.01), torch.optim.AdamW(theirs, lr=0.01, fused=True)
+    for number in range(10):
+        feed(number, mine, theirs)
+        ours.step()
+        torchs.step()
+    assert ours.kept().compiled
+    assert differing(held(ours), held(torchs)) == (0, 0)
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize(("kind", "name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_back_by_one_and_by_several(kind, name, settings, alternate):
+    mine, _, ours, _ = pair(kind, settings, history=3, alternate=alternate)
+    states = []
+    for number in range(7):
+        states.append(held(ours))
+        feed(number, mine)
+        ours.step()
+    last = held(ours)
+    assert ours.kept().compiled
+    for number in (6, 5, 4):
+        ours.undo()
+        assert differing(held(ours), states[number]) == (0, 0)
+    with pytest.raises(NoSnapshot):
+        ours.undo()
+    for number in (4, 5, 6):
+        feed(number, mine)
+        ours.step()
+    assert differing(held(ours), last) == (0, 0)
+    ours.undo()
+    assert differing(held(ours), states[6]) == (0, 0)
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize(("kind", "name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_flag_on_the_device_refuses_the_step(kind, name, settings, alternate):
+    mine, theirs, ours, torchs = pair(kind, settings, alternate=alternate)
+    for number in range(9):
+        feed(number, mine, theirs)
+        bad = number in (3, 4, 7)
+        before = held(ours)
+        ours.found_inf = torch.full((), float(bad), device="cuda")
+        if bad:
+            mine[0].grad[5] = float("nan")
+        else:
+            torchs.step()
+        ours.step()
+        if number:  # the first one makes the state
+            assert (differing(held(ours), before) == (0, 0)) == bad
+    assert differing(held(ours), held(torchs)) == (0, 0)
+    ours.undo()
+    with contextlib.suppress(NoSnapshot):
+        ours.undo()
+
+
+def test_under_a_scaler():
+    mine, theirs, ours, torchs = pair("adamw", {})
+    scalers = [torch.amp.GradScaler("cuda", init_scale=512.0) for _ in range(2)]
+    for number in range(8):
+        feed(number, mine, theirs)
+        for some, optimizer, scaler in zip((mine, theirs), (ours, torchs), scalers, strict=True):
+            scaler.scale(torch.ones((), device="cuda"))
+            for p in some:
+                p.grad.mul_(512.0)
+            if number == 4:
+                some[1].grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+    assert differing(held(ours), held(torchs)) == (0, 0)
+    assert differing([p.grad for p in mine], [p.grad for p in theirs]) == (0, 0)
+
+
+def test_a_step_waits_for_nothing():
+    mine, _, ours, _ = pair("adamw", {})
+    for number in range(4):
+        feed(number, mine)
+        torch.cuda.synchronize()
+        if number:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            ours.step()
+            ours.undo()
+            ours.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def captured(optimizer):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("adamw", {"capturable": True}), ("sgd", {"momentum": 0.9})])
+def test_captured(kind, settings):
+    mine, theirs, ours, torchs = pair(kind, settings)
+    for number in range(3):
+        feed(number, mine, theirs)
+        ours.step()
+        torchs.step()
+    static = [p.grad for p in mine]
+    alternated = ours.kept().alternates
+    graph = captured(ours)
+    assert not ours.kept().alternates
+    assert ours.kept().reason
+    assert alternated == (kind == "sgd")
+    with pytest.raises(NoSnapshot):
+        ours.undo()  # a capture launches nothing
+    moments = [v for s in ours.state.values() for v in s.values()]
+    for number in range(3, 8):
+        feed(number, theirs)
+        torchs.step()
+        for p, q, grad in zip(mine, theirs, static, strict=True):
+            p.grad = grad
+            grad.copy_(q.grad)
+        before = held(ours)
+        if number % 2:
+            graph.replay()
+        else:
+            ours.step()  # beside the graph, over the same memory
+        ours.undo()
+        assert differing(held(ours), before) == (0, 0)
+        with pytest.raises(NoSnapshot):
+            ours.undo()
+        graph.replay()
+    assert differing(held(ours), held(torchs)) == (0, 0)
+    assert all(a is b for a, b in zip(moments, (v for s in ours.state.values() for v in s.values()), strict=True))
+
+
+def test_a_first_step_is_not_captured():
+    mine = parameters()
+    ours = SGD(mine, lr=0.1, momentum=0.9)
+    feed(0, mine)
+    something = torch.zeros(3, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        something.add_(1)
+        with pytest.raises(UnsupportedState):
+            ours.step()
+    ours.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_governed(steps):
+    """A rollback over moments that have changed their place since the snapshot, or have come back to it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8)).cuda()
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    batches = [torch.randn(16, 32, device="cuda") for _ in range(12)]
+
+    def train(x):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    with TolariaGovernor(model, optimizer, config=GovernorConfig(rng="keep"), detector=judge.non_finite()) as governor:
+        for x in batches[:3]:
+            train(x)
+        optimizer.zero_grad()
+        governor.snapshot().wait("sealed")
+        before = held(optimizer)
+        for x in batches[3 : 3 + steps]:
+            train(x)
+        after = held(optimizer)
+        governor.execute_rollback().wait()
+        assert differing(held(optimizer), before) == (0, 0)
+        with pytest.raises(NoSnapshot):
+            optimizer.undo()  # what it holds is not of the state that is there now
+        for x in batches[3 : 3 + steps]:
+            train(x)
+        assert differing(held(optimizer), after) == (0, 0)
+        assert optimizer.kept().compiled
