@@ -34,7 +34,7 @@ class Room:
         """
         at = next((i for i, each in enumerate(self.sets) if _are(each, live)), None)
         intact = at is not None or not self.sets
-        turned = [] if at is None else [*self.sets[at + 1 :], *self.sets[:at]]
+        turned: list[dict[str, torch.Tensor]] = [] if at is None else [*self.sets[at + 1 :], *self.sets[:at]]
         others = turned if at is not None else [each for each in self.sets if not _shares(each, live)]
         others = [each for each in others if _alike(each, live)]
         intact = intact and len(others) == len(turned)
