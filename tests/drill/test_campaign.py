@@ -244,6 +244,21 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
         campaign.read(tmp_path / "other.jsonl")
 
 
+def test_workloads_in_turn_give_every_kind_each_seed_once() -> None:
+    plan = campaign.choose((), (), 3, 6, "full", in_turn=True)
+    trials = [(kind, workload, seed) for workload, seed, kinds, _ in plan.batches(set()) for kind in kinds]
+    wanted = [(kind, seed) for kind in sorted(BY_NAME) for seed in range(3, 9)]
+    assert sorted((kind, seed) for kind, _, seed in trials) == wanted
+    assert {workload for kind, workload, _ in trials if kind == CONTROL.name} == set(WORKLOADS)
+    everything = {
+        (kind, workload, seed)
+        for workload, seed, kinds, _ in campaign.choose((), (), 3, 6, "full").batches(set())
+        for kind in kinds
+    }
+    assert set(trials) < everything  # the rest can be added later
+    assert not plan.batches(set(trials))
+
+
 def rows(references: References) -> list[dict[str, Any]]:
     good = row_of(run_trial(CONTROL, references, 0, "blind"), "full")
     return [

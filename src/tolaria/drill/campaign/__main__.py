@@ -40,6 +40,9 @@ class Campaign:
     kinds: tuple[str, ...] = ()
     """Some kinds of fault; all, and undisturbed runs, unless given."""
 
+    in_turn: bool = False
+    """Each kind and seed on one workload, the next seed on the next one: a third of the trials."""
+
     mode: Literal["full", "signs", "blind"] = "full"
     """full: detectors, and every step is run twice; signs: the detectors alone; blind: neither (the red twin)."""
 
@@ -95,11 +98,15 @@ def _run(command: Campaign) -> int:
         raise CannotRun("TOLARIA_DISABLE is set, so there would be no governor: unset it")
     if command.processes < 1:
         raise CannotRun(f"--processes {command.processes} is no number of processes: use 1 or more")
-    plan = campaign.choose(command.workloads, command.kinds, command.first_seed, command.seeds, command.mode)
+    plan = campaign.choose(
+        command.workloads, command.kinds, command.first_seed, command.seeds, command.mode, in_turn=command.in_turn
+    )
     others = {found["mode"]: found for found in map(_read_summary, command.beside)}
+    goes_on = bool(campaign.read(command.results))
     began = time.perf_counter()
     rows = campaign.run(plan, command.results, command.processes)
-    found = summary(rows, campaign.about(plan, time.perf_counter() - began, command.processes))
+    seconds = None if goes_on else time.perf_counter() - began
+    found = summary(rows, campaign.about(plan, seconds, command.processes))
     if command.summary is not None:
         command.summary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if command.page is not None:

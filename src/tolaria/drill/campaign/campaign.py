@@ -32,12 +32,14 @@ class Plan:
         kinds: Names.
         seeds: Of the trials.
         mode: See `trial.run_trial`.
+        in_turn: Each kind and seed on one workload, the next seed on the next one; else on all of them.
     """
 
     workloads: tuple[str, ...]
     kinds: tuple[str, ...]
     seeds: range
     mode: Mode
+    in_turn: bool = False
 
     def batches(self, known: set[tuple[str, str, int]]) -> list[tuple[str, int, tuple[str, ...], Mode]]:
         """What one process does at a time: the kinds of one workload and seed that are not `known` yet."""
@@ -45,11 +47,17 @@ class Plan:
         for seed in self.seeds:
             for workload in self.workloads:
                 kinds = tuple(
-                    kind for kind in self.kinds if applies(kind, workload) and (kind, workload, seed) not in known
+                    kind
+                    for kind in self.kinds
+                    if workload in self._workloads_of(kind, seed) and (kind, workload, seed) not in known
                 )
                 if kinds:
                     found.append((workload, seed, kinds, self.mode))
         return found
+
+    def _workloads_of(self, kind: str, seed: int) -> list[str]:
+        suitable = [workload for workload in self.workloads if applies(kind, workload)]
+        return [suitable[seed % len(suitable)]] if self.in_turn and suitable else suitable
 
 
 def applies(kind: str, workload: str) -> bool:
@@ -57,7 +65,9 @@ def applies(kind: str, workload: str) -> bool:
     return not BY_NAME[kind].workloads or workload in BY_NAME[kind].workloads
 
 
-def choose(workloads: Sequence[str], kinds: Sequence[str], first: int, count: int, mode: Mode) -> Plan:
+def choose(
+    workloads: Sequence[str], kinds: Sequence[str], first: int, count: int, mode: Mode, *, in_turn: bool = False
+) -> Plan:
     """A plan of what is named; of everything where nothing is.
 
     Raises:
@@ -69,7 +79,8 @@ def choose(workloads: Sequence[str], kinds: Sequence[str], first: int, count: in
                 raise CannotRun(f"there is no {name!r}: choose from {', '.join(known)}")
     if count < 1 or first < 0:
         raise CannotRun(f"seeds {first} to {first + count - 1} are none: use --seeds 1 or more, from 0 on")
-    return Plan(tuple(workloads) or tuple(WORKLOADS), tuple(kinds) or tuple(BY_NAME), range(first, first + count), mode)
+    seeds = range(first, first + count)
+    return Plan(tuple(workloads) or tuple(WORKLOADS), tuple(kinds) or tuple(BY_NAME), seeds, mode, in_turn)
 
 
 def run_batch(workload: str, seed: int, kinds: Sequence[str], mode: Mode) -> list[Row]:
@@ -169,12 +180,13 @@ def _append(path: Path | None, rows: Sequence[Row]) -> None:
         raise CannotRun(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 
-def about(plan: Plan, seconds: float, processes: int) -> dict[str, Any]:
-    """Settings and machine, for the summary."""
+def about(plan: Plan, seconds: float | None, processes: int) -> dict[str, Any]:
+    """Settings and machine, for the summary. `seconds` is None where some trials had been run before."""
     return {
         "mode": plan.mode,
         "steps": STEPS,
         "seeds": [plan.seeds.start, plan.seeds.stop - 1],
+        "in_turn": plan.in_turn,
         "machine": {
             "processor": platform.machine(),
             "cores": os.cpu_count(),
@@ -183,5 +195,5 @@ def about(plan: Plan, seconds: float, processes: int) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "processes": processes,
-        "minutes": round(seconds / 60, 1),
+        "minutes": None if seconds is None else round(seconds / 60, 1),
     }

@@ -11,6 +11,7 @@ from tolaria.drill.workloads import CannotRun
 
 BEGIN = "<!-- campaign: written by python -m tolaria.drill.campaign --page -->"
 END = "<!-- end of campaign -->"
+_TURN = " (each kind and seed on one of them, the next seed on the next)"
 
 
 def write(path: Path, full: dict[str, Any], others: dict[str, dict[str, Any]]) -> None:
@@ -39,13 +40,14 @@ def lines(full: dict[str, Any], others: dict[str, dict[str, Any]]) -> Iterator[s
     yield (
         f"{full['good']} of {full['trials']} trials passed ({_percent(full['good'], full['trials'])}), "
         f"{full['silent']} silent failures; {full['num_kinds']} kinds, seeds {full['seeds'][0]} to {full['seeds'][1]}, "
-        f"{len(full['workloads'])} workloads, {full['steps']} steps each. "
+        f"{len(full['workloads'])} workloads{_TURN if full['in_turn'] else ''}, {full['steps']} steps each. "
         f"{full['false_panics_of_control']} false panics in {full['controls']} undisturbed runs."
     )
     yield ""
+    taken = "in several goes" if full["minutes"] is None else f"{full['minutes']} minutes"
     yield (
         f"{machine['processor']}, {machine['cores']} cores, CPU only, one thread per trial, {full['processes']} "
-        f"processes, {full['minutes']} minutes; torch {machine['torch']}, Python {machine['python']}."
+        f"processes, {taken}; torch {machine['torch']}, Python {machine['python']}."
     )
     for workload, its in full["workloads"].items():
         yield f"* {workload}: {its['good']} of {its['trials']}"

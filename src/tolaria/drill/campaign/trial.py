@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -221,14 +222,17 @@ class _Run:
             on_incident=self._note,
         )
         detector = _blind() if self._mode == "blind" else None
-        with TolariaGovernor(
+        governor = TolariaGovernor(
             training.model, training.optimizer, scheduler=training.scheduler, config=config, detector=detector
-        ) as governor:
+        )
+        # not `with governor`: leaving that would ask once more for what the run has just ended over
+        with contextlib.closing(governor):
             governor.register("ema", training.ema)
             self.striker.slots = partial(_slots, governor)
             left: TolariaError | None = None
             try:
                 self._train(governor)
+                governor.finish()
             except TolariaError as error:
                 self.ended_by = type(error).__name__
                 left = error
