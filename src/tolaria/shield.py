@@ -39,8 +39,9 @@ class Shield:
                     zip(_NUMBERS, handlers, strict=True), map(callable, handlers)
                 ):
                     self._held[number] = handler
-                    # another one, where a handler that has just run has set it
-                    self._held[number] = _set_handler(number, self._note)
+                    before = _set_handler(number, self._note)
+                    if before is not None:  # none: not set by Python, and nothing that could be put back
+                        self._held[number] = before  # another one, where a handler that has just run has set it
             except BaseException:
                 self.__exit__()
                 raise

@@ -227,11 +227,12 @@ class _Meddling:
         self._after, self._arrives, self._when = after, arrives, when
         self.fired = 0
 
-    def set_handler(self, number: int, handler: Any) -> None:
-        signal.signal(number, handler)
+    def set_handler(self, number: int, handler: Any) -> Any:
+        before = signal.signal(number, handler)
         if number == self._after and self._when(handler) and not self.fired:
             self.fired += 1
             signal.raise_signal(self._arrives)
+        return before
 
 
 @pytest.mark.parametrize("after", NUMBERS)
@@ -272,6 +273,43 @@ def test_a_handler_that_raises_while_the_shield_goes_up(
     with pytest.raises(TimeoutError):
         work()
     assert heard.numbers.count(last) == 1
+    assert_put_back(heard)
+
+
+def test_a_handler_that_is_set_while_the_shield_goes_up_comes_back(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler runs between asking for the handlers and covering them, and has set another one for a later signal."""
+    first, other = min(NUMBERS), max(NUMBERS)
+
+    def replacement(number: int, frame: object) -> None:
+        raise AssertionError("never called")
+
+    class Running(_Meddling):
+        def set_handler(self, number: int, handler: Any) -> Any:
+            if number == first and not self.fired:
+                self.fired += 1
+                signal.signal(other, replacement)
+            return signal.signal(number, handler)
+
+    monkeypatch.setattr(tolaria.shield, "_set_handler", Running(first, first, bool).set_handler)
+    with Shield():
+        pass
+    assert signal.getsignal(other) is replacement
+    signal.signal(other, heard)
+    assert_put_back(heard)
+
+
+def test_a_handler_that_python_no_longer_knows_ends_in_what_was_asked_for(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_handler(number: int, handler: Any) -> None:
+        signal.signal(number, handler)  # answers None, as where a handler was not set by Python
+
+    monkeypatch.setattr(tolaria.shield, "_set_handler", set_handler)
+    with Shield():
+        signal.raise_signal(signal.SIGUSR1)
+    assert heard.numbers == [signal.SIGUSR1]
     assert_put_back(heard)
 
 
