@@ -77,14 +77,17 @@ def main() -> None:
             name = f"decide + copy back, at most {blocks} blocks"
             print(f"{name:>42} {idle:>10.2f} with nothing to do; going back {going:.0f}, {going / flat:.3f} x flat")
         rivals = {"replay, guarded": step._replay}
+        used: list[object] = []  # by graphs, which hold addresses and no memory
         for name, with_norms in (("replay, with norms of the gradients", True), ("replay, plain", False)):
-            _, its_optimizer, its_train = training(arguments.layers, arguments.width, device)
+            its_model, its_optimizer, its_train = training(arguments.layers, arguments.width, device)
+            used += [its_model, its_optimizer, its_train]
             rivals[name] = plain(its_optimizer, its_train, Recorder(device), with_norms)
         spent: dict[str, list[float]] = {name: [] for name in rivals}
         for turn in range(arguments.rounds + 2):  # in turn: the clock of a device that has worked for long is slower
             for name, replay in rivals.items():
                 spent[name] += [clock.device_ms(replay) * 1e3] if turn > 1 else []
         assert not int(latch.words[NOW])
+        used.clear()
         for name, times in spent.items():
             print(f"{name:>42} {statistics.median(times):>10.1f}")
 

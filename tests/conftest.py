@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 import sys
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[SEED_KEY] = config.getoption("--seed")
 
 

@@ -181,7 +181,8 @@ def test_a_kept_veto_leaves_nothing_of_the_step(name, ema):
         before = run.written()
         run.step.step()
         if number == 13:
-            pairs = zip([*run.model.state_dict(), *itertools.repeat("")], run.written(), before, strict=False)
+            names = itertools.chain(run.model.state_dict(), itertools.repeat(""))
+            pairs = zip(names, run.written(), before, strict=False)
             moved = {name for name, now, then in pairs if not torch.equal(now, then)}
             assert moved == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     run.governor.state_dict()

@@ -40,8 +40,8 @@ def feed(number, *lists):
     for of_each in zip(*lists, strict=True):
         scale = 10.0 ** torch.randint(-6, 2, (), device="cuda", generator=generator)
         grad = torch.randn(of_each[0].shape, device="cuda", generator=generator) * scale
-        for parameter in of_each:
-            parameter.grad = grad.to(parameter.dtype)
+        for parameter in of_each:  # each its own: a scaler divides them in place
+            parameter.grad = grad.to(parameter.dtype, copy=True)
 
 
 def held(optimizer):

@@ -6,7 +6,7 @@ other set instead.
 
 The arithmetic is that of torch's fused kernels, operation for operation (`fused_adam_utils.cuh` and `FusedSgdKernel.cu`
 of torch 2.11). Every rounding is written out, so that no compiler can contract two operations into another result.
-AdamW computes in float32, with scalars rounded to float32; SGD in float64 from operands in float32.
+Both compute in float32, with scalars rounded to float32.
 """
 
 from __future__ import annotations
@@ -251,8 +251,7 @@ tolaria_adamw(const i64* table, const i64* gradients, int entries, int columns, 
 _SGD = (
     """
 struct Scalars {
-  double rate, momentum, share, decay;
-  float scale;
+  float rate, momentum, share, decay, scale;
   bool decays, negative, scaled, store, first, nesterov;
 };
 """,
@@ -260,13 +259,13 @@ struct Scalars {
 __device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s) {
   if (s.scaled) g = __fdiv_rn(g, s.scale);
   float d = s.negative ? -g : g;
-  if (s.decays) d = __double2float_rn(__fma_rn(s.decay, (double)p, (double)d));
+  if (s.decays) d = __fmaf_rn(s.decay, p, d);
 #if MOMENTS == 1
-  const double buffer = s.first ? (double)d : __fma_rn(s.share, (double)d, __dmul_rn(s.momentum, (double)m[0]));
-  m[0] = __double2float_rn(buffer);
-  d = __double2float_rn(s.nesterov ? __fma_rn(s.momentum, buffer, (double)d) : buffer);
+  const float buffer = s.first ? d : __fmaf_rn(s.momentum, m[0], __fmul_rn(s.share, d));
+  m[0] = buffer;
+  d = s.nesterov ? __fmaf_rn(s.momentum, buffer, d) : buffer;
 #endif
-  p = __double2float_rn(__fma_rn(-s.rate, (double)d, (double)p));
+  p = __fmaf_rn(-s.rate, d, p);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -275,11 +274,11 @@ tolaria_sgd(const i64* table, const i64* gradients, int entries, int columns, in
             double dampening, double decay) {
   const int e = ((const int*)(table + (i64)columns * entries))[blockIdx.x];
   Scalars s;
-  s.rate = what & 64 ? (double)*rate_at : rate;
-  s.momentum = momentum;
-  s.share = 1.0 - dampening;
-  s.decay = decay;
-  s.decays = decay != 0.0;
+  s.rate = what & 64 ? *rate_at : (float)rate;
+  s.momentum = (float)momentum;
+  s.share = __fsub_rn(1.0f, (float)dampening);
+  s.decay = (float)decay;
+  s.decays = s.decay != 0.0f;
   s.scaled = what & 2;
   s.scale = s.scaled ? *scale_at : 1.0f;
   s.negative = what & 1;
