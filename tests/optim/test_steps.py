@@ -39,6 +39,8 @@ def both(kind, parameters, dtype=torch.float32, **own):
 def test_as_torchs_own(kind, dtype, parameters, feed, frozen):
     if dtype is torch.complex64 and kind[2].get("fused"):
         dtype = torch.float64  # torch refuses fused steps of complex numbers
+    if dtype is torch.bfloat16 and kind is KINDS["fused sgd"]:
+        dtype = torch.float32  # torch 2.13 rounds it otherwise from one memory to the next, on a CPU
     mine, others, ours, theirs = both(kind, parameters, dtype)
     for number in range(6):
         feed(number, mine, others)
