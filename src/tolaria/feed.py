@@ -266,6 +266,12 @@ class Feed:
                 delivery.before, delivery.after = None, now
         return delivery
 
+    def note_random_state(self) -> None:
+        """Random state was set since the last delivery: should it come again, it finds random state as it is now."""
+        with self._lock:
+            if self._kept and self._kept[-1].after is not None:
+                self._kept[-1].after = rng.read(self._devices)
+
     def rewind(self, position: int, skip: range | None, restores_random_state: bool, further: int = 0) -> Rewind:
         """Deliver again everything from `position` on, except the indices in `skip`; None skips all of it.
 

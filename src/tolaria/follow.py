@@ -87,6 +87,11 @@ class FollowingGovernor(TolariaGovernor):
         """Batches that `watch` will deliver again before it asks its loader for more."""
         return 0 if self.is_disabled else self._feed.num_again
 
+    def random_state_was_set(self) -> None:
+        """The framework has set random state after it was handed its batch (a resume): a replay is to find it so."""
+        if not self.is_disabled:
+            self._feed.note_random_state()
+
     def is_trusted(self) -> bool:
         """Whether the newest step is healthy, so that the state may be written to a file. Waits for its verdict."""
         if not (self.is_disabled or self._closed):

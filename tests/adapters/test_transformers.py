@@ -283,6 +283,26 @@ def test_a_resumed_training_goes_on_counting(tmp_path: Path) -> None:
     assert callback.rollbacks == 4  # two of them before the checkpoint
 
 
+@pytest.mark.parametrize("at", [14, 15, 20])
+def test_the_first_steps_after_a_resume_are_replayed_with_their_draws(tmp_path: Path, at: int) -> None:
+    """Random state is that of the checkpoint only after the first batches were fetched."""
+    kwargs = {"save_strategy": "steps", "save_steps": 13}
+    whole = train(samples(), guard(), **kwargs)
+    run = train(samples(), guard(), Damage(at), resume=str(tmp_path / "out/checkpoint-13"), **kwargs)
+    assert state(run) == state(whole)
+
+
+def test_it_comes_in_where_a_training_without_it_was_saved(tmp_path: Path) -> None:
+    """The trainer fails on the next save of a callback that its checkpoint does not know."""
+    kwargs = {"save_strategy": "steps", "save_steps": 13}
+    clean = train(samples(dropped=[19]), save_strategy="steps", save_steps=13)
+    path = str(tmp_path / "out/checkpoint-13")
+    callback = guard()
+    run = train(samples(bad=[19]), callback, resume=path, **kwargs)
+    assert state(run) == state(clean)
+    assert callback.rollbacks == 4
+
+
 def test_callbacks_made_anew_from_a_checkpoint_are_refused(tmp_path: Path) -> None:
     kwargs = {"save_strategy": "steps", "save_steps": 13}
     train(samples(), guard(), **kwargs)

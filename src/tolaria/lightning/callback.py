@@ -69,7 +69,7 @@ class TolariaCallback(Callback):
         self.governor = governor = FollowingGovernor(
             pl_module,
             trainer.optimizers,
-            scheduler=[config.scheduler for config in trainer.lr_scheduler_configs],
+            scheduler=progress.schedulers,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             config=self._config,
             detector=self._detector,
@@ -82,6 +82,7 @@ class TolariaCallback(Callback):
             governor.register(name, model)
             governor.register(f"{name}, counters", owner)
         self._losses.clear()
+        progress.govern_data(governor)  # a fit that resumes amid an epoch is told of no start of that epoch
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Judge what is left to be judged, and let go of the trainer."""
@@ -95,8 +96,7 @@ class TolariaCallback(Callback):
 
     def _detach(self) -> None:
         if self._progress is not None:
-            self._progress.release_data()
-            self._progress.begin_epoch()
+            self._progress.release()
         if self.governor is not None:
             self.governor.close()
 
@@ -114,18 +114,20 @@ class TolariaCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
         """Gradients are complete, and not clipped yet."""
-        if self.governor is not None:
+        if self.governor is not None and self._progress is not None:
             self.governor.gradients_ready(optimizer)
+            self._progress.leave_unclipped(optimizer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Judge a step, with all micro-batches of its window. Optimizer and schedulers have been stepped."""
         governor, progress = self.governor, self._progress
         if governor is None or progress is None:
             return
+        progress.clip_again()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
             self._losses.append(loss * trainer.accumulate_grad_batches)  # Lightning has divided it
-        if trainer.global_step == self._step_before:
+        if trainer.global_step == self._step_before and not progress.learns_nothing:
             return  # inside a window
         losses = list(self._losses)
         self._losses.clear()

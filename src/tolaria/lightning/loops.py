@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
 
@@ -97,10 +98,21 @@ class Progress:
     def __init__(self, trainer: Any, module: nn.Module) -> None:
         self._trainer, self._module = trainer, module
         self._shortened = 0
+        self._unclipped: Any = None  # what `gradient_clip_val` was, while it is set aside
+        self.schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
 
     @property
     def _loop(self) -> Any:
         return self._trainer.fit_loop.epoch_loop
+
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether this pass only gathers statistics (`StochasticWeightAveraging`): each batch is a step by itself."""
+        return bool(self._loop.automatic_optimization._skip_backward)
+
+    @property
+    def _window(self) -> int:
+        return 1 if self.learns_nothing else self._trainer.accumulate_grad_batches
 
     def must_be_judged(self) -> bool:
         """Whether the step just made is the last one of its epoch, or a validation or a checkpoint follows it."""
@@ -117,8 +129,11 @@ class Progress:
         if not isinstance(loop._data_fetcher, GovernedFetcher):
             loop._data_fetcher = GovernedFetcher(loop._data_fetcher, governor, self)
 
-    def release_data(self) -> None:
-        """Give Lightning its own fetcher back."""
+    def release(self) -> None:
+        """Give Lightning its own fetcher, methods and settings back."""
+        self.clip_again()
+        self.begin_epoch()
+        vars(self._loop).pop("update_lr_schedulers", None)
         loop = self._trainer.fit_loop
         if isinstance(loop._data_fetcher, GovernedFetcher):
             loop._data_fetcher._deliveries.close()
@@ -137,6 +152,8 @@ class Progress:
             "results": {key: _read_metric(metric) for key, metric in loop._results.items()},
             "metrics": {name: _read_metric(metric) for name, metric in self._metrics()},
             "connector": {name: dict(getattr(connector, name)) for name in _CONNECTOR_FIELDS},
+            "exchanged": [scheduler.state_dict() for scheduler in self._exchanged()],
+            "stopping": [callback.state_dict() for callback in self._trainer.early_stopping_callbacks],
         }
 
     def write(self, saved: dict[str, Any]) -> None:
@@ -154,6 +171,17 @@ class Progress:
             _write_metric(metric, saved["metrics"].get(name, {}))
         for name, values in saved["connector"].items():
             setattr(connector, name, values)
+        for scheduler, kept in zip(self._exchanged(), saved["exchanged"], strict=False):
+            scheduler.load_state_dict(kept)
+        # a replay that passes a validation once more would else count it as one more without an improvement
+        for callback, kept in zip(self._trainer.early_stopping_callbacks, saved["stopping"], strict=False):
+            callback.load_state_dict(kept)
+
+    def _exchanged(self) -> list[Any]:
+        """Schedulers that have come since the fit began: `StochasticWeightAveraging` puts in its own."""
+        known = set(map(id, self.schedulers))
+        now = (config.scheduler for config in self._trainer.lr_scheduler_configs)
+        return [scheduler for scheduler in now if id(scheduler) not in known]
 
     def _metrics(self) -> Iterator[tuple[str, Any]]:
         return ((name, module) for name, module in self._module.named_modules() if isinstance(module, Metric))
@@ -173,7 +201,7 @@ class Progress:
             return
         left = progress.current.ready - num_again
         # a replay begins with an accumulation window: only a dropped short window, at an epoch's end, disturbs that
-        short = left % self._trainer.accumulate_grad_batches
+        short = left % self._window
         for counter in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
                 setattr(counter, name, getattr(counter, name) - num_again - short)
@@ -182,11 +210,37 @@ class Progress:
     def after_batch(self, num_again: int) -> None:
         """The rest of a rollback inside `on_train_batch_end`: Lightning will still end the undone batch."""
         loop = self._loop
-        loop._batches_that_stepped -= 1  # will be counted up once more
+        loop._batches_that_stepped -= not loop._should_accumulate()  # will be counted up once more
         if num_again:
             loop._skip_next_val = True  # of an earlier batch, and it has run
         elif loop.batch_progress.is_last_batch:
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)  # undone, and no batch will repeat it
+        self._pass_over_plateaus()
+
+    def _pass_over_plateaus(self) -> None:
+        """Lightning's next call steps schedules that follow a metric, for the batch that was undone: not that one."""
+        loop = self._loop
+
+        def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
+            del loop.update_lr_schedulers
+
+        loop.update_lr_schedulers = update_lr_schedulers
+
+    # ------------------------------------------------------------ gradients that were taken away
+
+    def leave_unclipped(self, optimizer: Optimizer) -> None:
+        """Set clipping aside until `clip_again` where no gradient is left: by value, torch fails on none at all."""
+        trainer = self._trainer
+        gradients = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
+        if trainer.gradient_clip_val and all(gradient is None for gradient in gradients):
+            self._unclipped, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+    def clip_again(self) -> None:
+        """The step is over."""
+        if self._unclipped is not None:
+            self._trainer.gradient_clip_val, self._unclipped = self._unclipped, None
+
+    # ------------------------------------------------------------ epochs
 
     def _shorten_epoch(self, by: int) -> None:
         """Let the validation at the end of the epoch come although `by` batches are missing."""

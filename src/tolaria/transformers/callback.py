@@ -47,7 +47,7 @@ class TolariaCallback(TrainerCallback, ExportableState):
         self._steps: TrainerSteps | None = None
         self._losses: list[torch.Tensor] = []  # without a trainer: what the model's outputs hold
         self._hook: Any = None
-        self._fence_due = False
+        self._fence_due = self._resumes = False
 
     def set_trainer(self, trainer: Any) -> TolariaCallback:
         """Make the trainer known. Call before `trainer.train()`; returns the callback."""
@@ -75,9 +75,11 @@ class TolariaCallback(TrainerCallback, ExportableState):
             config=self._config,
             detector=self._detector,
         )
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if state.global_step > 0 and saved is not None and saved["attributes"]["governed"] is not None:
+        # a checkpoint of a run without this callback has no entry for it, which the trainer's next save counts on
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0 and saved["attributes"]["governed"] is not None:
             governor.load_state_dict(saved["attributes"]["governed"])
+        self._resumes = state.global_step > 0
         if self._steps is not None:
             self._steps.attach(governor)
         else:
@@ -116,9 +118,14 @@ class TolariaCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The batches of the step are fetched, so the shuffle of a new epoch is drawn."""
         self._losses.clear()
-        if self._fence_due and self.governor is not None:
+        if self.governor is None:
+            return
+        if self._fence_due:
             self._fence_due = False
             self.governor.fence()
+        if self._resumes:
+            self._resumes = False
+            self.governor.random_state_was_set()  # to that of the checkpoint, behind the fetch
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Without a trainer, gradients are seen after they were clipped: a bad one shows in all of them."""
