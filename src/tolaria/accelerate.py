@@ -50,6 +50,11 @@ class AcceleratedGovernor(FollowingGovernor):
         # no closure is passed, so the gradients of the step are there, and all processes have shared theirs
         self._hooks = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
+    @property
+    def governor(self) -> AcceleratedGovernor:
+        """Itself: by this name every adapter has its governor."""
+        return self
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._closed:
             self.gradients_ready(optimizer)

@@ -11,10 +11,11 @@ successor.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -57,11 +58,32 @@ def _versions(batch: Any) -> tuple[Any, ...]:
             marks.append(None if leaf.is_inference() else leaf._version)
         elif type(leaf).__module__ == "numpy" and hasattr(leaf, "tobytes"):
             marks.append(xxhash.xxh3_64_intdigest(leaf.tobytes()))
+        elif (content := _content(leaf)) is not None:
+            marks.append(_versions(content))
     return tuple(marks)
 
 
-def _itself(leaf: Any) -> Any:
-    return leaf
+def _content(leaf: Any) -> dict[str, Any] | None:
+    """What is in a container that torch's pytree takes for a leaf: a dataclass or a `UserDict` (`BatchEncoding`)."""
+    if isinstance(leaf, UserDict):
+        return leaf.data
+    if is_dataclass(leaf) and not isinstance(leaf, type):
+        return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}
+    return None
+
+
+def _handed_out(leaf: Any) -> Any:
+    """The leaf itself; a container among the leaves as a copy of its own."""
+    content = _content(leaf)
+    if content is None:
+        return leaf
+    own, content = copy.copy(leaf), _pytree.tree_map(_handed_out, content)
+    if isinstance(own, UserDict):
+        own.data = content
+    else:
+        for name, value in content.items():
+            object.__setattr__(own, name, value)  # it may be frozen
+    return own
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +236,7 @@ class Feed:
                         return
                     delivery = self._first(batch, before)
                 # containers of its own: what the loop puts into or takes out of them does not reach the kept batch
-                yield _pytree.tree_map(_itself, delivery.batch)
+                yield _pytree.tree_map(_handed_out, delivery.batch)
         finally:
             with self._lock:
                 self._delivering -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -119,28 +120,45 @@ class GovernorGroup:
 
     def statistics(self) -> dict[int, Statistics]:
         """Counters so far, by environment."""
-        return {number: governor.statistics() for number, governor in self._governors.items()}
+        return {number: governor.statistics() for number, governor in tuple(self._governors.items())}
 
     @property
     def rollbacks(self) -> int:
         """Of all environments."""
-        return sum(governor.rollbacks for governor in self._governors.values())
+        return sum(governor.rollbacks for governor in tuple(self._governors.values()))
 
     def remove(self, env_id: int) -> None:
         """Close one governor and forget it; its number is free again."""
         self[env_id].close()
         del self._governors[env_id]
 
+    def finish(self) -> None:
+        """`TolariaGovernor.finish` of every environment: wait for the verdicts of its last steps, and answer a panic.
+
+        Call when no environment trains any more. Leaving ``with group`` calls this, unless by an error.
+
+        Raises:
+            NoSnapshot, StateMismatch, UnsupportedState: As for one; the others were finished all the same.
+        """
+        with contextlib.ExitStack() as stack:
+            for governor in self._governors.values():
+                stack.callback(governor.finish)
+
     def close(self) -> None:
-        """Close all governors. Idempotent."""
-        for governor in self._governors.values():
-            governor.close()
+        """Close all governors. Idempotent. Judges nothing any more: see `finish`."""
+        with contextlib.ExitStack() as stack:
+            for governor in self._governors.values():
+                stack.callback(governor.close)
 
     def __enter__(self) -> GovernorGroup:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
 
 def _memory(governor: TolariaGovernor, doing: str) -> set[tuple[Any, int]]:

@@ -202,6 +202,13 @@ def test_it_is_saved_with_the_rest(tmp_path: Path) -> None:
     assert again.rollbacks == 4  # two of them before the checkpoint
 
 
+def test_it_has_its_governor_by_the_name_that_all_adapters_use() -> None:
+    run = Run(batches())
+    assert run.governor is not None
+    assert run.governor.governor is run.governor
+    run.governor.close()
+
+
 def test_closed_it_leaves_no_trace() -> None:
     run = Run(batches()).train()
     assert run.governor is not None

@@ -6,6 +6,8 @@ end is the course of the run that stands.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -160,3 +162,86 @@ def test_without_watch_nothing_comes_again() -> None:
         governor.step(loss=loss)
     governor.close()
     assert stands != list(range(COUNT))
+
+
+# ------------------------------------------------------------ batches that torch's pytree takes for leaves
+
+
+@dataclasses.dataclass
+class Record:
+    number: torch.Tensor
+    x: torch.Tensor
+    more: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    number: torch.Tensor
+    x: torch.Tensor
+    more: dict[str, torch.Tensor]
+
+
+class Encoding(collections.UserDict[str, Any]):
+    """As the tokenizers of Transformers answer."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.data[name]
+
+
+KINDS: dict[str, Callable[..., Any]] = {"dataclass": Record, "frozen": Frozen, "UserDict": Encoding}
+
+
+def trained_on(kind: Callable[..., Any], body: Callable[[Any], torch.Tensor], fault_at: int | None = None) -> Any:
+    """One epoch whose loop body changes its batches. Answers the weights, and how many batches were left out."""
+    loader = [kind(**row, more={"scale": torch.ones(1)}) for row in tensors()]
+    torch.manual_seed(5)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    config = GovernorConfig(cadence=2, probation=2)
+    with TolariaGovernor(model, optimizer, config=config, detector=non_finite()) as governor:
+        for trained, batch in enumerate(governor.watch(loader), start=1):
+            loss = model(body(batch)).square().mean() * (float("nan") if trained == fault_at else 1.0)
+            loss.backward()
+            governor.step(loss=loss)
+        return [p.detach().clone() for p in model.parameters()], governor.statistics().skipped_batches
+
+
+def put_in(batch: Any) -> torch.Tensor:
+    """A container inside of the batch is written to, and read again."""
+    batch.more["scale"] = batch.more["scale"] * 2
+    return batch.x * batch.more["scale"]
+
+
+def put_in_its_place(batch: Any) -> torch.Tensor:
+    if isinstance(batch, Encoding):
+        batch["x"] = batch.x * 2
+    else:
+        batch.x = batch.x * 2
+    return batch.x
+
+
+def multiply(batch: Any) -> torch.Tensor:
+    return batch.x.mul_(2)
+
+
+@pytest.mark.parametrize("body", [put_in, put_in_its_place])
+@pytest.mark.parametrize("name", ["dataclass", "UserDict"])
+def test_what_a_loop_puts_into_a_batch_does_not_come_again(name: str, body: Callable[[Any], torch.Tensor]) -> None:
+    clean, _ = trained_on(KINDS[name], body)
+    weights, skipped = trained_on(KINDS[name], body, fault_at=8)
+    assert all(map(torch.equal, weights, clean))
+    assert skipped == 0
+
+
+def test_nor_what_it_puts_into_a_frozen_one() -> None:
+    clean, _ = trained_on(Frozen, put_in)
+    weights, skipped = trained_on(Frozen, put_in, fault_at=8)
+    assert all(map(torch.equal, weights, clean))
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_that_was_changed_in_place_is_not_trained_on_again(name: str) -> None:
+    """It would be doubled twice."""
+    _, skipped = trained_on(KINDS[name], multiply, fault_at=8)
+    assert skipped > 0

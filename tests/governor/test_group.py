@@ -92,6 +92,64 @@ def test_with_shared_random_state_it_would() -> None:
     assert run(()) != run((15,))
 
 
+def half_way(environment: Environment) -> None:
+    """The last step of this environment breaks off amid its writes, so that no later one can be judged for it."""
+
+    def break_off(*_: object) -> None:
+        with torch.no_grad():
+            environment.model[0].weight.mul_(3.0)
+        raise RuntimeError("half-way")
+
+    environment.governor.snapshot()
+    environment.optimizer.register_step_pre_hook(break_off)
+    with pytest.raises(RuntimeError, match="half-way"):
+        environment.run()
+
+
+def weights_of(environments: list[Environment]) -> list[torch.Tensor]:
+    return [environment.model[0].weight.detach().clone() for environment in environments]
+
+
+def test_leaving_a_group_answers_what_is_left_in_each() -> None:
+    with GovernorGroup() as group:
+        environments = [Environment(group, number) for number in range(3)]
+        for environment in environments:
+            environment.run()
+        good = weights_of(environments)
+        half_way(environments[0])
+        half_way(environments[1])
+    assert [group[number].rollbacks for number in group] == [1, 1, 0]
+    assert all(map(torch.equal, weights_of(environments), good))
+
+
+def test_an_error_that_leaves_a_group_is_not_followed_by_rollbacks() -> None:
+    group = GovernorGroup()
+    environment = Environment(group, 0)
+    environment.run()
+    half_way(environment)
+    with pytest.raises(KeyError), group:
+        raise KeyError("the user's own")
+    assert group[0].rollbacks == 0
+
+
+def test_one_that_cannot_be_finished_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot() -> bool:
+        raise PhaseError("finishing", "a test", "Go on.")
+
+    group = GovernorGroup()
+    environments = [Environment(group, number) for number in range(3)]
+    for environment in environments:
+        environment.run()
+    good = weights_of(environments)
+    half_way(environments[0])
+    half_way(environments[2])
+    monkeypatch.setattr(group[1], "finish", cannot)
+    with pytest.raises(PhaseError, match="a test"), group:
+        pass
+    assert [group[number].rollbacks for number in group] == [1, 0, 1]
+    assert all(map(torch.equal, weights_of(environments), good))
+
+
 def test_global_random_state_is_never_written() -> None:
     with GovernorGroup() as group:
         environment = Environment(group, 0, (15,))
