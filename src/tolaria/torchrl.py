@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.config import GovernorConfig
 from tolaria.errors import InvalidConfig, UnsupportedState, UsageError
@@ -25,8 +26,9 @@ require(("torchrl",), ("0.14",), "torchrl")
 class TolariaHook:
     """Guards a `torchrl.trainers.Trainer`: ``TolariaHook().register(trainer)``, before ``trainer.train()``.
 
-    Finds the loss module (actor, critic and target networks), the optimizers, the count of optimizer steps and the
-    sampler of the replay buffer by itself when the training begins. Each rollback is one warning of the logger
+    Finds the loss module (actor, critic and target networks), the optimizers, the schedulers of `LRSchedulerHook`, the
+    scaler of a stepper, the counts of optimizer steps and the sampler of the replay buffer by itself when the training
+    begins. Each rollback is one warning of the logger
     ``tolaria``, and a number in the trainer's own log and progress bar.
 
     Args:
@@ -104,15 +106,21 @@ class TolariaHook:
     # ------------------------------------------------------------ hooks of TorchRL
 
     def _begin(self) -> None:
-        trainer = self._trainer
+        trainer, stepper = self._trainer, getattr(self._trainer, "optimization_stepper", None)
         self.close()  # an earlier training may have been ended by an error
         self.governor = governor = TolariaGovernor(
             weights(trainer.loss_module),
             list(optimizers(trainer)),
+            scaler=getattr(stepper, "scaler", None),
             config=self._config,
             detector=self._detector or round_detector(),
         )
         governor.register("torchrl.optim_count", (lambda: trainer._optim_count, functools.partial(_count, trainer)))
+        if stepper is not None:
+            counts = functools.partial(_counts, stepper), functools.partial(_set_counts, stepper)
+            governor.register("torchrl.stepper", counts)
+        for number, schedule in enumerate(schedules(trainer)):
+            governor.register(f"torchrl.schedule{number}", schedule)
         for number, sampler in enumerate(samplers(trainer)):
             governor.register(f"torchrl.sampler{number}", sampler)
         rounds, plain = Rounds(governor, snapshot_every=self._every), trainer.optim_steps
@@ -163,6 +171,15 @@ def _count(trainer: Any, count: int) -> None:
     trainer._optim_count = count
 
 
+def _counts(stepper: Any) -> dict[str, int]:
+    """Micro-batches and steps that a stepper has counted."""
+    return {name: value for name, value in vars(stepper).items() if name.startswith("_") and type(value) is int}
+
+
+def _set_counts(stepper: Any, counts: dict[str, int]) -> None:
+    vars(stepper).update(counts)
+
+
 def _copied(batch: Any) -> Any:
     """What a second attempt begins with: hooks write advantages and the like into the batch that they are handed."""
     return batch.clone() if hasattr(batch, "clone") else batch
@@ -185,6 +202,15 @@ def optimizers(trainer: Any) -> Iterator[Optimizer]:
         if isinstance(value, Optimizer) and id(value) not in seen:
             seen.add(id(value))
             yield value
+
+
+def schedules(trainer: Any) -> Iterator[Any]:
+    """Hooks that step a schedule of the learning rate, each once."""
+    seen: set[int] = set()
+    for owner in _operations(trainer):
+        if isinstance(getattr(owner, "scheduler", None), LRScheduler) and id(owner) not in seen:
+            seen.add(id(owner))
+            yield owner
 
 
 def samplers(trainer: Any) -> Iterator[Any]:

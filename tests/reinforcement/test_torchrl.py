@@ -28,7 +28,8 @@ with warnings.catch_warnings():
     from torchrl.modules import ProbabilisticActor, ValueOperator
     from torchrl.objectives import ClipPPOLoss
     from torchrl.objectives.value import GAE
-    from torchrl.trainers import ReplayBufferTrainer, Trainer
+    from torchrl.trainers import LRSchedulerHook, ReplayBufferTrainer, Trainer
+    from torchrl.trainers.trainers import MixedPrecisionOptimizationStepper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,6 +137,40 @@ def test_a_fault_that_does_not_return_leaves_no_trace(kind: str, at: int, clean:
     hook = TolariaHook()
     assert learn(build({at: kind}), hook) == clean
     assert (hook.rollbacks, hook.dropped) == (1, 0)
+
+
+def scheduled(interval: str, faults: dict[int, str] | None = None) -> Trainer:
+    """With a schedule of the learning rate, and a stepper that counts its steps."""
+    trainer = build(faults)
+    optimizer, trainer.optimizer = trainer.optimizer, None
+    trainer._optimizer_ops.clear()
+    trainer.optimization_stepper = MixedPrecisionOptimizationStepper(optimizer)
+    trainer.schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.7)
+    LRSchedulerHook(trainer.schedule, interval=interval).register(trainer)
+    return trainer
+
+
+def course(trainer: Trainer, hook: TolariaHook | None = None) -> Any:
+    """What is left at the end of weights, schedule and counts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hook is not None:
+            hook.register(trainer)
+        trainer.train()
+    named = sorted(trainer.loss_module.named_parameters())
+    weights = [parameter.detach().reshape(-1).view(torch.uint8).tolist() for _, parameter in named]
+    stepper = trainer.optimization_stepper
+    return weights, trainer.schedule.state_dict(), stepper.optimizer_step_count
+
+
+@pytest.mark.parametrize("interval", ["optim", "batch"])
+@pytest.mark.parametrize("at", [2, 9])
+def test_a_schedule_and_a_stepper_go_back_with_the_weights(interval: str, at: int) -> None:
+    clean = course(scheduled(interval))
+    hook = TolariaHook()
+    assert course(scheduled(interval, {at: "blow_up"}), hook) == clean
+    assert hook.rollbacks == 1
+    assert course(scheduled(interval, {at: "blow_up"})) != clean
 
 
 @pytest.mark.parametrize("kind", ["nan_gradient", "blow_up"])
