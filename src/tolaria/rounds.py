@@ -77,7 +77,7 @@ class Rounds:
         self.snapshot_every = snapshot_every
         self._number = 0  # of rounds begun
         self._since: int | None = None  # rounds learnt since the last snapshot; None: there is none
-        self._reference: list[torch.Tensor] = []  # trained weights as the last round left them
+        self._reference: dict[int, torch.Tensor] = {}  # trained weights as the last round left them
         self._put_off = False  # a snapshot that waits until the round has shown that the state is good
 
     # ------------------------------------------------------------ the loop
@@ -222,8 +222,10 @@ class Rounds:
 
     def _judge(self, signs: Signs | None, error: Exception | None) -> Panic | None:
         numbers: dict[str, observe.Scalar] = {"nonfinite_weights": observe.num_overflowing(self._trained())}
-        if self._reference:
-            numbers[EXTRA + "drift"] = drift(self._reference, self._weights())
+        now = self._weights()
+        both = [key for key in self._reference if key in now]  # layers may have come or gone
+        if both:
+            numbers[EXTRA + "drift"] = drift([self._reference[key] for key in both], [now[key] for key in both])
         if signs is not None and error is None:
             numbers |= {EXTRA + name: value for name, value in self._measured(signs).items()}
         reading = self.governor._readings.send(numbers)
@@ -314,13 +316,13 @@ class Rounds:
     def _trained(self) -> Sequence[torch.Tensor]:
         return self._keeper.state.roster()[1]
 
-    def _weights(self) -> list[torch.Tensor]:
+    def _weights(self) -> dict[int, torch.Tensor]:
         """What the optimizers train: target networks jump by design."""
         found = {id(p): p for part in self._keeper.state.optimizers for p in part.parameters()}
-        return [p.detach() for p in found.values() if p.is_floating_point()]
+        return {key: p.detach() for key, p in found.items() if p.is_floating_point()}
 
-    def _copied_weights(self) -> list[torch.Tensor]:
-        return [weight.clone() for weight in self._weights()]
+    def _copied_weights(self) -> dict[int, torch.Tensor]:
+        return {key: weight.clone() for key, weight in self._weights().items()}
 
 
 def drift(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -339,8 +341,8 @@ def drift(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.
     return torch.stack([(m.double() / (s.double() + 1.0)).to(home) for m, s in zip(moved, size, strict=True)]).max()
 
 
-def _equal(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> bool:
-    return len(before) == len(now) and all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+def _equal(before: Mapping[int, torch.Tensor], now: Mapping[int, torch.Tensor]) -> bool:
+    return before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in before)
 
 
 def _error_of(learn: Callable[[], object]) -> Exception | None:

@@ -127,7 +127,7 @@ def averaging(pl: Any) -> Any:
 
 
 @pytest.mark.parametrize("bad", [7, 19])
-def test_statistics_for_averaged_weights_are_gathered_without_the_bad_batch(pl: Any, bad: int) -> None:
+def test_statistics_of_an_average_are_gathered_without_the_bad_batch(pl: Any, bad: int) -> None:
     """The pass at the end that only gathers statistics is one window: it would be dropped as a whole."""
     clean = fit(pl, batches(dropped=[bad]), [averaging(pl)], max_epochs=3)
     run = fit(pl, batches(bad=[bad]), [averaging(pl), guard()], max_epochs=3)

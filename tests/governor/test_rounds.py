@@ -364,6 +364,24 @@ def test_target_networks_may_jump() -> None:
     assert learner.governor.rollbacks == 0
 
 
+def test_what_is_trained_may_change_between_rounds() -> None:
+    """An optimizer that gets more to train: what was there before is still judged by how far it has moved."""
+
+    def run(**faults: Any) -> tuple[str, Learner]:
+        learner = Learner()
+        learner.faults = {(4, 1): faults["fault"]} if faults else {}
+        go(learner, 2)
+        learner.optimizer.add_param_group({"params": list(learner.model.target.parameters()), "lr": 0.01})
+        digest = go(learner, 3)
+        learner.governor.close()
+        return digest, learner
+
+    clean, _ = run()
+    digest, learner = run(fault=scale)
+    assert digest == clean
+    assert learner.governor.rollbacks == 1
+
+
 # ------------------------------------------------------------ policies
 
 
