@@ -1,7 +1,8 @@
 """Stable-Baselines3 under guard: `python examples/sb3_ppo.py`. Needs `pip install 'tolaria[sb3]'`.
 
-In the fourth update, and in the very last optimizer step of the run, something writes noise over the policy. Unguarded,
-the second one is what `model.save` would have saved.
+The program is the one of the library's introduction, with a callback and two faults more: in the fourth update, and in
+the very last optimizer step of the run, something writes noise over the policy. Unguarded, the second one is what
+`model.save` would have saved.
 """
 
 import gymnasium

@@ -1,6 +1,7 @@
 """PPO with TorchRL's trainer under guard: `python examples/torchrl_ppo.py`. Needs `pip install 'tolaria[torchrl]'`.
 
-In the third batch, and in the very last optimizer step of the run, something writes noise over the networks.
+Put together as the library's tutorials do, with a hook and two faults more: in the third batch, and in the very last
+optimizer step of the run, something writes noise over the networks.
 """
 
 import warnings
