@@ -158,6 +158,8 @@ def run_guarded(
         _note_incidents(record, audience, answered)
         injector.wait()
         record.state_digest = governor.digest()
+        if record.ended_by:
+            governor.close()  # leaving the block would judge what is open, and raise the same once more
     return _finish(record, workload, training, audience)
 
 
