@@ -105,11 +105,21 @@ def test_nothing_is_judged_during_warm_up():
 
 
 def test_states_are_values_that_survive_json():
-    losses = flat(700, 6)
-    losses[600:] = curves.risen(losses[600:], 0.4)
+    losses = flat(900, 6)
+    losses[800:] = curves.risen(losses[800:], 0.4)
     detector = judge.loss_drift()
-    _, middle = run(detector, losses[:615])
+    _, middle = run(detector, losses[:815])
     hash(middle)
     back = judge.state_from_json(json.loads(json.dumps(middle)))
-    assert run(detector, losses[615:], back, 615) == run(detector, losses[615:], middle, 615)
-    assert panics(run(detector, losses[615:], back, 615)[0])
+    assert run(detector, losses[815:], back, 815) == run(detector, losses[815:], middle, 815)
+    assert panics(run(detector, losses[815:], back, 815)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_young_run_is_suspected_and_does_not_panic_of_a_slow_rise(seed):
+    """Nobody knows yet how it roams; a ramp from step 500 on panics all the same before it has risen six deviations."""
+    losses = flat(900, seed)
+    losses[500:] = curves.ramped(losses[500:], 3 * 0.05, 200)
+    verdicts, _ = run(judge.loss_drift(), losses)
+    assert any(verdict.health is Health.SUSPECT for verdict in verdicts[:700])
+    assert 767 <= panics(verdicts)[0][0] < 900

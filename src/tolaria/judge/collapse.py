@@ -100,4 +100,6 @@ def _is_back(progress: Progress, level: float, loss: float, return_to: float) ->
     ordered = sorted(progress.recent)
     size = len(ordered)
     spread = ordered[3 * size // 4] - ordered[size // 4]
-    return gained > 6.0 * spread and median(ordered) <= level - 0.5 * gained
+    middle = median(ordered)
+    # losses that reach half of the way up there by themselves tell nothing when they get there
+    return gained > 6.0 * spread and middle <= level - 0.5 * gained and level - middle > 2.5 * (ordered[-1] - middle)

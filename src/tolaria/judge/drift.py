@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from math import inf, isfinite
+from math import inf, isfinite, sqrt
 from typing import NamedTuple
 
 from tolaria.judge.detector import RESOLUTION, Detector, difference, healthy, hump, median, require
@@ -14,13 +14,17 @@ _NEAR = 4  # blocks whose median is suspicious first: 32 losses
 _SLOW = 8  # blocks whose median is a level: 64 losses
 _LEVELS = 256  # levels remembered, one per block: 2,048 steps
 _REACH = 56  # levels whose lowest a rise is measured from: slower ones are the run's own course
-_SPREADS = 64  # blocks whose noise is remembered
+_SPREADS = 96  # blocks whose noise is remembered
 _NOISE_NOW = 6  # blocks whose noise is that of now
 _WARM_UP = 60  # blocks before the first verdict: 480 steps
+_SURE = 96  # blocks before a slow rise panics: 768 steps, which still catches a ramp from step 500 on
 _NORMAL = 1.0483  # standard deviation of normal losses, in median distances of neighbours
-_ROAMING = 30.0  # a rise between levels 64 steps apart that is common in a run counts that many times
-_FEW = 12  # pairs of levels that do not show it yet
-_WHITE = 0.45  # such a rise that noise without memory makes by itself, in units of noise
+_ROAMING = 12.0  # a rise between levels that is common in a run counts that many times
+_APART = (2, 8)  # pairs of levels that tell it: 64 and 256 steps apart
+_FEW = 8  # of such pairs; fewer do not show it yet, and somewhat more show it less clearly
+_WHITE = 0.4  # such a rise that noise without memory makes by itself, in units of noise
+_YOUNG = 120  # levels; with fewer nobody knows yet how a run roams, and a rise has to be larger
+_CAUTION = 1.15
 _LATELY = 32  # levels that do not tell how a run roams, since they may be what is judged: 256 steps
 _SUSPECT = 0.95  # rise that is suspicious, in units of noise
 _CONFIRM = 2  # suspicious blocks before the one that panics
@@ -63,7 +67,7 @@ class DriftState(NamedTuple):
 def loss_drift(*, threshold: float = 1.8, proportion: float = 3.0) -> Detector[DriftState]:
     """Panic on a loss that rose slowly, or a little and for good: the median of the last 64 against the lowest before.
 
-    Judged every 8 steps, from step 480 on. The unit is the largest of the step-to-step noise, the highest hump of the
+    Judged every 8 steps, from step 480 on; a slow rise panics from step 768 on. The unit is the largest of the step-to-step noise, the highest hump of the
     last 2,048 steps that healed by itself, and how far the run roams within 64 steps when all is well. Panics are rises
     by `threshold` units within 450 steps, and smaller ones that follow a disturbance (a loss far above the level) and
     have not healed after 100 steps.
@@ -116,7 +120,9 @@ def _decide(
     onset = max(0, step - _NEAR * _BLOCK + 1) if now.onset is None else now.onset
     damaged = now.damaged or (now.onset is None and now.quiet <= _SLOW)
     numbers = {"level": now.levels[-1], "lowest": low, "unit": unit, "rise": max(rise, near), "threshold": threshold}
-    has_risen = min(rise, near) >= threshold and length > _CONFIRM
+    caution = _CAUTION if len(now.levels) < _YOUNG else 1.0
+    is_sure = len(now.spreads) >= _SURE and length > _CONFIRM
+    has_risen = is_sure and min(rise, near) >= caution * threshold
     if has_risen or (damaged and length > _STUCK and rise >= _SUSPECT):
         before = now.levels[: max(1, len(now.levels) - length - _SLOW)]  # what was damage never counts as healed
         after = now._replace(blocks=(), levels=before, onset=onset, length=0, panicked=True)
@@ -172,7 +178,12 @@ def _unit(state: DriftState, hump_share: float) -> float:
 def _roaming(levels: tuple[float, ...], noise: float) -> float:
     """A rise between levels of separate losses that every tenth pair exceeds, beyond what noise makes of it."""
     thin = levels[::4]  # of levels that overlap by seven eighths, every fourth one tells as much
-    apart = thin[_SLOW // 4 :]
-    rises = sorted(max(0.0, difference(after, before)) for before, after in zip(thin, apart, strict=False))
-    common = rises[9 * len(rises) // 10] if len(rises) >= _FEW else 0.0
-    return max(0.0, common - _WHITE * noise)
+    found = 0.0
+    for apart in _APART:
+        rises = sorted([max(0.0, difference(after, before)) for before, after in zip(thin, thin[apart:], strict=False)])
+        if len(rises) >= _FEW:
+            common = rises[9 * len(rises) // 10]
+            white = _WHITE * noise * (1.0 + _FEW / len(rises))
+            if common > white:
+                found = max(found, sqrt(common - white) * sqrt(common + white))
+    return found

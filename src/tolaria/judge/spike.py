@@ -25,8 +25,10 @@ _ROAMING = 1.4  # a rise between levels 32 steps apart that is not rare in a run
 _HUMP = 1.8  # and a hump in the medians of four levels
 _FEW_LEVELS = 8  # with fewer, rises between medians of 8 losses stand in for those between levels
 _FIRST_RISES = 2.5
-_YOUNG = 192  # losses after which the thresholds are as given; before, up to twice as high
+_YOUNG = 480  # losses after which the thresholds are as given; before, up to twice as high
 _BULK = 12.0  # the lower quartile of an episode times its length, in scales, is at least that in a panic
+_LONG = 16  # steps of an episode whose bulk is known well
+_MAKES_UP = 0.33  # there, what it has beyond that counts so much towards the threshold
 _NORMAL = 1.0483  # standard deviation of normal losses, in median distances of neighbours
 _HINGE = 3.0  # evidence up to here counts once, above it twice
 _FALL = 2.5  # falls of that many scales within a window are the noise of a curve still coming down
@@ -52,6 +54,7 @@ class History(NamedTuple):
         filled: Losses in the present block.
         peak: Its largest excess so far.
         fall: How far the curve has been falling lately, in scales, decaying.
+        learnt: Losses accepted since the run began, up to `_YOUNG`; half of that after a panic that went by by itself.
     """
 
     recent: tuple[float, ...] = ()
@@ -61,6 +64,7 @@ class History(NamedTuple):
     filled: int = 0
     peak: float = 0.0
     fall: float = 0.0
+    learnt: int = 0
 
 
 class Baseline(NamedTuple):
@@ -115,7 +119,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
     of the episode's losses to be up: the lower quartile, in scales of then or now.
 
     Args:
-        threshold: Score at which it panics; up to twice that in the first 192 steps.
+        threshold: Score at which it panics; up to twice that in the first 480 steps.
         allowance: Evidence that every step may have without raising the score, in scales.
         clip: Most evidence of one step, in scales.
 
@@ -160,7 +164,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
         pending = (*episode.pending[-_WINDOW + 1 :], loss)
         if score <= 0.0 or counted <= _RELEASE or episode.steps >= _LONGEST:
             return (*_learn(history, baseline, pending), None), fine
-        caution = max(1.0, min(2.0, _YOUNG / (_BLOCK * len(history.levels) + history.filled + 1)))
+        caution = max(1.0, min(2.0, _YOUNG / (history.learnt + 1)))
         numbers = {
             "loss": loss,
             "location": baseline.location,
@@ -169,7 +173,7 @@ def loss_spike(*, threshold: float = 9.0, allowance: float = 1.0, clip: float = 
             "threshold": caution * threshold,
             "steps": float(episode.steps + 1),
         }
-        if counted >= caution * threshold and _bulk(baseline, pending) >= caution * _BULK:
+        if _has_risen(counted / caution, _bulk(baseline, pending) / caution, threshold, len(pending)):
             verdict = Verdict(Health.PANIC, step, "sustained loss spike", episode.onset, numbers)
             return (history, baseline, Episode(episode.onset, panicked=True)), verdict
         after = episode._replace(score=score, top=top, steps=episode.steps + 1, pending=pending)
@@ -192,6 +196,13 @@ def _evidence(fall: float, baseline: Baseline, loss: float, clip: float) -> floa
     return max(-clip, min(clip, evidence))
 
 
+def _has_risen(counted: float, bulk: float, threshold: float, steps: int) -> bool:
+    """Whether the evidence of an episode is that of a panic; in a long one a high bulk makes up for some of its sum."""
+    if steps >= _LONG:
+        counted += min(0.5 * threshold, _MAKES_UP * max(0.0, bulk - _BULK))
+    return counted >= threshold and bulk >= _BULK
+
+
 def _bulk(baseline: Baseline, losses: tuple[float, ...]) -> float:
     """How far the lower quartile of an episode's losses lies above the normal, in scales, times their number.
 
@@ -210,7 +221,7 @@ def _after_panic(
     """Nobody rolled back: stay suspicious until the loss is normal again, or until this has become the normal."""
     calm = episode.score + 1.0 if is_normal else 0.0
     if calm >= _CALM:
-        return (history, baseline, None), healthy(step)
+        return (history._replace(learnt=min(history.learnt, _YOUNG // 2)), baseline, None), healthy(step)
     if episode.steps >= _RELEARN:
         return (History(), Baseline(), None), healthy(step)
     after = episode._replace(score=calm, steps=episode.steps + 1)
@@ -221,7 +232,7 @@ def _learn(
     history: History, baseline: Baseline, losses: tuple[float, ...], fall: float | None = None
 ) -> tuple[History, Baseline]:
     """Accept losses as normal. Outliers are drawn in to four scales before they enter the windows."""
-    recent, residuals, levels, peaks, filled, peak, old_fall = history
+    recent, residuals, levels, peaks, filled, peak, old_fall, learnt = history
     location, scale, tail, near, moves = baseline
     refresh = False
     for loss in losses:
@@ -247,8 +258,9 @@ def _learn(
         tail = sorted(peaks)[3 * len(peaks) // 4] if len(peaks) >= 4 else tail
     if levels:
         location = min(location, min(levels[-_NEAR_LEVELS:]) + _PIN * scale)
-    learnt = History(recent, residuals, levels, peaks, filled, peak, old_fall if fall is None else fall)
-    return learnt, Baseline(location, scale, tail, near, moves)
+    learnt = min(_YOUNG, learnt + len(losses))
+    history = History(recent, residuals, levels, peaks, filled, peak, old_fall if fall is None else fall, learnt)
+    return history, Baseline(location, scale, tail, near, moves)
 
 
 def _scale(
