@@ -95,7 +95,11 @@ def policy(steps, seed):
         VitalSigns(
             step=i,
             metric=200.0 * (1.0 - math.exp(-i / 200.0)) + draw.gauss(0.0, 10.0),
-            extra={"approx_kl": abs(draw.gauss(0.0, 0.01)), "entropy": 2.0 * math.exp(-i / 300.0) + 0.1},
+            extra={
+                "approx_kl": abs(draw.gauss(0.0, 0.01)),
+                "entropy": 2.0 * math.exp(-i / 300.0) + 0.1,
+                "explained_variance": 0.9 * (1.0 - math.exp(-i / 100.0)) + draw.gauss(0.0, 0.03),
+            },
         )
         for i in range(steps)
     ]
@@ -111,6 +115,7 @@ def test_a_policy_that_learns_is_left_alone():
         (180.0, {"approx_kl": 5.0, "entropy": 0.2}, "policy update explosion", 8),
         (180.0, {"approx_kl": 0.01, "entropy": 1e-4}, "entropy collapse", 8),
         (0.0, {"approx_kl": 0.01, "entropy": 0.2}, "reward collapse", 16),
+        (180.0, {"approx_kl": 0.01, "entropy": 0.2, "explained_variance": -0.1}, "critic collapse", 16),
     ],
 )
 def test_a_policy_that_collapses(metric, extra, reason, steps):

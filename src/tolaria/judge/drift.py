@@ -67,10 +67,11 @@ class DriftState(NamedTuple):
 def loss_drift(*, threshold: float = 1.8, proportion: float = 3.0) -> Detector[DriftState]:
     """Panic on a loss that rose slowly, or a little and for good: the median of the last 64 against the lowest before.
 
-    Judged every 8 steps, from step 480 on; a slow rise panics from step 768 on. The unit is the largest of the step-to-step noise, the highest hump of the
-    last 2,048 steps that healed by itself, and how far the run roams within 64 steps when all is well. Panics are rises
-    by `threshold` units within 450 steps, and smaller ones that follow a disturbance (a loss far above the level) and
-    have not healed after 100 steps.
+    Judged every 8 steps, from step 480 on; a slow rise panics from step 768 on. The unit is the largest of the
+    step-to-step noise, the highest hump of the last 2,048 steps that healed by itself, and how far the run roams within
+    64 or 256 steps when all is well. Panics are rises by `threshold` units within 450 steps (a little more in the first
+    1,000 steps), and smaller ones that follow a disturbance (a loss far above the level) and have not healed after 100
+    steps.
 
     Args:
         threshold: Rise that panics, in units of noise.
