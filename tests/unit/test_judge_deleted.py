@@ -95,7 +95,7 @@ def test_losses_that_reach_half_of_the_way_by_themselves_tell_nothing_at_the_lev
     assert panics(mutant.collapse(), losses) != []
 
 
-@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("seed", [3, 7])
 def test_a_rise_whose_bulk_is_up_panics_within_25_steps(seed):
     """A curve that comes down hides part of the rise, so its evidence grows slowly; but nearly all losses are up."""
     falling = [2.8 - 0.00128 * i for i in range(625)]
