@@ -239,7 +239,6 @@ class _Run:
             self.digest = governor.digest()
             if left is not None and not isinstance(left, RetryBudgetExceeded):
                 self.is_left_alone = left.state_intact and _is_left_alone(governor)
-                governor.close()  # leaving the block would judge what is open, and raise the same once more
         if not self.ended_by:
             self.val_loss = self._workload.validate(training.model)
 
