@@ -88,8 +88,9 @@ class Rounds:
         Args:
             learn: Does all of it; called again for a second attempt, then with the same weights, optimizers, registered
                 objects and random state. What it reads besides must be as it was at the first call.
-            signs: Called after it, without gradients; returns further vital signs by name. What it draws from global
-                random state is put back. An error in it counts as the sign ``unmeasured``, which is a panic.
+            signs: Called after it, without gradients; returns further vital signs by name (``metric``: the reward).
+                What it draws from global random state is put back. An error in it counts as the sign ``unmeasured``, which
+                is a panic.
 
         Returns:
             Whether the round was learnt, and what was rolled back.
@@ -227,7 +228,8 @@ class Rounds:
         if both:
             numbers[EXTRA + "drift"] = drift([self._reference[key] for key in both], [now[key] for key in both])
         if signs is not None and error is None:
-            numbers |= {EXTRA + name: value for name, value in self._measured(signs).items()}
+            measured = self._measured(signs).items()
+            numbers |= {name if name == "metric" else EXTRA + name: value for name, value in measured}
         reading = self.governor._readings.send(numbers)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))

@@ -50,7 +50,8 @@ class TolariaCallback(BaseCallback):
     Args:
         config: Settings of the governor. Cadence and probation have no say: whole rounds are judged.
         detector: Judges the signs ``drift`` and, for actor-critic policies on a rollout buffer, ``policy_change``;
-            `tolaria.surge.round_detector()` unless given.
+            `tolaria.surge.round_detector()` unless given. One of yours may judge what Stable-Baselines3 logs as well
+            (`logged_signs`): ``any_of(round_detector(), judge.rl_collapse())``.
         snapshot_every: Calls of `train()` between two snapshots. With 1 every fault in `train()` can be mended without
             loss. None: 1 where each call learns from a rollout of at least 128 transitions; as many calls as have 128
             together where rollouts are shorter (A2C); 100 with a replay buffer.
@@ -156,7 +157,7 @@ class TolariaCallback(BaseCallback):
     def _train(self, train: Callable[[], Any]) -> None:
         assert self._rounds is not None  # made before `train` was replaced
         before = {key: value for key, value in self.logger.name_to_value.items() if key.startswith("train/")}
-        result = self._rounds.run(train, signs=functools.partial(policy_change, self.model))
+        result = self._rounds.run(train, signs=self._signs)
         if not result.learnt:
             self.dropped += 1
             values = self.logger.name_to_value  # of a round that was undone
@@ -164,6 +165,9 @@ class TolariaCallback(BaseCallback):
                 del values[key]
             values.update(before)
         self._log()
+
+    def _signs(self) -> dict[str, float]:
+        return {**logged_signs(self.logger.name_to_value, self.model), **policy_change(self.model)}
 
     def _collect(self, collect: Callable[[], Any]) -> Any:
         assert self._rounds is not None
@@ -307,6 +311,21 @@ def poisoned_environments(value: Any) -> list[int]:
         return []
     finite = array.reshape(len(array), -1).isfinite().all(dim=1)
     return [number for number, good in enumerate(finite.tolist()) if not good]
+
+
+def logged_signs(values: Mapping[str, Any], model: Any) -> dict[str, float]:
+    """What Stable-Baselines3 has logged of the round just learnt, by the names that `judge.rl_collapse` knows.
+
+    ``approx_kl``, ``entropy`` (where the policy has one), ``explained_variance``, and ``metric``, the mean reward of
+    the last episodes. Values that are not finite say nothing and are left out: of returns that are all alike nothing
+    can be explained.
+    """
+    found = {name: values.get(f"train/{name}") for name in ("approx_kl", "explained_variance")}
+    loss = values.get("train/entropy_loss")
+    found["entropy"] = None if loss is None else -loss
+    rewards = [episode["r"] for episode in model.ep_info_buffer or ()]
+    found["metric"] = sum(rewards) / len(rewards) if rewards else None
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def policy_change(model: Any) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from tolaria import sb3
 from tolaria.config import GovernorConfig, Recovery
 from tolaria.errors import InvalidConfig, RetryBudgetExceeded, UnsupportedState
-from tolaria.sb3 import TolariaCallback
+from tolaria.judge import Detector
+from tolaria.records import Health, Verdict, VitalSigns
+from tolaria.sb3 import TolariaCallback, logged_signs
 
 KINDS = ["PPO", "A2C", "DQN", "SAC"]
 Clean = Callable[[str], str]
@@ -147,6 +150,29 @@ def test_what_is_logged_of_a_dropped_round_is_dropped_too() -> None:
     assert ["train/loss" in row for row in rows] == [False, True, False, True, True]
     assert model.logger.name_to_value["train/n_updates"] == 8  # four rounds of two epochs; not dumped any more
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+
+
+def test_what_stable_baselines_logs_of_a_round_is_judged() -> None:
+    """By a detector of one's own: the same names as `rl_collapse` reads, and nothing that is not finite."""
+    seen: list[dict[str, float]] = []
+
+    def update(state: None, signs: VitalSigns) -> tuple[None, Verdict]:
+        seen.append(dict(signs.extra))
+        return state, Verdict(Health.HEALTHY, signs.step)
+
+    model = build("PPO")
+    learn(model, timesteps("PPO"), TolariaCallback(detector=Detector(lambda: None, update)))
+    logged = model.logger.name_to_value
+    assert len(seen) == ROUNDS
+    assert {"approx_kl", "entropy", "policy_change", "drift"} <= set(seen[-1])
+    assert all(math.isfinite(value) for each in seen for value in each.values())
+    assert all(each["entropy"] > 0.0 for each in seen)
+    assert logged_signs({"train/explained_variance": math.nan, "train/approx_kl": 0.5}, model)["approx_kl"] == 0.5
+    assert "explained_variance" not in logged_signs({"train/explained_variance": math.nan}, model)
+    if "train/approx_kl" in logged:
+        assert seen[-1]["approx_kl"] == logged["train/approx_kl"]
+    model.ep_info_buffer.extend([{"r": 10.0, "l": 10, "t": 0.0}, {"r": 20.0, "l": 20, "t": 0.0}])
+    assert logged_signs({}, model) == {"metric": 15.0}
 
 
 def test_what_was_logged_before_a_dropped_round_stands() -> None:
