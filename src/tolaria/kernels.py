@@ -492,12 +492,27 @@ def launcher(kernel: Any, index: int, grid: int, arguments: Sequence[torch.Tenso
 
     def launch(_held: object = (kept, values, kernel)) -> None:
         code = launch_kernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream_of(index), addresses, None)
+        if code == _NO_CONTEXT and _bind(library, index):
+            code = launch_kernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream_of(index), addresses, None)
         if code:
             error = RuntimeError(f"CUDA error {code} at the launch of a sweep")
             vars(error)["error_code"] = code  # where torch has it too, so that a lost device is recognised
             raise error
 
     return launch
+
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+def _bind(library: Any, index: int) -> bool:
+    """Give the calling thread, which has not used CUDA yet, the primary context of its device: so does torch later on."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    return not (
+        library.cuDeviceGet(ctypes.byref(device), index)
+        or library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # torch keeps it for good, too
+        or library.cuCtxSetCurrent(context)
+    )
 
 
 @functools.cache
