@@ -664,7 +664,7 @@ class PageLockedRow:
 
     def __init__(self, machine: Machine, width: int) -> None:
         self._machine = machine
-        self._values = torch.zeros(width, dtype=torch.float64)  # stale, and plausible: nothing is wrong
+        self._values = torch.zeros(width, dtype=torch.float64, device="cpu")  # stale, and plausible: nothing is wrong
 
     def numel(self) -> int:
         return self._values.numel()

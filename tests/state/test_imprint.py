@@ -506,7 +506,7 @@ def test_the_size_of_a_storage_counts_where_its_address_stays() -> None:
 
 
 def test_a_survey_in_between_does_not_lend_its_imprint_to_a_rollback() -> None:
-    """As a digest takes one, from any thread: the rollback that has found its own imprint standing restores by its own."""
+    """As a digest takes one, from any thread: a rollback that has found its own imprint standing restores by that."""
     model = nn.Linear(2, 2)
     state = TrainState(model)
     taken = state.survey()

@@ -273,7 +273,7 @@ def refill(live: dict[Any, Any], items: dict[Any, Any]) -> None:
 
 
 def _is_key(one: Any, other: Any) -> bool:
-    """Whether two keys are the same. Those of an optimizer's state are tensors, whose `==` compares element by element."""
+    """Whether two keys are the same. Those of an optimizer's state are tensors, whose `==` compares elements."""
     return one is other or (not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) and one == other)
 
 
