@@ -506,7 +506,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def _bind(library: Any, index: int) -> bool:
-    """Give the calling thread, which has not used CUDA yet, the primary context of its device, as torch does later on."""
+    """Give the calling thread, which has not used CUDA yet, the primary context of its device. So does torch later."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     return not (
         library.cuDeviceGet(ctypes.byref(device), index)
