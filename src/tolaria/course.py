@@ -232,7 +232,8 @@ class Course:
         self.keeper.backlog.tend(self.tick, self.cadence)
         self._pace.stepped(time.perf_counter())
         if panic is None and self.verdict.health is Health.HEALTHY and ahead >= 0 and not sent.skipped:
-            if not self._has_room():  # taken as soon as a candidate has come through its probation
+            # taken as soon as a candidate has come through its probation; steps that are run again wait for that anyway
+            if not self._has_room() and not (self.feed.is_delivering and self.again.is_due(self.completed, True)):
                 self.count(snapshots_deferred=int(ahead % self.cadence == 0))
             elif self.feed.is_delivering and self.due is None:
                 self.due = VitalSigns(step=sent.step)  # `Settlement` takes it at the end of the loop body

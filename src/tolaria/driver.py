@@ -194,7 +194,7 @@ class Driver:
                     f"{self.state.gate.owner}; expected them to end",
                     "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
                 )
-            self._changed.wait(left)
+            self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
             answer = op.function(self.state)
             if answer is not None:
                 return answer

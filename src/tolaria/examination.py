@@ -48,7 +48,7 @@ class Examination:
             if port.barrier is not Barrier.HOST and name not in self._tallies:
                 with port.on_stream():
                     total = torch.zeros(2, dtype=torch.int64, device=name)
-                self._tallies[name] = Tally(total, torch.zeros(2, dtype=torch.int64).pin_memory())
+                self._tallies[name] = Tally(total, torch.zeros(2, dtype=torch.int64, device="cpu").pin_memory())
 
     def begin(self) -> None:
         """Start from nothing. What is added is launched behind what the devices' own streams were given so far."""

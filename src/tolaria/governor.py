@@ -6,13 +6,14 @@ import contextlib
 import functools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import judge, living, observe, ring
+from tolaria import arguments, judge, living, observe, ring
+from tolaria.arguments import Grads, Verify, When, as_list
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
@@ -29,10 +30,6 @@ from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.update import Update
 from tolaria.vitals import EXTRA, Sent
-
-When = Literal["boundary"]
-Verify = Literal["before", "after"]
-Grads = Literal["capture", "drop"]
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
 
@@ -52,7 +49,7 @@ class TolariaGovernor:
         sections: Names of further methods of `model` that launch forwards, for example ``("evaluate_actions",)``.
 
     Raises:
-        UsageError: The model is governed already.
+        UsageError: The model is governed already, or something is no part of a train state.
         UnsupportedState: A tensor or set-up that cannot be restored exactly yet.
         BudgetExceeded: Parameters and buffers alone do not fit into the slots asked for.
 
@@ -72,10 +69,12 @@ class TolariaGovernor:
         detector: judge.Detector[Any] | None = None,
         sections: tuple[str, ...] = (),
     ) -> None:
+        optimizers, schedulers = as_list(optimizer), as_list(scheduler)
+        arguments.require_parts(model, optimizers, schedulers, scaler, config, detector)
         self.config = config or GovernorConfig()
         self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
         self.model = model
-        self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
+        self._update = Update(optimizers, schedulers, scaler)
         self._course = Course(
             self.config, detector or judge.default_detector(), functools.partial(living.rng_policy, self.config)
         )
@@ -300,11 +299,13 @@ class TolariaGovernor:
 
         Raises:
             PhaseError: Not at a boundary, or gradients are alive and `grads` is None.
+            UsageError: No value that an argument may have.
             QuiesceTimeout, SlotsBusy, BudgetExceeded, UnsupportedState: Nothing was changed.
         """
+        doing = "taking a snapshot"
+        arguments.require_of_snapshot(doing, step, grads, when)
         if self.is_disabled or self.config.mode == "observe":
             return SnapshotInfo.nothing()
-        doing = "taking a snapshot"
         self._require_open(doing)
         if when == "boundary" and self._keeper.is_inside():
             receipt = self._keeper.info(None)
@@ -340,16 +341,19 @@ class TolariaGovernor:
                 restore once more what was disturbed. `context` always does; `wait` and the next `step` tell.
 
         Raises:
+            UsageError: No value that an argument may have.
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
+        doing = "rolling back"
+        arguments.require_of_rollback(doing, optimizer, when, verify)
         env_id = self.config.env_id if env_id is None else env_id
         report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
         if self.is_disabled or self.config.mode == "observe":
             report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
-        doing = "rolling back"
         self._require_open(doing)
+        arguments.require_target(doing, to, self._keeper.phase_of)
 
         def run() -> None:
             self._course.roll_back(report, to, optimizer, verify)
@@ -493,10 +497,6 @@ class TolariaGovernor:
         self._closed = True
         self._keeper.sections.is_open = False
         living.leave(self)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:

@@ -262,7 +262,7 @@ class Keeper:
             bytes=self.vault.num_bytes(taken.slot) if taken is not None else 0,
             tier=self.vault.plan.tier.value if taken is None else self.ring[taken.slot].tier.value,
             serial=taken.snapshot if taken is not None else -1,
-            _state=self._phase,
+            _state=self.phase_of,
             _held=self._held,
             _wait=self._wait,
             _done=taken.done if taken is not None else (),
@@ -273,7 +273,8 @@ class Keeper:
         receipt.step, receipt.bytes, receipt.serial, receipt._done = info.step, info.bytes, info.serial, info._done
         receipt.tier = info.tier
 
-    def _phase(self, serial: int) -> str:
+    def phase_of(self, serial: int) -> str:
+        """The phase of the slot that holds a snapshot; ``dropped`` where none does."""
         slot = ring.by_serial(self.ring, serial)
         return slot.phase.value if slot is not None else "dropped"
 
@@ -293,7 +294,7 @@ class Keeper:
         self.wait_for(done)
         if until == "sealed":
             self.arrivals.seal(wait=True)
-        if until == "sealed" and self._phase(serial) == "dropped":
+        if until == "sealed" and self.phase_of(serial) == "dropped":
             raise SnapshotRejected(
                 "waiting for a snapshot to be sealed",
                 "it is not held any more: it was not finite, was overwritten, or was undone by a rollback",

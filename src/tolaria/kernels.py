@@ -360,11 +360,11 @@ def table_of(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tens
     """
     num_chunks, num_blocks = sum(counts), len(counts)
     firsts = list(itertools.accumulate(counts, initial=0))[:-1]
-    owners = torch.arange(num_blocks, dtype=torch.int32)
-    owners = owners.repeat_interleave(torch.tensor(counts), output_size=num_chunks)
+    owners = torch.arange(num_blocks, dtype=torch.int32, device="cpu")  # the user may have set another default
+    owners = owners.repeat_interleave(torch.tensor(counts, device="cpu"), output_size=num_chunks)
     head = num_blocks * (len(rows) + 1)
-    table = torch.zeros(head + -(-num_chunks // 2), dtype=torch.int64).pin_memory()
-    table[:head] = torch.tensor((firsts, *rows), dtype=torch.int64).view(-1)
+    table = torch.zeros(head + -(-num_chunks // 2), dtype=torch.int64, device="cpu").pin_memory()
+    table[:head] = torch.tensor((firsts, *rows), dtype=torch.int64, device="cpu").view(-1)
     table[head:].view(torch.int32)[:num_chunks] = owners
     return table
 
@@ -492,12 +492,27 @@ def launcher(kernel: Any, index: int, grid: int, arguments: Sequence[torch.Tenso
 
     def launch(_held: object = (kept, values, kernel)) -> None:
         code = launch_kernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream_of(index), addresses, None)
+        if code == _NO_CONTEXT and _bind(library, index):
+            code = launch_kernel(function, grid, 1, 1, _THREADS, 1, 1, 0, stream_of(index), addresses, None)
         if code:
             error = RuntimeError(f"CUDA error {code} at the launch of a sweep")
             vars(error)["error_code"] = code  # where torch has it too, so that a lost device is recognised
             raise error
 
     return launch
+
+
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+def _bind(library: Any, index: int) -> bool:
+    """Give the calling thread, which has not used CUDA yet, the primary context of its device. So does torch later."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    return not (
+        library.cuDeviceGet(ctypes.byref(device), index)
+        or library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)  # torch keeps it for good, too
+        or library.cuCtxSetCurrent(context)
+    )
 
 
 @functools.cache

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tolaria.errors import BudgetExceeded
+from tolaria.errors import BudgetExceeded, UnsupportedState
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -75,7 +77,7 @@ def allocate(num_bytes: int, device: torch.device, doing: str, *, on_host: bool 
 
 def page_locked(num_bytes: int) -> torch.Tensor:
     """Zeroed main memory that a device can reach by itself. Invalidates graph captures of other threads."""
-    return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _exceeded(doing: str, num_bytes: int, where: str, seen: str) -> BudgetExceeded:
@@ -84,3 +86,13 @@ def _exceeded(doing: str, num_bytes: int, where: str, seen: str) -> BudgetExceed
         f"one slot needs {num_bytes / 2**20:,.1f} MiB on {where}, but {seen}",
         "Snapshots held so far are intact. Free memory, or configure fewer slots (longer cadence, shorter probation).",
     )
+
+
+def refuse_fake_tensors(doing: str) -> None:
+    """Raise `UnsupportedState` where operators are only pretended: nothing has an address there."""
+    if torch._C._len_torch_dispatch_stack() and any(
+        isinstance(m, FakeTensorMode) for m in _get_current_dispatch_mode_stack()
+    ):
+        raise UnsupportedState(
+            doing, "a FakeTensorMode is active, expected one in which tensors have bytes", "Leave that mode first."
+        )

@@ -173,7 +173,7 @@ class Readings:
 
 
 def _page_locked(count: int, width: int) -> Sequence[torch.Tensor]:
-    rows = torch.zeros(count, width, dtype=torch.float64)
+    rows = torch.zeros(count, width, dtype=torch.float64, device="cpu")
     return (rows.pin_memory() if torch.cuda.is_available() else rows).unbind()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tolaria.config import Writer
-from tolaria.errors import PhaseError, RollbackDisturbed, SnapshotRejected
+from tolaria.errors import PhaseError, RollbackDisturbed, SnapshotRejected, UsageError
 from tolaria.records import SCHEMA_VERSION, Health, Incident, Statistics, Verdict, VitalSigns
 
 logger = logging.getLogger("tolaria")
@@ -63,9 +63,12 @@ class SnapshotInfo:
             SnapshotRejected: It is not held any more: not finite (a manual one is kept all the same), overwritten, or
                 undone.
             PhaseError: The request is still pending, so waiting on this thread could never end.
+            UsageError: Another word in `until`.
         """
         if self.serial < 0:
             raise PhaseError("waiting for a snapshot", "the request is pending", "Wait after the next boundary.")
+        if until not in ("staged", "sealed"):
+            raise UsageError("waiting for a snapshot", f"until={until!r}, expected 'staged' or 'sealed'", "Correct it.")
         self._wait(self.serial, self._done, until)
         return self
 

@@ -336,7 +336,7 @@ def drift(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> torch.
         Shape [], float64, on the device of the first; NaN where a weight is.
     """
     if not now:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     moved = torch._foreach_norm(torch._foreach_sub(list(now), list(before)))
     size = torch._foreach_norm(list(before))
     home = now[0].device

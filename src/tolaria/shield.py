@@ -40,8 +40,11 @@ class Shield:
                 ):
                     self._held[number] = handler
                     before = _set_handler(number, self._note)
-                    if before is not None:  # none: not set by Python, and nothing that could be put back
+                    if callable(before):
                         self._held[number] = before  # another one, where a handler that has just run has set it
+                    elif before is not None:  # that one has left it to the system; none: nothing that could be put back
+                        self._held.pop(number)
+                        _set_handler(number, before)
             except BaseException:
                 self.__exit__()
                 raise
@@ -60,7 +63,8 @@ class Shield:
         while self._held:
             number = next(iter(self._held))
             try:
-                _set_handler(number, self._held[number])
+                if _handler_of(number) == self._note:  # else somebody who ran meanwhile wants another one from now on
+                    _set_handler(number, self._held[number])
             except BaseException as error:
                 raised = raised or error
             if _handler_of(number) != self._note:

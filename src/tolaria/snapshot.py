@@ -117,6 +117,7 @@ class Vault:
     @_outside_inference
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
+        memory.refuse_fake_tensors("taking a snapshot")
         surveyed = self.state.survey(gradients=op.gradients)
         names = self._layout_of(surveyed.leaves).names
         if any(name not in self.devices for name in names):
@@ -314,6 +315,7 @@ class Vault:
     @_outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
+        memory.refuse_fake_tensors("rolling back")
         slot = self.slots[op.slot]
         if slot.survey is None or slot.arena is None:
             raise TolariaInternalError("rolling back", f"slot {op.slot} is empty", "Please report this.")

@@ -250,7 +250,7 @@ class Update:
         if norm is not None:
             # the same type as the norm had before it was read, or the factor would be rounded otherwise
             dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in observe.gradients(parameters)))
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype))
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype, device="cpu"))
 
     def _applied(self, read: Sequence[_Read]) -> Iterator[torch.Tensor]:
         """The norms, with 0 for those of optimizers that the scaler skips: they would spoil the clipping of others."""

@@ -546,6 +546,8 @@ class FakeDriver:
             return (CUresult.CUDA_ERROR_INVALID_HANDLE,)
         if attributes[0].srcAccessOrder is not CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM:
             self._machine.violate("cuMemcpyBatchAsync: the sources may be read before their stream has come there")
+        if 0 in sizes:
+            self._machine.violate("cuMemcpyBatchAsync: a copy of nothing")
         for destination, source, size in zip(destinations, sources, sizes, strict=True):
             ctypes.memmove(destination, source, size)
         return (OK,)
@@ -664,7 +666,7 @@ class PageLockedRow:
 
     def __init__(self, machine: Machine, width: int) -> None:
         self._machine = machine
-        self._values = torch.zeros(width, dtype=torch.float64)  # stale, and plausible: nothing is wrong
+        self._values = torch.zeros(width, dtype=torch.float64, device="cpu")  # stale, and plausible: nothing is wrong
 
     def numel(self) -> int:
         return self._values.numel()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 
@@ -16,7 +17,7 @@ from cuda_driver.two_devices import Pair
 from torch import nn
 
 from tolaria import TolariaGovernor, TolariaInternalError
-from tolaria.cuda import ContextDevice
+from tolaria.cuda import ContextDevice, TorchStreams
 from tolaria.kernels import Sweep
 from tolaria.operations import SectionKind
 
@@ -479,3 +480,51 @@ def test_a_section_waits_for_the_copies_of_both_devices():
     assert waits == ["cuStreamWaitEvent main0 a", "cuStreamWaitEvent main1 b"]
     pair.close()
     assert (machine.violations, machine.depth()) == ([], 0)
+
+
+def test_closing_waits_for_transfers_as_well(machine):
+    """Their memory is given back next."""
+    device, arrived = ContextDevice("cuda:0", machine.driver, machine.streams), []
+    device.transfer(lambda: arrived.append(1))
+    assert arrived == []
+    device.close()
+    assert arrived == [1]
+
+
+class TorchDevices:
+    """What of torch says which device and which streams are current."""
+
+    def __init__(self, monkeypatch, current):
+        self.device, self.streams = current, {0: (10, 0, 1), 1: (11, 1, 1)}
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", self.streams.__getitem__, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: setattr(self, "device", index), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_setStream", self.set_stream, raising=False)
+
+    def set_stream(self, stream_id, device_index, device_type):
+        self.streams[device_index] = stream_id, device_index, device_type
+        self.device = device_index  # as torch's does
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["use", "enqueue"])
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_stream_is_current_on_its_device_the_device_stays_and_all_is_put_back(current, how, fails, monkeypatch):
+    devices = TorchDevices(monkeypatch, current)
+    streams, seen = TorchStreams(), []
+    streams._known[1, 0x77] = 77, 1, 1
+    before = dict(devices.streams)
+
+    def work():
+        seen.append((devices.device, devices.streams[1]))
+        if fails:
+            raise ZeroDivisionError
+
+    with contextlib.suppress(ZeroDivisionError):
+        if how == "enqueue":
+            streams.enqueue(1, 0x77, work)
+        else:
+            with streams.use(1, 0x77):
+                work()
+    assert seen == [(current, (77, 1, 1))]
+    assert (devices.device, devices.streams) == (current, before)

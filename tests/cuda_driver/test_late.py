@@ -712,3 +712,27 @@ def test_a_change_that_is_no_section_disturbs(late, govern, make_run, monkeypatc
     with govern(run.model, run.optimizer, cadence=4, probation=4, recovery=policy) as governor:
         run.train(governor, run.poisoned(17))
         assert governor.statistics().rollbacks_disturbed > 0
+
+
+def test_another_default_device_changes_nothing(late, govern, make_run):
+    """What is made without saying where would be on `meta`, where nothing has bytes."""
+    late.lag = 2
+    ends = []
+    for default in (None, "meta"):
+        run = make_run()
+        for batch in run.batches[:2]:  # torch's optimizers make their counters on the default device
+            run.backward(batch)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        torch.set_default_device(default)
+        try:
+            governor = govern(run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=3, host_slots=2)
+            run.train(governor, run.poisoned(14))
+            governor.snapshot().wait("sealed")
+            governor.execute_rollback().wait()
+        finally:
+            torch.set_default_device(None)
+        ends.append((run.state(), governor.rollbacks))
+        governor.close()
+    assert ends[0] == ends[1]
+    assert ends[0][1] > 1

@@ -105,6 +105,58 @@ def test_an_error_of_the_launch_is_named(library: Library) -> None:
     assert named(caught.value, "copying") is caught.value
 
 
+class Contexts(Library):
+    """A launch needs a context, and the calling thread has none."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__()
+        self.fails, self.calls, self.current = fails, list[str](), 0
+
+    def _do(self, name: str) -> int:
+        self.calls.append(name)
+        return 100 if name == self.fails else 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = 40 + index
+        return self._do("get")
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:
+        context._obj.value = 1000 + device.value
+        return self._do("retain")
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.current = context.value
+        return self._do("set")
+
+    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
+        if not self.current:
+            return 201
+        return super().cuLaunchKernel(function, *rest)
+
+
+def test_a_thread_that_has_not_used_cuda_is_given_the_context_of_the_device(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = Contexts()
+    monkeypatch.setattr(kernels, "_driver_library", lambda: contexts)
+    launch = launcher(Kernel(), 2, 1, [torch.zeros(1)])
+    for _ in range(2):
+        launch()
+    assert (contexts.current, contexts.calls, len(contexts.launches)) == (1042, ["get", "retain", "set"], 2)
+
+
+@pytest.mark.parametrize("fails", ["get", "retain", "set"])
+def test_where_it_cannot_be_given_one_the_launch_says_so(
+    fails: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = Contexts(fails)
+    monkeypatch.setattr(kernels, "_driver_library", lambda: contexts)
+    with pytest.raises(RuntimeError, match="CUDA error 201"):
+        launcher(Kernel(), 2, 1, [torch.zeros(1)])()
+    assert contexts.launches == []
+    assert contexts.calls[-1] == fails
+
+
 @pytest.mark.parametrize("missing", ["library", "handle"])
 def test_without_what_is_private_torch_launches(
     missing: str, library: Library, monkeypatch: pytest.MonkeyPatch

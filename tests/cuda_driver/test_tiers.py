@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import SnapshotRejected
+from tolaria import BudgetExceeded, SnapshotRejected, memory, protocol, snapshot
 from tolaria.cuda import ContextDevice
 from tolaria.errors import RollbackDisturbed
 from tolaria.operations import SectionKind
 from tolaria.ring import READABLE, SlotPhase, Tier, newest_good
+from tolaria.shield import Shield
 
 SETTINGS = {"cadence": 1, "probation": 1, "slots": 3, "host_slots": 2, "reach": 4}
 
@@ -457,6 +458,7 @@ def test_a_report_does_not_answer_for_a_slot_that_holds_another_snapshot_by_now(
 def test_many_storages_travel_in_one_call_where_the_driver_can(version, calls, late, govern):
     late.driver.version = version
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    model.register_parameter("nothing", nn.Parameter(torch.zeros(0)))  # which the driver takes no copy of
     before = [parameter.detach().clone() for parameter in model.parameters()]
     governor = govern(model, tier="host")
     governor.snapshot()
@@ -545,3 +547,67 @@ def test_no_scrubbing_no_notice(late, govern):
     scrub_all(governor, 0)
     assert set(held(governor, serial)) == {Tier.DEVICE, Tier.HOST}
     assert governor.statistics().snapshots_corrupted == 0
+
+
+def test_a_slot_of_main_memory_that_is_filled_again_is_compared_with_what_it_holds_now(late, govern):
+    """Not with the digest of the bytes that were there before."""
+    governor, model, first = drained(govern, host_slots=1)
+    newest, keeper = certified(governor, model, 2), governor._keeper
+    ground = dataclasses.replace(keeper.ground, drained=1)
+    again = protocol.drain(threading.get_ident(), ground, held(governor, newest)[Tier.DEVICE], newest)
+    assert keeper.driver.submit(again) == held(governor, newest)[Tier.HOST]
+    assert Tier.HOST not in held(governor, first), "or it is another slot"
+    governor._keeper.give_up(lambda slot: slot.tier is Tier.DEVICE)
+    write(governor, model, 77)
+    report = governor.execute_rollback(verify="before").wait()
+    assert (report.tier, report.corrupted_steps, report.verified) == ("host", (), True)
+    assert all_are(model.weight, 2)
+
+
+def test_a_device_that_turns_out_to_be_full_leaves_the_snapshot_to_main_memory(late, govern, monkeypatch):
+    model = weights(1)
+    governor = govern(model, **SETTINGS)
+    allocate, refused = memory.allocate, []
+
+    def full(num_bytes, device, doing, *, on_host):
+        if not on_host:
+            refused.append(num_bytes)
+            raise BudgetExceeded(doing, "the device is full", "Free some memory.")
+        return allocate(num_bytes, device, doing, on_host=on_host)
+
+    monkeypatch.setattr(memory, "allocate", full)
+    info = governor.snapshot().wait("sealed")
+    assert (info.tier, len(refused)) == ("host", 1)
+    assert governor.capabilities().tier_reason.startswith("out of memory")
+    write(governor, model, 2)
+    governor.execute_rollback()
+    assert all_are(model.weight, 1)
+
+
+def test_page_locked_memory_beside_a_device_is_waited_for_on_the_host(late, govern, monkeypatch):
+    """A transfer of somebody else's may be reading it."""
+    model = weights(1)
+    governor = govern(model, **SETTINGS)
+    for is_pinned in (False, True):
+        monkeypatch.setattr(snapshot, "any_page_locked", lambda storages, is_pinned=is_pinned: is_pinned)
+        late.clear()
+        governor.snapshot()
+        governor.execute_rollback()
+        waits = [call.split()[0] for call in late.calls if "Synchronize" in call]
+        assert waits == ["cuEventSynchronize"] * 2 * is_pinned
+
+
+def test_nothing_is_certified_before_the_last_rollback_was_read_back(late, govern):
+    model = weights(1)
+    governor = govern(model, **SETTINGS)
+    keeper = governor._keeper
+    governor.snapshot().wait("sealed")
+    governor.execute_rollback()
+    with Shield() as shield:
+        candidate, _ = keeper.take(shield, None, manual=False)
+    candidate.wait("sealed")
+    keeper.advance(candidate.step + 1)
+    assert candidate.state == "sealed"
+    assert keeper.arrivals.read_back(wait=True).intact
+    keeper.advance(candidate.step + 2)
+    assert candidate.state == "certified"

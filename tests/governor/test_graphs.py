@@ -123,3 +123,18 @@ def test_a_replay_is_a_write_section(govern, model):
     with governor._keeper.sections.replaying():
         assert governor._keeper.driver.depth() == 1
     assert governor._keeper.driver.depth() == 0
+
+
+def test_gradients_are_not_read_during_a_capture(govern, kit, monkeypatch):
+    """Reading waits for the device, and would invalidate it: the snapshot is refused for the capture anyway."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    run.backward(run.batches[0])
+    state, driver = governor._keeper.state, governor._keeper.driver
+    monkeypatch.setattr(state, "has_live_gradients", lambda: pytest.fail("gradients were read"))
+    driver.begin_capture(7, -1, False, 1.0)
+    with pytest.raises(CaptureInProgress):
+        governor.snapshot()
+    driver.end_capture(7)
+    with pytest.raises(pytest.fail.Exception):
+        governor.snapshot()

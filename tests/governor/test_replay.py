@@ -289,3 +289,20 @@ def test_a_second_governor_ends_the_restoring(govern: Govern, kit: Any) -> None:
     second.close()
     first.execute_rollback()
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("grads", ["capture", "drop"])
+def test_batches_whose_gradients_a_snapshot_holds_do_not_come_again(grads: str, govern: Govern, kit: Any) -> None:
+    """Two batches to a step, and a snapshot between them: with the gradients it holds the first one."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({3: "panic"}), config=GovernorConfig(cadence=100))
+    delivered = []
+    for number, batch in governor.watch(list(enumerate(run.batches[:8]))):
+        run.backward(batch)
+        delivered.append(number)
+        if delivered == [0, 1, 2, 3, 4]:
+            governor.snapshot(grads=grads)
+        if number % 2:
+            governor.step(loss=1.0)
+    assert governor.rollbacks == 1
+    assert delivered == [0, 1, 2, 3, 4, 5, *([5] if grads == "capture" else [4, 5]), 6, 7]

@@ -300,6 +300,40 @@ def test_a_handler_that_is_set_while_the_shield_goes_up_comes_back(
     assert_put_back(heard)
 
 
+def test_a_signal_that_is_left_to_the_system_while_the_shield_goes_up_is_left_to_it(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that a second Ctrl-C is to end the program, and that runs at the wrong moment."""
+    first, other = min(NUMBERS), max(NUMBERS)
+
+    class Running(_Meddling):
+        def set_handler(self, number: int, handler: Any) -> Any:
+            if number == first and not self.fired:
+                self.fired += 1
+                signal.signal(other, signal.SIG_IGN)
+            return signal.signal(number, handler)
+
+    monkeypatch.setattr(tolaria.shield, "_set_handler", Running(first, first, bool).set_handler)
+    with Shield():
+        assert signal.getsignal(other) is signal.SIG_IGN
+        signal.raise_signal(other)
+    assert signal.getsignal(other) is signal.SIG_IGN
+    signal.signal(other, heard)
+    assert_put_back(heard)
+
+
+@pytest.mark.parametrize("wanted", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_handler_that_another_one_sets_during_a_wait_stays(heard: Heard, wanted: Any) -> None:
+    """As of a program that ends at the second Ctrl-C."""
+    heard.look = lambda: signal.signal(signal.SIGTERM, wanted)
+    with Shield() as shield, shield.interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert heard.numbers == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is wanted
+    signal.signal(signal.SIGTERM, heard)
+    assert_put_back(heard)
+
+
 def test_a_handler_that_python_no_longer_knows_ends_in_what_was_asked_for(
     heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

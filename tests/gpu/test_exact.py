@@ -162,3 +162,22 @@ def test_a_model_on_two_kinds_of_device(barrier):
         assert governor.digest() != before
         governor.execute_rollback()
         assert governor.digest() == before
+
+
+def test_the_device_as_the_default_for_all_tensors(barrier):
+    """As with `torch.set_default_device("cuda")` at the head of a script."""
+    ends = []
+    for default in (None, "cuda"):
+        run = Run(OPTIMIZERS["AdamW fused"])
+        bad = (torch.full_like(run.batches[0][0], float("nan")), run.batches[0][1])
+        torch.set_default_device(default)
+        try:
+            with run.govern(barrier, host_slots=2) as governor:
+                run.train(governor, [*run.batches[:9], bad, *run.batches[9:20]])
+                governor.snapshot().wait("sealed")
+                assert governor.execute_rollback().wait().verified
+                ends.append((governor.digest(), governor.rollbacks))
+        finally:
+            torch.set_default_device(None)
+    assert ends[0] == ends[1]
+    assert ends[0][1] > 1

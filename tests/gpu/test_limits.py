@@ -143,16 +143,23 @@ def test_the_kernel_finds_what_is_not_finite(dtype):
                 assert bool(answer[1]) == (bad is not None and (at > 0 or flat.numel() == size * dtype.itemsize))
 
 
-def test_calls_from_a_thread_that_has_never_used_cuda():
+@pytest.mark.parametrize("first", ["snapshot", "rollback"])
+def test_calls_from_a_thread_that_has_never_used_cuda(first):
+    """A rollback begins with a launch of ours, before torch has bound the thread to a context."""
     import threading
 
     model = nn.Linear(8, 8).cuda()
     with TolariaGovernor(model) as governor:
+        governor.snapshot().wait("sealed")
+        before = governor.digest()
+        with torch.no_grad(), governor.using():
+            model.weight.add_(1)
         errors = []
 
         def run():
             try:
-                governor.snapshot()
+                if first == "snapshot":
+                    governor.snapshot()
                 governor.execute_rollback().wait()
             except Exception as error:
                 errors.append(error)
@@ -161,6 +168,7 @@ def test_calls_from_a_thread_that_has_never_used_cuda():
         thread.start()
         thread.join()
         assert not errors
+        assert (governor.digest() == before) == (first == "rollback")
 
 
 def test_odd_sizes_are_copied_whole():

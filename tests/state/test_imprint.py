@@ -503,3 +503,18 @@ def test_the_size_of_a_storage_counts_where_its_address_stays() -> None:
     for found, stands in ((size, True), (size - 4, False), (size + 4, False)):
         memory[0] = torch._C._construct_storage_from_data_pointer(there, device, found)
         assert state._imprint.stands() == stands
+
+
+def test_a_survey_in_between_does_not_lend_its_imprint_to_a_rollback() -> None:
+    """As a digest takes one, from any thread: a rollback that has found its own imprint standing restores by that."""
+    model = nn.Linear(2, 2)
+    state = TrainState(model)
+    taken = state.survey()
+    host = state.capture((), with_rng=False, journal=None)
+    assert state.check(taken, "rolling back")
+    spare = nn.Parameter(torch.zeros(2))
+    model.bias, bias = spare, model.bias
+    other = state.survey()
+    assert other.leaves is not taken.leaves
+    state.restore(taken, host, (), standing=True)
+    assert model.bias is bias

@@ -68,6 +68,32 @@ def test_keys_deleted_after_the_snapshot_come_back_in_their_place(
     assert optimizer.state["an unknown key"] == {}  # still the default dict that it was
 
 
+@pytest.mark.parametrize("sizes", [(3, 4), (3, 3), (1, 1)])
+def test_state_that_was_dropped_and_made_again_comes_back_in_its_place(
+    sizes: tuple[int, int], govern: Govern, freeze: Freeze
+) -> None:
+    """As of units that are set back to the start: the same parameters in another order; `==` of tensors is no bool."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(size)) for size in sizes])
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def train() -> None:
+        optimizer.zero_grad()
+        torch.stack([p.square().sum() for p in model]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    governor = govern(model, optimizer)
+    train()
+    governor.snapshot()
+    before, digest = freeze(model, optimizer), governor.digest()
+    del optimizer.state[model[0]]
+    train()
+    assert next(iter(optimizer.state)) is model[1]
+    governor.execute_rollback()
+    assert next(iter(optimizer.state)) is model[0]
+    assert (freeze(model, optimizer), governor.digest()) == (before, digest)
+
+
 @pytest.mark.parametrize("name", ["step", "exp_avg"])
 def test_state_tensors_given_new_data_or_replaced(
     name: str, model: nn.Sequential, govern: Govern, freeze: Freeze

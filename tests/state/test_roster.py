@@ -177,3 +177,9 @@ def test_an_optimizer_around_another_is_walked():
     other = copy.deepcopy(model)
     around.inner = torch.optim.SGD(other.parameters(), lr=0.1)
     assert len(state.roster()[0]) == 4
+
+
+def test_an_optimizer_that_is_put_around_another_later_is_walked_from_then_on(state):
+    before = state.roster()
+    state.optimizers[0].optimizer.inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert ids(state.roster()) == ids(find(state.parts)) != ids(before)

@@ -1,5 +1,7 @@
 """The CPU port moves exactly the bytes it is told to, whatever their sizes and however the work is cut."""
 
+import threading
+
 import pytest
 import torch
 
@@ -61,3 +63,25 @@ def test_a_blocking_device_waits_for_a_transfer(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda where: done.append(f"waited for {where}"))
     assert BlockingDevice("cuda:1").transfer(lambda: done.append("moved")) is None
     assert done == ["moved", "waited for cuda:1"]
+
+
+def test_a_large_copy_is_over_when_its_threads_are(monkeypatch):
+    """A job is still under way in another thread when the caller has none left."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    both, waits, done = threading.Barrier(2), threading.Event(), []
+
+    def waited(futures):
+        waits.set()
+        return wait(futures)
+
+    def job():
+        both.wait(30)  # one each
+        if threading.current_thread() is not caller:
+            waits.wait(30)
+        done.append(threading.current_thread() is caller)
+
+    caller, wait = threading.current_thread(), device_module.wait
+    monkeypatch.setattr(device_module, "wait", waited)
+    CpuDevice()._carry_out([job, job], is_large=True)
+    assert done == [True, False]
+    waits.set()

@@ -62,10 +62,11 @@ class Table:
             *(addresses(past) for past in pasts),
         ]
         self._columns = len(columns)
-        owners = torch.arange(self._count, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        owners = torch.arange(self._count, dtype=torch.int32, device="cpu")
+        owners = owners.repeat_interleave(torch.tensor(counts, device="cpu"))
         head = self._columns * self._count
         laid = self._pinned(head + -(-self._num_chunks // 2))
-        laid[:head] = torch.tensor(columns, dtype=torch.int64).view(-1)
+        laid[:head] = torch.tensor(columns, dtype=torch.int64, device="cpu").view(-1)
         laid[head:].view(torch.int32)[: self._num_chunks] = owners
         self._laid = laid.to(self.device, non_blocking=True)
         self._gradients = torch.zeros(self._count, dtype=torch.int64, device=self.device)
@@ -77,7 +78,7 @@ class Table:
         self.launches = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     def _pinned(self, size: int) -> torch.Tensor:
-        block = torch.zeros(size, dtype=torch.int64)
+        block = torch.zeros(size, dtype=torch.int64, device="cpu")
         return block.pin_memory() if self.device.type == "cuda" else block
 
     def fits(self) -> bool:
@@ -108,7 +109,7 @@ class Table:
                     "Make one step outside of any capture between two.",
                 )
             block, self._spare = self._spare, self._spare[:0]
-            block.copy_(torch.tensor(found, dtype=torch.int64))
+            block.copy_(torch.tensor(found, dtype=torch.int64, device="cpu"))
             target = torch.empty_like(self._gradients).copy_(block, non_blocking=True)
             self._recorded += [block, target]
             return target
@@ -116,7 +117,7 @@ class Table:
             self._spare = self._pinned(self._count)
         if found != self._known:
             block = self._pinned(self._count)
-            block.copy_(torch.tensor(found, dtype=torch.int64))
+            block.copy_(torch.tensor(found, dtype=torch.int64, device="cpu"))
             self._gradients.copy_(block, non_blocking=True)
             self._known = found
         return self._gradients

@@ -284,7 +284,7 @@ def _guards() -> Callable[[Sequence[torch.Tensor]], Callable[..., bool]] | None:
 
 def _notices(guard: Callable[[Sequence[torch.Tensor]], Callable[..., bool]]) -> bool:
     """Whether such guards tell apart what they have to."""
-    flat = torch.zeros(12)
+    flat = torch.zeros(12, device="cpu")
     plain, scalar = flat[:6].view(2, 3), flat[0]
     others = (
         flat[:6].view(3, 2),
@@ -293,7 +293,7 @@ def _notices(guard: Callable[[Sequence[torch.Tensor]], Callable[..., bool]]) -> 
         flat[:6].view(torch.int32).view(2, 3),
         plain.to_sparse(),
         torch.nn.Parameter(plain),
-        torch.zeros(2, 3, requires_grad=True),
+        torch.zeros(2, 3, device="cpu", requires_grad=True),
         torch.zeros(2, 3, device="meta"),
         torch._neg_view(plain),
     )

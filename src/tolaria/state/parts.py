@@ -467,7 +467,7 @@ def make_part(name: str, obj: Any) -> StatePart:
         return GeneratorPart(name, obj)
     if isinstance(obj, tuple) and len(obj) == 2 and all(map(callable, obj)):
         return AccessorPart(name, *obj)
-    if isinstance(obj, Stateful):
+    if isinstance(obj, Stateful) and not isinstance(obj, type):
         return StatefulPart(name, obj)
     raise UsageError(
         f"registering {name!r}",

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from tolaria.state.imprint import Contents, Unfit
 from tolaria.state.parts import ModulePart, OptimizerPart, StatePart
-from tolaria.state.standing import walks_plainly
+from tolaria.state.standing import holds_an_optimizer, walks_plainly
 
 Parameters = list[nn.Parameter]
 
@@ -60,7 +59,7 @@ class Roster:
         self._tables = [list(map(table, self._modules)) for table in _TABLES]
         self._known = [(part, len(part.known)) for part in own]
         self._optimizers = [part.optimizer for part in parts if isinstance(part, OptimizerPart)]
-        if any(isinstance(value, Optimizer) for optimizer in self._optimizers for value in vars(optimizer).values()):
+        if any(map(holds_an_optimizer, self._optimizers)):
             raise Unfit  # one around another, which may be exchanged
         self._groups = [optimizer.param_groups for optimizer in self._optimizers]
         self._members = self._lists()
@@ -91,5 +90,6 @@ class Roster:
             and (self._keys is None or list(_flat(self._filled)) == self._keys)
             and self._lists_stand.stand()
             and all(map(operator.is_, self._lists(), self._members))
+            and not any(map(holds_an_optimizer, self._optimizers))
             and all(len(part.known) == count for part, count in self._known)
         )

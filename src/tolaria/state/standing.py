@@ -168,7 +168,7 @@ class OptimizerImprint:
         attributes: Callable[[], tuple[dict[str, Any], set[str]]],
     ) -> None:
         groups = listed[1]
-        if _holds_an_optimizer(optimizer) or any(
+        if holds_an_optimizer(optimizer) or any(
             isinstance(noted, Blank) for *_, members, _ in groups for noted in members
         ):
             raise Unfit
@@ -187,7 +187,7 @@ class OptimizerImprint:
     def stands(self) -> bool:
         if self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state:
             return False
-        if _holds_an_optimizer(self._optimizer) or not self._lists.stand():
+        if holds_an_optimizer(self._optimizer) or not self._lists.stand():
             return False
         options, entries = self._options.changes(), self._entries.changes()
         if options is None or entries is None:
@@ -243,7 +243,8 @@ def has_extra_state(kind: type[nn.Module]) -> bool:
     return kind.get_extra_state is not nn.Module.get_extra_state
 
 
-def _holds_an_optimizer(optimizer: Optimizer) -> bool:
+def holds_an_optimizer(optimizer: Optimizer) -> bool:
+    """Whether it has been put around another one."""
     return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
 
 

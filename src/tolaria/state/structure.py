@@ -267,9 +267,14 @@ def record_again(known: ModuleRecord) -> ModuleRecord:
 
 def refill(live: dict[Any, Any], items: dict[Any, Any]) -> None:
     """Give a dict these items in this order. It is rebuilt only when keys came, went or changed places."""
-    if list(live) != list(items):
+    if len(live) != len(items) or not all(map(_is_key, live, items)):
         live.clear()
     live.update(items)
+
+
+def _is_key(one: Any, other: Any) -> bool:
+    """Whether two keys are the same. Those of an optimizer's state are tensors, whose `==` compares elements."""
+    return one is other or (not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor) and one == other)
 
 
 def refill_set(live: set[Any], items: set[Any]) -> None:

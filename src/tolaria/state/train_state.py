@@ -262,6 +262,8 @@ class TrainState:
         answered, and nothing but bytes has changed since. Answers whether there are gradients afterwards.
         """
         imprint = self._imprint if standing else None
+        if imprint is not None and imprint.leaves is not survey.leaves:  # a digest was taken meanwhile
+            imprint = None
         random_state, calls_the_user = host.rng, self._calls_the_user(host)
         if random_state is None and calls_the_user:
             random_state = rng.read(devices)

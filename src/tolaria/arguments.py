@@ -1,0 +1,85 @@
+"""ARGUMENTS: what callers pass in, looked at before anything is done."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from tolaria.config import GovernorConfig
+from tolaria.errors import UsageError
+from tolaria.report import SnapshotInfo
+
+When = Literal["boundary"]
+Verify = Literal["before", "after"]
+Grads = Literal["capture", "drop"]
+
+_ATTACHING = "attaching the governor"
+
+
+def as_list(value: Any) -> list[Any]:
+    """One of something, several, or none (None)."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def require_parts(
+    model: Any, optimizers: Sequence[Any], schedulers: Sequence[Any], scaler: Any, config: Any, detector: Any
+) -> None:
+    """Raise `UsageError` for what is no part of a train state, or no setting; what an optimizer is, is asked later."""
+    _require(isinstance(model, nn.Module), _ATTACHING, "model", model, "a torch.nn.Module")
+    for scheduler in schedulers:
+        offers = all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict"))
+        is_one = offers and not isinstance(scheduler, type)
+        _require(is_one, _ATTACHING, "scheduler", scheduler, "one with step, state_dict and load_state_dict")
+    is_scaler = scaler is None or isinstance(scaler, torch.amp.GradScaler)
+    _require(is_scaler, _ATTACHING, "scaler", scaler, "a torch.amp.GradScaler")
+    _require(config is None or isinstance(config, GovernorConfig), _ATTACHING, "config", config, "a GovernorConfig")
+    judges = detector is None or all(callable(getattr(detector, name, None)) for name in ("init", "update"))
+    _require(judges, _ATTACHING, "detector", detector, "one of tolaria.judge, or a Detector of yours")
+    if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
+        raise UsageError(_ATTACHING, "an optimizer was given twice, and would step twice", "Give each once.")
+
+
+def require_of_snapshot(doing: str, step: Any, grads: Any, when: Any) -> None:
+    """Raise `UsageError` for a value that `TolariaGovernor.snapshot` does not take."""
+    if step is not None:
+        try:
+            operator.index(step)
+        except TypeError:
+            _require(False, doing, "step", step, "a whole number")
+    _require_choice(doing, "grads", grads, get_args(Grads))
+    _require_choice(doing, "when", when, get_args(When))
+
+
+def require_of_rollback(doing: str, optimizer: Any, when: Any, verify: Any) -> None:
+    """Raise `UsageError` for a value that `TolariaGovernor.execute_rollback` does not take."""
+    is_one = optimizer is None or isinstance(optimizer, Optimizer)
+    _require(is_one, doing, "optimizer", optimizer, "a torch.optim.Optimizer")
+    _require_choice(doing, "when", when, get_args(When))
+    _require_choice(doing, "verify", verify, get_args(Verify))
+
+
+def _require_choice(doing: str, name: str, value: Any, allowed: Sequence[str]) -> None:
+    known = value is None or (isinstance(value, str) and value in allowed)
+    _require(known, doing, name, value, " or ".join(map(repr, allowed)))
+
+
+def require_target(doing: str, to: Any, phase: Callable[[int], str]) -> None:
+    """Raise `UsageError` unless it is a step, None, or a snapshot of the governor that looks up phases by `phase`."""
+    if isinstance(to, SnapshotInfo):
+        if to._state is not None and to.serial >= 0 and to._state != phase:
+            raise UsageError(doing, "the snapshot in `to` is another governor's", "Pass one of this governor's own.")
+        return
+    _require(to is None or isinstance(to, int), doing, "to", to, "a SnapshotInfo, a step, or None")
+
+
+def _require(condition: bool, doing: str, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        shown = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__qualname__}"
+        raise UsageError(doing, f"{name} is {shown}, expected {expected}", "Nothing was done: correct the call.")

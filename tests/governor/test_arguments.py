@@ -1,0 +1,119 @@
+"""What makes no sense is refused by name before anything is done, and not taken for something else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tolaria import GovernorConfig, TolariaGovernor, UsageError
+from tolaria.judge import non_finite
+
+Govern = Callable[..., TolariaGovernor]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"model": None}, "model is a NoneType, expected a torch.nn.Module"),
+        ({"scheduler": 3}, "scheduler is 3, expected one with step"),
+        ({"scheduler": [torch.optim.lr_scheduler.StepLR]}, "scheduler is a type"),
+        ({"scaler": "on"}, "scaler is 'on', expected a torch.amp.GradScaler"),
+        ({"config": {"cadence": 3}}, "config is a dict, expected a GovernorConfig"),
+        ({"detector": non_finite}, "detector is a function, expected one of tolaria.judge"),
+        ({"twice": True}, "would step twice"),
+    ],
+    ids=str,
+)
+def test_what_is_no_part_of_a_train_state(given: dict[str, Any], match: str, kit: Any) -> None:
+    run = kit.Run()
+    settings = {"model": run.model, **given}
+    optimizers = [run.optimizer, run.optimizer] if settings.pop("twice", False) else run.optimizer
+    with pytest.raises(UsageError, match=match):
+        TolariaGovernor(settings.pop("model"), optimizers, **settings)
+    assert "forward" not in vars(run.model)
+
+
+WRONG = [
+    ("snapshot", {"grads": "droop"}, "grads is 'droop', expected 'capture' or 'drop'"),
+    ("snapshot", {"when": "now"}, "when is 'now', expected 'boundary'"),
+    ("snapshot", {"step": "4"}, "step is '4', expected a whole number"),
+    ("execute_rollback", {"verify": "befor"}, "verify is 'befor', expected 'before' or 'after'"),
+    ("execute_rollback", {"verify": True}, "verify is True"),
+    ("execute_rollback", {"when": 3}, "when is 3, expected 'boundary'"),
+    ("execute_rollback", {"to": "newest"}, "to is 'newest', expected a SnapshotInfo"),
+    ("execute_rollback", {"optimizer": nn.Linear(1, 1)}, "optimizer is a Linear, expected a torch.optim.Optimizer"),
+]
+
+
+@pytest.mark.parametrize(("method", "given", "match"), WRONG)
+@pytest.mark.parametrize("mode", ["act", "observe"])
+def test_words_and_objects_that_nobody_knows(
+    mode: str, method: str, given: dict[str, Any], match: str, kit: Any, govern: Govern
+) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, config=GovernorConfig(mode=mode))
+    governor.snapshot()
+    run.plain_step(run.batches[0])
+    before, counted = run.state(), governor.statistics()
+    if mode == "observe" and "to" in given:  # nothing is looked up there
+        return
+    with pytest.raises(UsageError, match=match):
+        getattr(governor, method)(**given)
+    assert (run.state(), governor.statistics()) == (before, counted)
+
+
+def test_a_snapshot_of_another_governor_is_no_target(kit: Any, govern: Govern) -> None:
+    """Its number is that of one of ours."""
+    run, other = kit.Run(), kit.Run()
+    governor, stranger = govern(run.model), govern(other.model)
+    info, theirs = governor.snapshot(), stranger.snapshot()
+    assert info.serial == theirs.serial
+    before = run.state()
+    with pytest.raises(UsageError, match="another governor's"):
+        governor.execute_rollback(to=theirs)
+    assert run.state() == before
+    assert governor.execute_rollback(to=info).success
+
+
+def test_steps_may_be_numbers_of_numpy(kit: Any, govern: Govern) -> None:
+    governor = govern(kit.Run().model)
+    assert governor.snapshot(np.int64(7)).step == 7
+
+
+def test_what_a_snapshot_is_waited_for_has_a_name(kit: Any, govern: Govern) -> None:
+    with pytest.raises(UsageError, match="until='certified', expected 'staged' or 'sealed'"):
+        govern(kit.Run().model).snapshot().wait("certified")
+
+
+def test_a_class_has_no_state_to_register(kit: Any, govern: Govern) -> None:
+    with pytest.raises(UsageError, match="registering 'layer'"):
+        govern(kit.Run().model).register("layer", nn.Linear)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e12])
+def test_sections_may_be_waited_for_as_long_as_it_takes(seconds: float, kit: Any, govern: Govern) -> None:
+    governor = govern(kit.Run().model, config=GovernorConfig(gate_timeout_s=seconds))
+    inside, asked, wait = threading.Event(), threading.Event(), governor._keeper.driver._wait_for
+
+    def noticed(*arguments: Any) -> Any:
+        asked.set()
+        return wait(*arguments)
+
+    governor._keeper.driver._wait_for = noticed  # type: ignore[method-assign]
+
+    def hold() -> None:
+        with governor.using():
+            inside.set()
+            asked.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(60)
+    assert governor.snapshot().state != "dropped"
+    thread.join()
