@@ -127,6 +127,8 @@ class GovernorConfig:
         by_group: Gradient norms (and update ratios) of each parameter group as well, as signs ``grad_norm/<group>``.
         reexecute_every: Run the steps since the last snapshot again when they include a multiple of this number, and
             compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.
+        past_steps: How many steps `step_back` can go back at most: a note is taken after each. All optimizers are of
+            `tolaria.optim`, with at least as much `history` (docs/optim.md). 0: none.
         strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
         recovery: What follows a panic.
         barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events),
@@ -161,6 +163,7 @@ class GovernorConfig:
     update_ratio_every: int = 0
     by_group: bool = False
     reexecute_every: int = 0
+    past_steps: int = 0
     strict: bool = False
     recovery: Recovery = field(default_factory=Recovery)
     barrier: BarrierChoice | None = None
@@ -186,7 +189,7 @@ class GovernorConfig:
             raise _bad(self, "writer", "a SummaryWriter, with add_scalar and add_text")
         if self.cadence != "auto":
             _at_least(self, "cadence", 1)
-        for name in ("probation", "reach", "scrub_every", "update_ratio_every", "reexecute_every"):
+        for name in ("probation", "reach", "scrub_every", "update_ratio_every", "reexecute_every", "past_steps"):
             _at_least(self, name, 0)
         for name in ("slots", "keep_batches", "device_budget", "host_budget"):
             if getattr(self, name) is not None:

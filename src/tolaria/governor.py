@@ -27,6 +27,7 @@ from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.settlement import Settlement
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
+from tolaria.stepping import Stepping
 from tolaria.update import Update
 from tolaria.vitals import EXTRA, Sent
 
@@ -114,6 +115,7 @@ class TolariaGovernor:
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
         self._settlement = Settlement(self._course)
+        self._stepping = Stepping(self._course, self._settlement)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
         living.enter(self)
@@ -360,6 +362,32 @@ class TolariaGovernor:
         else:
             self._require_boundary(doing)
             run()
+        return report
+
+    def step_back(self, steps: int = 1, *, reason: str | None = None) -> RollbackReport:
+        """Put the train state back to where it was that many optimizer steps ago, bit for bit, without a snapshot.
+
+        Made of what optimizers of `tolaria.optim` leave behind and a note of the rest that `step` takes each time, with
+        `past_steps` (docs/optim.md). As a rollback by hand otherwise. What comes back was in no probation and has no
+        digest: the report's `verified` stays None.
+
+        Args:
+            steps: 1 to `past_steps`.
+            reason: Recorded in the report.
+
+        Raises:
+            UnsupportedState: `past_steps` is 0.
+            PhaseError, CaptureInProgress, QuiesceTimeout, NoSnapshot, StateMismatch: Nothing was written.
+            RollbackFailed: Failed after the first write; the state is undefined.
+        """
+        report = RollbackReport(
+            success=False, status="failed", env_id=self.config.env_id, reason=reason or f"back by {steps}"
+        )
+        if self.is_disabled or self.config.mode == "observe":
+            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
+            return report
+        self._require_boundary("stepping back")
+        self._stepping.back(report, steps)
         return report
 
     @contextlib.contextmanager

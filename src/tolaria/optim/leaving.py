@@ -131,13 +131,17 @@ class Leaving(Optimizer):
         past = self._past
         if capturing and not past.captured:
             past.captured, past.launches_undone = True, _launches(batch for _, batch in work)
-        past.begin()
+        before = past.begin([batch for _, batch in work])
         past.compiled = len(ready) == len(work)
-        if past.compiled:
-            traces = [self._step_in_one(*each, kernel) for each, kernel in zip(work, ready, strict=True)]
-        else:
-            traces = self._step_in_operators(work)
-        past.end(traces)
+        try:
+            if past.compiled:
+                traces = [self._step_in_one(*each, kernel) for each, kernel in zip(work, ready, strict=True)]
+            else:
+                traces = self._step_in_operators(work)
+        except BaseException:
+            past.forget()  # half a step may have written over what the steps before it had left
+            raise
+        past.end(traces, before)
         return loss
 
     def _batches(self, group: Group) -> list[Batch]:
@@ -195,7 +199,7 @@ class Leaving(Optimizer):
             )
             batch.fresh = id(some[0]) in fresh
             if not batch.is_continued:
-                self._past.left.clear()
+                self._past.forget()
             made.append(batch)
         return made
 
@@ -241,7 +245,7 @@ class Leaving(Optimizer):
         torch.autograd.graph.increment_version(written)
         if batch.names and (batch.lacking or not stays):
             batch.install(live if stays else target)
-        return Trace(batch, place, target if stays else live, not stays)
+        return Trace(batch, place, live, target if stays else live, not stays)
 
     def _pointer(self, name: str, device: torch.device) -> torch.Tensor | None:
         """One of the flags that others hang on an optimizer, where the kernel can read it."""
@@ -282,7 +286,7 @@ class Leaving(Optimizer):
             torch._foreach_copy_(batch.sets[target], batch.sets[live])
             if not stays:
                 batch.install(target)
-        return Trace(batch, place, target if stays else live, not stays)
+        return Trace(batch, place, live, target if stays else live, not stays)
 
     # ------------------------------------------------------------ the way back
 

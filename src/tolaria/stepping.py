@@ -1,0 +1,92 @@
+"""STEPPING: when a governor takes notes of single steps, and what follows when it goes back to one (docs/optim.md)."""
+
+from __future__ import annotations
+
+import time
+
+from tolaria.course import Course
+from tolaria.errors import CaptureInProgress, DeviceLost, UnsupportedState
+from tolaria.records import Health, Verdict, VitalSigns
+from tolaria.report import RollbackReport, logger
+from tolaria.settlement import Settlement
+from tolaria.shield import Shield
+
+
+class Stepping:
+    """Notes and steps back of one course.
+
+    A note stands where a snapshot would: with `watch` between two bodies of the loop, else at the end of `step`. In a
+    loop that fetches a batch ahead there is no such place between two bodies, so it is taken inside the next `step`.
+
+    Args:
+        course: Of the run.
+        settlement: Tells when a body of the loop is over.
+
+    Threads: the one that steps; `back` from any.
+    """
+
+    def __init__(self, course: Course, settlement: Settlement) -> None:
+        self._course = course
+        self._is_due = False
+        if course.keeper.notes is not None:
+            course.on_step, settlement.between = self._after_step, self._between
+
+    def _after_step(self) -> None:
+        if self._course.feed.is_delivering and not self._is_due:
+            self._is_due = True  # and it is still due at the next step if nobody came by in between
+        else:
+            self._note()
+
+    def _between(self) -> None:
+        if self._is_due and not self._course.feed.has_open:
+            self._is_due = False
+            self._note()
+
+    def _note(self) -> None:
+        keeper = self._course.keeper
+        notes = keeper.notes
+        if notes is None or not notes.can_be_taken():
+            return
+        try:
+            with Shield() as shield:
+                notes.take(shield, keeper.ground)
+        except CaptureInProgress:
+            return  # a graph capture comes first
+        except (UnsupportedState, DeviceLost):
+            raise
+        except Exception as error:  # out of memory, or an extra that raised: there are snapshots, so training goes on
+            logger.warning("step %d: no note could be taken: %s", self._course.completed, error)
+
+    def back(self, report: RollbackReport, steps: int) -> None:
+        """Go back by that many steps, and tell of it as of a rollback by hand. Batches go on.
+
+        Raises:
+            UnsupportedState: No notes are taken.
+            NoSnapshot, StateMismatch, and what else `Notes.step_back` raises: see there.
+        """
+        course, notes = self._course, self._course.keeper.notes
+        if notes is None:
+            raise UnsupportedState(
+                "stepping back", "past_steps is 0, so no notes are taken of single steps", "Set it, see docs/optim.md."
+            )
+        keeper, started = course.keeper, time.perf_counter()
+        with Shield() as shield:
+            done = notes.step_back(shield, keeper.ground, steps)
+            keeper.arrivals.forget_after(done.place.serial - 1)
+            report.host_ms = (time.perf_counter() - started) * 1e3
+            report.success, report.status, report.tier = True, "submitted", "past"
+            report.snapshot_step, report.panic_step = done.place.step, course.abandoned
+            report.steps_lost = course.abandoned - done.place.step
+            report.optimizer, report.barrier = "restored", keeper.ground.barrier.value
+            report.wait_ms, report.penalty = done.waited_s * 1e3, course.config.penalty
+
+            def finish() -> tuple[float | None, bool | None, bool]:
+                keeper.wait_for(done.done)
+                took_s = notes.duration_s(done.began, done.copied) if done.began else None
+                return None if took_s is None else took_s * 1e3, None, False
+
+            report._finish = finish
+            rewind = course.rewind(None)
+            course.after_rollback(report, rewind)
+            verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
+            course.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
