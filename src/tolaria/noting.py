@@ -29,6 +29,7 @@ from tolaria.operations import (
     RestoreHost,
     Survey,
 )
+from tolaria.ring import Ring
 from tolaria.values import replace
 
 
@@ -39,7 +40,7 @@ class Place:
     Attributes:
         index: Of its memory; no slot of the ring.
         step: Optimizer steps completed when it was taken.
-        serial: Of the next snapshot then: that one and later ones belong to its future.
+        serial: Of the next snapshot then: of that one and later ones, those of later steps belong to its future.
     """
 
     index: int
@@ -146,7 +147,7 @@ def step_back(thread: ThreadId, ground: Ground, choose: Callable[[], Place], doi
 
         def commit(state: HostState) -> tuple[HostState, int]:
             epoch = state.epoch + 1
-            slots = ring.suspend(ring.drop_newer(state.ring, place.serial - 1))
+            slots = ring.suspend(_without_future(state.ring, place))
             oldest = epoch if alive and state.grad_epoch is None else state.grad_epoch
             return replace(state, ring=slots, epoch=epoch, grad_epoch=oldest), epoch
 
@@ -165,3 +166,11 @@ def step_back(thread: ThreadId, ground: Ground, choose: Callable[[], Place], doi
         raise
     finally:
         yield leave_exclusive(thread)
+
+
+def _without_future(slots: Ring, place: Place) -> Ring:
+    """A snapshot that was taken after the note and before the next step is as good as it was."""
+    for slot in slots:
+        if slot.phase in ring.READABLE and slot.snapshot >= place.serial and slot.completed > place.step:
+            slots = ring.release(slots, slot.index, slot.snapshot)
+    return slots

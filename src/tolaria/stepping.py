@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tolaria.course import Course
-from tolaria.errors import CaptureInProgress, DeviceLost, UnsupportedState
+from tolaria.errors import CaptureInProgress, DeviceLost, UnsupportedState, UsageError
 from tolaria.records import Health, Verdict, VitalSigns
 from tolaria.report import RollbackReport, logger
 from tolaria.settlement import Settlement
@@ -62,6 +62,7 @@ class Stepping:
 
         Raises:
             UnsupportedState: No notes are taken.
+            UsageError: `steps` is less than 1.
             NoSnapshot, StateMismatch, and what else `Notes.step_back` raises: see there.
         """
         course, notes = self._course, self._course.keeper.notes
@@ -69,10 +70,12 @@ class Stepping:
             raise UnsupportedState(
                 "stepping back", "past_steps is 0, so no notes are taken of single steps", "Set it, see docs/optim.md."
             )
+        if steps < 1:
+            raise UsageError("stepping back", f"steps={steps}, expected 1 or more", "Nothing was changed.")
         keeper, started = course.keeper, time.perf_counter()
         with Shield() as shield:
             done = notes.step_back(shield, keeper.ground, steps)
-            keeper.arrivals.forget_after(done.place.serial - 1)
+            keeper.arrivals.forget_after(done.place.serial - 1, done.place.step)
             report.host_ms = (time.perf_counter() - started) * 1e3
             report.success, report.status, report.tier = True, "submitted", "past"
             report.snapshot_step, report.panic_step = done.place.step, course.abandoned
