@@ -129,6 +129,8 @@ class GovernorConfig:
             compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.
         past_steps: How many steps `step_back` can go back at most: a note is taken after each. All optimizers are of
             `tolaria.optim`, with at least as much `history` (docs/optim.md). 0: none.
+        past_first: Answer a panic from a note first, where one is from before its onset: as few steps are lost as can
+            be, but the state was in no probation. If the panic returns, everything is as without. Needs `watch`.
         strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
         recovery: What follows a panic.
         barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events),
@@ -164,6 +166,7 @@ class GovernorConfig:
     by_group: bool = False
     reexecute_every: int = 0
     past_steps: int = 0
+    past_first: bool = False
     strict: bool = False
     recovery: Recovery = field(default_factory=Recovery)
     barrier: BarrierChoice | None = None
@@ -196,6 +199,8 @@ class GovernorConfig:
                 _at_least(self, name, 1)
         if self.host_slots is not None:
             _at_least(self, "host_slots", 0)
+        if self.past_first and not self.past_steps:
+            raise _bad(self, "past_first", "past_steps of 1 or more with it")
         if not math.isfinite(self.penalty):
             raise _bad(self, "penalty", "a finite number")
         if not self.gate_timeout_s > 0.0:

@@ -51,6 +51,7 @@ class Course:
         due: Of the step whose snapshot waits for the end of the loop body.
         history: Which batches the steps have consumed.
         on_step: Called when a step is concluded, and when a rollback has been made between two.
+        from_past: Asked first when a panic is to be answered; None: it could not.
     """
 
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
@@ -73,6 +74,7 @@ class Course:
         self._skips = 0  # in a row
         self.verdict = Verdict(Health.HEALTHY, 0)
         self.on_step: Callable[[], None] = lambda: None
+        self.from_past: Callable[[VitalSigns, Verdict], Rewind | None] = lambda vital, verdict: None
         self.keeper: Keeper
         self.feed: Feed
 
@@ -340,6 +342,8 @@ class Course:
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
             refuse_several_ranks(vital.step)
+        if not disagreements and (answered := self.from_past(vital, verdict)) is not None:
+            return answered
         onset = vital.step if verdict.onset is None else verdict.onset
         before = self.recovery
         batches = self.history.of(onset, vital.step)

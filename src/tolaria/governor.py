@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import judge, living, observe, ring
+from tolaria import facts, judge, living, observe, ring
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
 from tolaria.errors import PhaseError, UnsupportedState, UsageError
@@ -29,7 +29,7 @@ from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.stepping import Stepping
 from tolaria.update import Update
-from tolaria.vitals import EXTRA, Sent
+from tolaria.vitals import Sent
 
 When = Literal["boundary"]
 Verify = Literal["before", "after"]
@@ -76,7 +76,7 @@ class TolariaGovernor:
         self.config = config or GovernorConfig()
         self.is_disabled = os.environ.get("TOLARIA_DISABLE", "") not in ("", "0")
         self.model = model
-        self._update = Update(_as_list(optimizer), _as_list(scheduler), scaler)
+        self._update = Update(facts.as_list(optimizer), facts.as_list(scheduler), scaler)
         self._course = Course(
             self.config, detector or judge.default_detector(), functools.partial(living.rng_policy, self.config)
         )
@@ -221,24 +221,14 @@ class TolariaGovernor:
         late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
         run = update.run_late if late else update.run
         done = run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
-        others = {**observe.named_losses(loss), **signs}
-        given = others.pop("grad_norm", None)
-        numbers: dict[str, Scalar] = {
-            "loss": done.loss,
-            "grad_norm": done.grad_norm if given is None else observe.mean_sign(given),
-            "nonfinite_gradients": done.nonfinite_gradients,
-            "scaler_skipped": done.scaler_skipped,
-            "vetoed": done.late_veto,
-            "metric": metric,
-            **{EXTRA + name: value for name, value in self._gauge.read(step).items()},
-        }
+        numbers = facts.numbers(done, loss, metric, signs, self._gauge.read(step))
         lists: dict[str, Sequence[torch.Tensor]] = {}
         done.norms.add_to(lists, "gradients")
         if step % self.config.check_weights_every == 0:
             self._look.at_weights(trained, late, numbers, lists)
         return Sent(
             step=step,
-            reading=self._readings.send({**numbers, **_extra(others)}, lists),
+            reading=self._readings.send(numbers, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             torn=self._keeper.driver.state.torn,
             vetoed=done.vetoed,
@@ -274,7 +264,7 @@ class TolariaGovernor:
                 self._look.at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
-        reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
+        reading = self._readings.send({**numbers, **own, **facts.extra(others)}, lists)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
@@ -345,10 +335,8 @@ class TolariaGovernor:
             PhaseError, QuiesceTimeout, NoSnapshot, StateMismatch, SnapshotRejected: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
-        env_id = self.config.env_id if env_id is None else env_id
-        report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
+        report = self._unmade(reason or "manual", env_id)
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
         doing = "rolling back"
         self._require_open(doing)
@@ -380,11 +368,8 @@ class TolariaGovernor:
             PhaseError, CaptureInProgress, QuiesceTimeout, NoSnapshot, StateMismatch: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
-        report = RollbackReport(
-            success=False, status="failed", env_id=self.config.env_id, reason=reason or f"back by {steps}"
-        )
+        report = self._unmade(reason or f"back by {steps}", None)
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
         self._require_boundary("stepping back")
         self._stepping.back(report, steps)
@@ -417,22 +402,7 @@ class TolariaGovernor:
         """What was chosen for this machine and train state."""
         if self.is_disabled:
             return NO_CAPABILITIES
-        newest, vault = ring.newest_good(self._keeper.ring), self._keeper.vault
-        return Capabilities(
-            barrier=self._keeper.ground.barrier.value,
-            devices=tuple(vault.devices),
-            tier=vault.plan.tier.value,
-            tier_reason=vault.plan.reason,
-            host_slots=vault.plan.host_slots,
-            barrier_reason=self._keeper.devices.reason,
-            copy_path=vault.copy_path,
-            state_bytes=vault.num_bytes(newest.index) if newest else 0,
-            slots=vault.room.slots,
-            cadence=self._course.cadence,
-            cadence_stretched=self.config.cadence not in ("auto", self._course.cadence),
-            rng=living.rng_policy(self.config),
-            reexecution=self._course.again.in_force,
-        )
+        return facts.capabilities(self.config, self._keeper, self._course)
 
     def statistics(self) -> Statistics:
         """Counters so far, and which snapshots are held where."""
@@ -508,6 +478,13 @@ class TolariaGovernor:
 
     # ------------------------------------------------------------ small things
 
+    def _unmade(self, reason: str, env_id: int | None) -> RollbackReport:
+        """The report of a rollback that is still to be made, or never will be."""
+        if self.is_disabled or self.config.mode == "observe":
+            reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
+        env_id = self.config.env_id if env_id is None else env_id
+        return RollbackReport(success=False, status="failed", env_id=env_id, reason=reason)
+
     def _require_open(self, doing: str) -> None:
         if self._closed:
             raise PhaseError(doing, "the governor is closed, expected an open one", "Build a new one.")
@@ -521,11 +498,3 @@ class TolariaGovernor:
         self._closed = True
         self._keeper.sections.is_open = False
         living.leave(self)
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
-    return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,14 +124,19 @@ class Notes(Vault):
         """Whether there is something to note, and nothing that would make it worthless."""
         return not self._driver.state.torn and not any(optimizer._past.captured for optimizer in self._optimizers)
 
-    def step_back(self, shield: Shield, ground: Ground, steps: int) -> SteppedBack:
-        """Go back by that many optimizer steps.
+    def step_back(self, shield: Shield, ground: Ground, wanted: Callable[[int], int]) -> SteppedBack:
+        """Go back to the note of a step.
+
+        Args:
+            shield: Holds signals back until the caller has noted the result as well.
+            ground: Barrier and time-out.
+            wanted: That step, by the number of those completed when nobody makes any more.
 
         Raises:
             NoSnapshot: There is no note of that step, or something is in the way of what the optimizers have left.
             StateMismatch, and what else `noting.step_back` raises.
         """
-        choose = functools.partial(self._choose, steps)
+        choose = functools.partial(self._choose, wanted)
         done: SteppedBack = self._submit(step_back(threading.get_ident(), ground, choose, _DOING), shield)
         return done
 
@@ -222,6 +227,7 @@ class Notes(Vault):
         left_out = self._left_out[op.slot]
         marked = frozenset(id(leaf.tensor) for leaf in surveyed.leaves.leaves if leaf.storage in left_out)
         place = Place(op.slot, completed, self._driver.state.next_snapshot)
+        self._drop(lambda step: step >= completed)  # of the same step once more, or of a future that was abandoned
         self._notes[op.slot] = _Note(place, marked, self._mark(marked))
         return completed
 
@@ -230,14 +236,21 @@ class Notes(Vault):
             optimizer._past.witness = self._witness  # gone where a state was loaded
         return [marks.mark(optimizer, marked) for optimizer in self._optimizers]
 
-    def _choose(self, steps: int) -> Place:
+    def newest_before(self, step: int) -> int | None:
+        """The newest step before this one that there is a note of."""
+        return max((place.step for place in self._held() if place.step < step), default=None)
+
+    def _held(self) -> list[Place]:
+        return sorted((one.place for one in list(self._notes.values())), key=lambda place: place.step)
+
+    def _choose(self, wanted: Callable[[int], int]) -> Place:
         completed = self.read_journal(False).completed
-        held = sorted((one.place for one in self._notes.values()), key=lambda place: place.step)
-        found = next((place for place in held if place.step == completed - steps), None)
+        step, held = wanted(completed), self._held()
+        found = next((place for place in held if place.step == step), None)
         if found is None:
             raise NoSnapshot(
                 _DOING,
-                f"{steps} back from step {completed}: notes are held of steps {[place.step for place in held]}",
+                f"from step {completed} to step {step}: notes are held of steps {[place.step for place in held]}",
                 "Notes are taken by step(), and dropped by a rollback. Use execute_rollback(), or raise past_steps.",
             )
         return found
@@ -262,9 +275,12 @@ class Notes(Vault):
         for mark in known.marks:
             marks.rewind(mark)
         known.marks = self._mark(known.marked)
-        for index in [index for index, one in self._notes.items() if one.place.step > known.place.step]:
-            del self._notes[index]
+        self._drop(lambda step: step > known.place.step)
         return alive
+
+    def _drop(self, unwanted: Callable[[int], bool]) -> None:
+        for index in [index for index, one in self._notes.items() if unwanted(one.place.step)]:
+            del self._notes[index]
 
 
 def _leaving(optimizer: Optimizer, steps: int) -> Leaving:

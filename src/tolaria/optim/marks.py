@@ -26,7 +26,7 @@ class Mark:
     Attributes:
         past: Its past then; another one since a state was loaded.
         number: How many steps it had made.
-        tensors: Parameters, moments and step counts that are to be taken back. Held, so that no id is given to another tensor.
+        tensors: Parameters, moments and step counts that are to be taken back. Held: no other may come by their ids.
         seen: What was known of other writers.
         follows: Nobody had written the parameters since the last step.
     """
