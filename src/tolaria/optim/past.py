@@ -123,6 +123,7 @@ class Past:
         left: Traces of the steps that can be undone, oldest first.
         turn: Which past the next step writes, counted up.
         captured: A graph was captured, which goes on reading and writing where it did.
+        graphed: The batches that captures were made with: their memory must not be given away, whatever comes.
         launches_undone: After a capture: how many launches there had been when the last step was undone.
         compiled: The last step was made by the kernels.
         made: How many steps were made, undone ones included.
@@ -136,6 +137,7 @@ class Past:
     left: list[Left] = field(default_factory=list)
     turn: int = 0
     captured: bool = False
+    graphed: list[Batch] = field(default_factory=list)
     launches_undone: int = -1
     compiled: bool = False
     made: int = 0
