@@ -343,7 +343,7 @@ def test_a_governor_goes_back_by_steps(steps, alternate):
 
 
 def test_a_step_back_beside_work_of_another_stream():
-    """What was launched before, on a stream that nobody knows, reads the state of before; what comes after, the other."""
+    """What was launched before, on a stream that nobody knows, reads what was there; what comes after, the other."""
     run, side = Stepped(4), torch.cuda.Stream()
     with run.governor:
         for number in range(5):
