@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Notes(Vault):
         driver: Performs what concerns no memory.
         optimizers: All that are governed.
         steps: How many steps back notes are kept for.
-        witness: Counts sections of writers whose writes torch may not see.
+        witness: A method that counts sections of writers whose writes torch may not see. The optimizers hold it weakly.
 
     Raises:
         UnsupportedState: An optimizer leaves nothing behind, or parameters are wrapper subclasses.
@@ -92,7 +93,7 @@ class Notes(Vault):
         self._optimizers = [_leaving(optimizer, steps) for optimizer in optimizers]
         if not self._optimizers:
             raise _unsupported("the governor has no optimizer, expected some")
-        self._driver, self._witness = driver, witness
+        self._driver, self._witness = driver, _weak(witness)
         tier = Tier.HOST if vault.devices.barrier is Barrier.HOST else Tier.DEVICE
         room = budget.Request({}, 0, steps + 1, 0, tier.value, None, None)
         taken = vault.with_rng, vault.read_journal, vault.write_journal
@@ -295,6 +296,16 @@ def _leaving(optimizer: Optimizer, steps: int) -> Leaving:
             f"Build it with history={steps} or more; nothing was attached.",
         )
     return optimizer
+
+
+def _weak(witness: Callable[[], int]) -> Callable[[], int]:
+    method = weakref.WeakMethod(witness)
+
+    def count() -> int:
+        live = method()
+        return -1 if live is None else live()  # whoever would ask is gone as well
+
+    return count
 
 
 def _unsupported(seen: str) -> UnsupportedState:

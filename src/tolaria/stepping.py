@@ -31,7 +31,7 @@ class Stepping:
 
     def __init__(self, course: Course, settlement: Settlement) -> None:
         self._course = course
-        self._is_due = False
+        self._is_due = self._has_failed = False
         self._tried = -1  # the last batch of the last panic that was answered from a note
         if course.keeper.notes is not None:
             course.on_step, settlement.between = self._after_step, self._between
@@ -62,7 +62,11 @@ class Stepping:
         except (UnsupportedState, DeviceLost):
             raise
         except Exception as error:  # out of memory, or an extra that raised: there are snapshots, so training goes on
-            logger.warning("step %d: no note could be taken: %s", self._course.completed, error)
+            if not self._has_failed:  # in a row: the next step will hardly fare better
+                logger.warning("step %d: no note could be taken: %s", self._course.completed, error)
+            self._has_failed = True
+        else:
+            self._has_failed = False
 
     def back(self, report: RollbackReport, steps: int) -> None:
         """Go back by that many steps, and tell of it as of a rollback by hand. Batches go on.

@@ -94,13 +94,14 @@ def test_writers_of_buffers_wait_for_a_note(late, govern, stepped):
     assert late.pending(late.own()) == 0
 
 
+@pytest.mark.parametrize("barrier", ["context", "streams"])
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_bit_for_bit(ordered, steps, late, govern, stepped, monkeypatch):
+def test_bit_for_bit(barrier, ordered, steps, late, govern, stepped, monkeypatch):
     """A red twin: nothing makes what follows wait for the copies."""
     if not ordered:
         monkeypatch.setattr(noting, "post_barrier", lambda ground, places: record(places))
-    governor, seen = governed(govern, stepped), []
+    governor, seen = governed(govern, stepped, barrier=barrier), []
     for batch in stepped.batches[:6]:
         seen.append(stepped.read(late))
         stepped.step(governor, batch)

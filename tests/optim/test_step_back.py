@@ -1,6 +1,9 @@
 """A governor goes back by single steps, with what our optimizers leave behind and a note of the rest."""
 
 import contextlib
+import gc
+import random
+import weakref
 
 import pytest
 import torch
@@ -557,3 +560,161 @@ def test_closing_leaves_no_trace(run):
     one.governor.close()
     assert one.optimizer._past.witness is None
     one.optimizer.undo()
+
+
+# ---------------------------------------------------------------- whatever happens in between
+
+
+def happen(one, dice, number):
+    """One thing that a user may do between two steps."""
+    what = dice.choice(
+        ["nothing"] * 6 + ["clamp", "registered", "moments", "freeze", "poison", "load", "group", "undo"]
+    )
+    weight = one.model[0].weight
+    if what == "clamp":
+        clamp(one)
+    elif what == "registered":
+        with one.governor.using():
+            weight.data.mul_(0.9)
+    elif what == "moments" and one.optimizer.state:
+        with one.governor.using(), torch.no_grad():
+            for state in one.optimizer.state.values():
+                for value in state.values():
+                    value.mul_(1.0 if value.dim() == 0 else 0.5)
+    elif what == "freeze":
+        one.model[3].weight.requires_grad_(not one.model[3].weight.requires_grad)
+    elif what == "load":
+        with one.governor.using():
+            one.optimizer.load_state_dict(one.optimizer.state_dict())
+    elif what == "group":
+        one.optimizer.param_groups[0]["lr"] *= 0.9
+    elif what == "undo" and one.optimizer.kept().steps:
+        with one.governor.using():
+            one.optimizer.undo()
+    loss = one.loss(number % 16)
+    if what == "poison":
+        weight.grad.fill_(float("nan"))
+    one.governor.step(loss=loss)
+
+
+def story(one, chance, monkeypatch):
+    """Sixty steps and what chance has happen; every step back is compared with the note it went to."""
+    dice, noted, backs = random.Random(chance), {}, 0
+    take = notes.Notes.take
+
+    def taken(self, *args):
+        take(self, *args)
+        noted[one.governor._course.completed] = one.state()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notes.Notes, "take", taken)
+        for number in range(60):
+            happen(one, dice, number)
+            if dice.random() < 0.3:
+                steps, before, completed = dice.randint(1, 4), one.state(), one.governor._course.completed
+                try:
+                    one.governor.step_back(steps)
+                except NoSnapshot:
+                    assert one.state() == before
+                else:
+                    assert one.state() == noted[completed - steps]
+                    backs += 1
+            elif dice.random() < 0.1:
+                one.governor.execute_rollback()
+    return backs
+
+
+@pytest.mark.parametrize("kind", ["adamw", "in place", "momentum"])
+@pytest.mark.parametrize("chance", range(4))
+def test_it_is_the_state_of_the_note_or_nothing(kind, chance, run, monkeypatch):
+    """Every step back comes to the very state that its note was taken of, or raises and changes nothing."""
+    assert story(run(kind, steps=3, on_veto="keep", cadence=5, probation=3), chance, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "in place", "momentum"])
+def test_without_a_look_at_other_writers_it_is_not(kind, run, monkeypatch):
+    monkeypatch.setattr(marks, "obstacle", lambda *_: "")
+
+    def all_stories():
+        for chance in range(4):
+            story(run(kind, steps=3, on_veto="keep", cadence=5, probation=3), chance, monkeypatch)
+
+    with pytest.raises(AssertionError):
+        all_stories()
+
+
+def test_a_layer_that_came_between(run):
+    one = run()
+    one.train(0, 1, 2)
+    noted, layers = one.state(), len(one.model)
+    one.model.append(nn.Linear(2, 2))
+    one.optimizer.add_param_group({"params": one.model[-1].parameters()})
+    one.governor.step(loss=one.loss(3))
+    one.governor.step_back(1)
+    assert one.state() == noted
+    assert (len(one.model), len(one.optimizer.param_groups)) == (layers, 1)
+    one.train(3, 4)
+    one.governor.step_back(2)
+    assert one.state() == noted
+
+
+def test_under_a_scaler_that_skips(alone):
+    torch.manual_seed(0)
+    model, scaler, seen = nn.Linear(4, 2), torch.amp.GradScaler("cpu", init_scale=4.0), []
+    optimizer = AdamW(model.parameters(), history=3)
+    config = GovernorConfig(past_steps=3, cadence=100)
+    with TolariaGovernor(model, optimizer, scaler=scaler, config=config, detector=judge.non_finite()) as governor:
+
+        def train(number):
+            loss = model(torch.full((2, 4), float(number + 1))).square().mean()
+            scaler.scale(loss).backward()
+            if number == 3:
+                model.weight.grad[0, 0] = float("inf")
+            governor.step(loss=loss)
+
+        for number in range(5):
+            seen.append((governor.digest(), scaler.get_scale()))
+            train(number)
+        last = governor.digest(), scaler.get_scale()
+        assert seen[4][1] < seen[3][1]
+        governor.step_back(3)
+        assert (governor.digest(), scaler.get_scale()) == seen[2]
+        for number in (2, 3, 4):
+            train(number)
+        assert (governor.digest(), scaler.get_scale()) == last
+
+
+def test_a_note_that_cannot_be_taken_is_told_of_once(run, monkeypatch, caplog):
+    one = run()
+    one.train(0, 1)
+
+    def fails(*_):
+        raise RuntimeError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notes, "_without", fails)
+        one.governor._keeper.notes._left_out.clear()
+        one.train(2, 3)
+    assert caplog.text.count("no note could be taken: no room") == 1
+    with pytest.raises(NoSnapshot, match="notes are held"):
+        one.governor.step_back(1)
+    one.train(4, 5)
+    one.governor.step_back(1)
+    assert one.state() == one.states[5]
+
+
+def test_a_governor_that_is_dropped_is_gone(alone):
+    model = nn.Linear(2, 2)
+    optimizer = AdamW(model.parameters())
+    governor = TolariaGovernor(model, optimizer, config=GovernorConfig(past_steps=1), detector=judge.non_finite())
+    for _ in range(2):
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        governor.step(loss=loss)
+    gone = weakref.ref(governor._keeper)
+    del governor
+    gc.collect()
+    assert gone() is None
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.undo()
