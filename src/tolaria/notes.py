@@ -46,6 +46,7 @@ from tolaria.protocol import drive
 from tolaria.ring import Tier
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
+from tolaria.state.standing import StateImprint
 from tolaria.state.train_state import SurveyResult
 from tolaria.state.wrappers import is_wrapper
 
@@ -99,6 +100,8 @@ class Notes(Vault):
         taken = vault.with_rng, vault.read_journal, vault.write_journal
         super().__init__(vault.state, [tier] * (steps + 1), vault.devices, room, *taken)
         self._notes: dict[int, _Note] = {}
+        self._imprints: dict[tuple[int, ...], StateImprint | None] = {}  # by where the moments are; the newest last
+        self._most_places = 1 + max(optimizer._past.options.history for optimizer in self._optimizers)
         self._left_out: dict[int, frozenset[int]] = {}  # by note: storages without a place in its memory
         self._table: dict[type[Any], Callable[[Any], Any]] = {
             Survey: self.survey,
@@ -152,6 +155,7 @@ class Notes(Vault):
     def close(self) -> None:
         """Let go of everything. The devices are the vault's."""
         self._notes.clear()
+        self._imprints.clear()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = self._layout = None
         for optimizer in self._optimizers:
@@ -174,6 +178,16 @@ class Notes(Vault):
                 raise lost from error
 
         return drive(protocol, perform)
+
+    def survey(self, op: Survey) -> Places:
+        """Perform `Survey`. Where moments alternate, a survey that stands is that of when they were there before."""
+        where = tuple(map(_first_moment, self._optimizers))
+        self.state.exchange_imprint(self._imprints.pop(where, None))
+        places = super().survey(op)
+        self._imprints[where] = self.state.exchange_imprint()
+        while len(self._imprints) > self._most_places:
+            del self._imprints[next(iter(self._imprints))]
+        return places
 
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Notes have no tier to choose: they stay beside the train state."""
@@ -296,6 +310,12 @@ def _leaving(optimizer: Optimizer, steps: int) -> Leaving:
             f"Build it with history={steps} or more; nothing was attached.",
         )
     return optimizer
+
+
+def _first_moment(optimizer: Leaving) -> int:
+    """Tells which of its sets of moments an optimizer holds, if it holds any."""
+    moments = (state[name] for state in optimizer.state.values() for name in optimizer._names_in(state))
+    return id(next(moments, None))
 
 
 def _weak(witness: Callable[[], int]) -> Callable[[], int]:

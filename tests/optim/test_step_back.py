@@ -21,6 +21,7 @@ from tolaria.errors import (
 )
 from tolaria.follow import FollowingGovernor
 from tolaria.optim import SGD, AdamW, marks
+from tolaria.state import parts
 from tolaria.values import replace
 
 KINDS = {
@@ -718,3 +719,22 @@ def test_a_governor_that_is_dropped_is_gone(alone):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     optimizer.undo()
+
+
+def test_the_train_state_is_not_walked_again_where_moments_alternate(run, monkeypatch):
+    """Once for each set of moments; from then on an earlier survey stands."""
+    walked = []
+    survey = parts.OptimizerPart.survey
+
+    def counted(self, leaves):
+        walked.append(self.name)
+        return survey(self, leaves)
+
+    one = run()
+    one.train(*range(6))
+    monkeypatch.setattr(parts.OptimizerPart, "survey", counted)
+    monkeypatch.setattr(one, "state", lambda: None)  # a digest walks
+    one.train(*range(6, 12))
+    assert walked == []
+    one.governor.step_back(2)
+    assert len(one.governor._keeper.notes._imprints) <= 4
