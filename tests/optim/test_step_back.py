@@ -21,6 +21,7 @@ from tolaria.errors import (
 )
 from tolaria.follow import FollowingGovernor
 from tolaria.optim import SGD, AdamW, marks
+from tolaria.rounds import Rounds
 from tolaria.state import parts
 from tolaria.values import replace
 
@@ -535,6 +536,11 @@ def test_what_is_refused(alone):
             governor.step_back()
         with governor.using(), pytest.raises(PhaseError):
             governor.step_back()
+    with TolariaGovernor(model, AdamW(model.parameters(), history=2), config=config) as governor:
+        with pytest.raises(UnsupportedState, match="past_steps"):
+            Rounds(governor)
+        with pytest.raises(UsageError, match="steps=0"):
+            governor.step_back(0)
 
 
 def test_who_only_observes_or_is_disabled_touches_nothing(alone, monkeypatch):

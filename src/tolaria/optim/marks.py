@@ -139,7 +139,9 @@ def _pairs(left: Left) -> Iterator[Pair]:
 
 def copy(pairs: Iterable[Pair]) -> None:
     """Make copies of that list, on the current stream, by no means of autograd's."""
-    some = list(pairs)
-    if some:
+    kinds: dict[torch.dtype, list[Pair]] = {}  # one launch for each
+    for target, source in pairs:
+        kinds.setdefault(target.dtype, []).append((target.data, source))
+    for some in kinds.values():
         # `.data`: whoever restores counts up the versions himself, once
-        torch._foreach_copy_([target.data for target, _ in some], [source for _, source in some])
+        torch._foreach_copy_([target for target, _ in some], [source for _, source in some])
