@@ -20,7 +20,7 @@ from tolaria.errors import (
     UsageError,
 )
 from tolaria.follow import FollowingGovernor
-from tolaria.optim import SGD, AdamW, marks
+from tolaria.optim import SGD, AdamW, marks, past
 from tolaria.rounds import Rounds
 from tolaria.state import parts
 from tolaria.values import replace
@@ -297,7 +297,12 @@ def clamp_registered(one):
         clamp_unseen(one)
 
 
-@pytest.mark.parametrize("write", [clamp, clamp_moments, clamp_registered])
+def replay(one):
+    with one.governor._keeper.sections.replaying():
+        clamp_unseen(one)
+
+
+@pytest.mark.parametrize("write", [clamp, clamp_moments, clamp_registered, replay])
 @pytest.mark.parametrize("protected", [True, False])
 def test_a_writer_between_the_note_and_the_step(write, protected, run, monkeypatch):
     """A red twin: without a look at them the weights come back as they were before the step, not as at the note."""
@@ -316,6 +321,37 @@ def test_a_writer_between_the_note_and_the_step(write, protected, run, monkeypat
     one.governor.step(loss=one.loss(4))
     one.governor.step_back(1)  # of what follows, notes are good again
     assert one.state() == before
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_a_writer_of_moments_that_somebody_has_kept(protected, run, monkeypatch):
+    """A red twin: the set that the steps have left where it was is not what it was."""
+    if not protected:
+        monkeypatch.setattr(marks, "_is_untouched", lambda _: True)
+    one = run()
+    one.train(0, 1, 2)
+    kept = one.optimizer.state[one.model[0].weight]["exp_avg"]
+    one.train(3)
+    kept.mul_(0.5)
+    with pytest.raises(NoSnapshot, match="earlier step") if protected else contextlib.nullcontext():
+        one.governor.step_back(1)
+    assert protected or one.state() != one.states[3]
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_an_undo_does_not_go_behind_a_writer_before_the_note(protected, run, monkeypatch):
+    """A red twin: after a step back the last step would seem to be the last word."""
+    if not protected:
+        monkeypatch.setattr(past.Past, "forget", lambda _: None)
+    one = run()
+    one.train(0, 1, 2)
+    clamp(one)
+    one.governor._stepping._note()
+    noted = one.state()
+    one.train(3)
+    one.governor.step_back(1)
+    assert one.state() == noted
+    assert one.optimizer.kept().steps == (0 if protected else 2)
 
 
 @pytest.mark.parametrize("write", [clamp, clamp_unseen, clamp_registered])
