@@ -124,10 +124,10 @@ class Arrivals:
             self._findings.remove(one)
         return taken
 
-    def forget_after(self, serial: int) -> None:
-        """A rollback to that snapshot: findings about later ones belong to an undone future."""
+    def forget_after(self, serial: int, step: int = -1) -> None:
+        """A rollback to that snapshot: findings about later ones, taken after `step`, belong to an undone future."""
         for finding in list(self._findings):
-            if finding.taken.snapshot > serial:
+            if finding.taken.snapshot > serial and finding.taken.completed > step:
                 self._findings.remove(finding)
 
     # ------------------------------------------------------------ rollbacks

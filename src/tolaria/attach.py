@@ -70,6 +70,7 @@ class Sections:
         self._detach: list[Callable[[], None]] = []
         self._captured_steps: set[int] = set()  # threads that have stepped an optimizer inside their capture
         self.around_step: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        self._num_foreign = 0
         self.is_open = True
 
     # ------------------------------------------------------------ sections
@@ -90,6 +91,7 @@ class Sections:
         try:
             epoch = self._driver.open_section(kind, current_backward() != -1, self._timeout_s, named)
             opened = True
+            self._num_foreign += kind is SectionKind.FOREIGN
             yield epoch
         except BaseException:
             if opened and kind.writes:
@@ -180,6 +182,10 @@ class Sections:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(reached)
 
+    def count_foreign(self) -> int:
+        """Sections so far in which anything may have been written: `using()`, replays. Open ones are counted."""
+        return self._num_foreign
+
     # ------------------------------------------------------------ graph captures
 
     def begin_capture(self, token: int, thread: int) -> None:
@@ -199,7 +205,13 @@ class Sections:
 
     def replaying(self) -> AbstractContextManager[Any]:
         """A replay may write anything."""
-        return self.section(SectionKind.WRITE) if self.is_open else contextlib.nullcontext()
+        return self._replay() if self.is_open else contextlib.nullcontext()
+
+    @contextmanager
+    def _replay(self) -> Generator[None]:
+        with self.section(SectionKind.WRITE):
+            self._num_foreign += 1
+            yield
 
     def require_no_capture(self, doing: str) -> None:
         """Raise `UnsupportedState` while this thread captures a graph."""

@@ -127,6 +127,10 @@ class GovernorConfig:
         by_group: Gradient norms (and update ratios) of each parameter group as well, as signs ``grad_norm/<group>``.
         reexecute_every: Run the steps since the last snapshot again when they include a multiple of this number, and
             compare the results bit for bit (see docs/guarantees.md, Re-execution). 0: never.
+        past_steps: How many steps `step_back` can go back at most: a note is taken after each. All optimizers are of
+            `tolaria.optim`, with at least as much `history` (docs/optim.md). 0: none.
+        past_first: Answer a panic from a note first, where one is from before its onset: as few steps are lost as can
+            be, but the state was in no probation. If the panic returns, everything is as without. Needs `watch`.
         strict: Raise `StaleGradients` instead of dropping gradients whose backward straddled a rollback.
         recovery: What follows a panic.
         barrier: How device work is ordered: ``"context"`` (raises where this machine has no context-wide events),
@@ -161,6 +165,8 @@ class GovernorConfig:
     update_ratio_every: int = 0
     by_group: bool = False
     reexecute_every: int = 0
+    past_steps: int = 0
+    past_first: bool = False
     strict: bool = False
     recovery: Recovery = field(default_factory=Recovery)
     barrier: BarrierChoice | None = None
@@ -186,13 +192,15 @@ class GovernorConfig:
             raise _bad(self, "writer", "a SummaryWriter, with add_scalar and add_text")
         if self.cadence != "auto":
             _at_least(self, "cadence", 1)
-        for name in ("probation", "reach", "scrub_every", "update_ratio_every", "reexecute_every"):
+        for name in ("probation", "reach", "scrub_every", "update_ratio_every", "reexecute_every", "past_steps"):
             _at_least(self, name, 0)
         for name in ("slots", "keep_batches", "device_budget", "host_budget"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
         if self.host_slots is not None:
             _at_least(self, "host_slots", 0)
+        if self.past_first and not self.past_steps:
+            raise _bad(self, "past_first", "past_steps of 1 or more with it")
         if not math.isfinite(self.penalty):
             raise _bad(self, "penalty", "a finite number")
         if not self.gate_timeout_s > 0.0:

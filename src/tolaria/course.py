@@ -50,6 +50,8 @@ class Course:
         verdict: The newest one.
         due: Of the step whose snapshot waits for the end of the loop body.
         history: Which batches the steps have consumed.
+        on_step: Called when a step is concluded, and when a rollback has been made between two.
+        from_past: Asked first when a panic is to be answered; None: it could not.
     """
 
     def __init__(self, config: GovernorConfig, detector: Detector[Any], rng_policy: Callable[[], str]) -> None:
@@ -71,6 +73,8 @@ class Course:
         self._judge_lock = threading.RLock()
         self._skips = 0  # in a row
         self.verdict = Verdict(Health.HEALTHY, 0)
+        self.on_step: Callable[[], None] = lambda: None
+        self.from_past: Callable[[VitalSigns, Verdict], Rewind | None] = lambda vital, verdict: None
         self.keeper: Keeper
         self.feed: Feed
 
@@ -231,6 +235,8 @@ class Course:
         ahead = self.completed - self._last_automatic - self.cadence
         self.keeper.backlog.tend(self.tick, self.cadence)
         self._pace.stepped(time.perf_counter())
+        if panic is None:
+            self.on_step()  # before a snapshot, whose copies the buffers of a note would wait for
         if panic is None and self.verdict.health is Health.HEALTHY and ahead >= 0 and not sent.skipped:
             # taken as soon as a candidate has come through its probation; steps that are run again wait for that anyway
             if not self._has_room() and not (self.feed.is_delivering and self.again.is_due(self.completed, True)):
@@ -244,6 +250,7 @@ class Course:
         verdict = self.verdict
         if panic is not None:
             self.answer(*panic)
+            self.on_step()
         return StepResult(verdict=verdict, rolled_back=panic is not None, skipped=sent.skipped, step=sent.step)
 
     def snapshot_or_panic(self, vital: VitalSigns) -> tuple[VitalSigns, Verdict] | None:
@@ -273,6 +280,7 @@ class Course:
             if found is None or not found.nonfinite:
                 self.keeper.certify(info)
         self.again.note_snapshot(self.completed)
+        self.on_step()
         if found is not None and found.nonfinite:
             raise SnapshotRejected(
                 f"taking the first snapshot at step {self.completed}",
@@ -335,6 +343,8 @@ class Course:
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
             refuse_several_ranks(vital.step)
+        if not disagreements and (answered := self.from_past(vital, verdict)) is not None:
+            return answered
         onset = vital.step if verdict.onset is None else verdict.onset
         before = self.recovery
         batches = self.history.of(onset, vital.step)
@@ -412,6 +422,7 @@ class Course:
             self.after_rollback(report, rewind)
             verdict = Verdict(Health.PANIC, report.panic_step, report.reason, report.panic_step)
             self.report(VitalSigns(step=report.panic_step), verdict, "manual", report, rewind)
+        self.on_step()
 
     def after_rollback(
         self, report: RollbackReport, rewind: Rewind, *, rekeys: bool = False, repeats: bool = False

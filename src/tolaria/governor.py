@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tolaria import arguments, judge, living, observe, ring
+from tolaria import arguments, facts, judge, living, observe, ring
 from tolaria.arguments import Grads, Verify, When, as_list
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
@@ -28,8 +28,9 @@ from tolaria.report import RollbackReport, SnapshotInfo
 from tolaria.settlement import Settlement
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
+from tolaria.stepping import Stepping
 from tolaria.update import Update
-from tolaria.vitals import EXTRA, Sent
+from tolaria.vitals import Sent
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
 
@@ -113,6 +114,7 @@ class TolariaGovernor:
         self._feed = Feed(self.config.keep_batches, kept_steps, self._keeper.accelerators, follows)
         self._course.begin(self._keeper, self._feed)
         self._settlement = Settlement(self._course)
+        self._stepping = Stepping(self._course, self._settlement)
         if self.config.mode == "act":
             self._keeper.attach(model, self._update.optimizers, sections)
         living.enter(self)
@@ -218,24 +220,14 @@ class TolariaGovernor:
         late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
         run = update.run_late if late else update.run
         done = run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
-        others = {**observe.named_losses(loss), **signs}
-        given = others.pop("grad_norm", None)
-        numbers: dict[str, Scalar] = {
-            "loss": done.loss,
-            "grad_norm": done.grad_norm if given is None else observe.mean_sign(given),
-            "nonfinite_gradients": done.nonfinite_gradients,
-            "scaler_skipped": done.scaler_skipped,
-            "vetoed": done.late_veto,
-            "metric": metric,
-            **{EXTRA + name: value for name, value in self._gauge.read(step).items()},
-        }
+        numbers = facts.numbers(done, loss, metric, signs, self._gauge.read(step))
         lists: dict[str, Sequence[torch.Tensor]] = {}
         done.norms.add_to(lists, "gradients")
         if step % self.config.check_weights_every == 0:
             self._look.at_weights(trained, late, numbers, lists)
         return Sent(
             step=step,
-            reading=self._readings.send({**numbers, **_extra(others)}, lists),
+            reading=self._readings.send(numbers, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             torn=self._keeper.driver.state.torn,
             vetoed=done.vetoed,
@@ -271,7 +263,7 @@ class TolariaGovernor:
                 self._look.at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
-        reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
+        reading = self._readings.send({**numbers, **own, **facts.extra(others)}, lists)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
@@ -347,10 +339,8 @@ class TolariaGovernor:
         """
         doing = "rolling back"
         arguments.require_of_rollback(doing, optimizer, when, verify)
-        env_id = self.config.env_id if env_id is None else env_id
-        report = RollbackReport(success=False, status="failed", env_id=env_id, reason=reason or "manual")
+        report = self._unmade(reason or "manual", env_id)
         if self.is_disabled or self.config.mode == "observe":
-            report.reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
             return report
         self._require_open(doing)
         arguments.require_target(doing, to, self._keeper.phase_of)
@@ -364,6 +354,29 @@ class TolariaGovernor:
         else:
             self._require_boundary(doing)
             run()
+        return report
+
+    def step_back(self, steps: int = 1, *, reason: str | None = None) -> RollbackReport:
+        """Put the train state back to where it was that many optimizer steps ago, bit for bit, without a snapshot.
+
+        Made of what optimizers of `tolaria.optim` leave behind and a note of the rest that `step` takes each time, with
+        `past_steps` (docs/optim.md). As a rollback by hand otherwise. What comes back was in no probation and has no
+        digest: the report's `verified` stays None.
+
+        Args:
+            steps: 1 to `past_steps`.
+            reason: Recorded in the report.
+
+        Raises:
+            UnsupportedState: `past_steps` is 0.
+            PhaseError, CaptureInProgress, QuiesceTimeout, NoSnapshot, StateMismatch: Nothing was written.
+            RollbackFailed: Failed after the first write; the state is undefined.
+        """
+        report = self._unmade(reason or f"back by {steps}", None)
+        if self.is_disabled or self.config.mode == "observe":
+            return report
+        self._require_boundary("stepping back")
+        self._stepping.back(report, steps)
         return report
 
     @contextlib.contextmanager
@@ -393,22 +406,7 @@ class TolariaGovernor:
         """What was chosen for this machine and train state."""
         if self.is_disabled:
             return NO_CAPABILITIES
-        newest, vault = ring.newest_good(self._keeper.ring), self._keeper.vault
-        return Capabilities(
-            barrier=self._keeper.ground.barrier.value,
-            devices=tuple(vault.devices),
-            tier=vault.plan.tier.value,
-            tier_reason=vault.plan.reason,
-            host_slots=vault.plan.host_slots,
-            barrier_reason=self._keeper.devices.reason,
-            copy_path=vault.copy_path,
-            state_bytes=vault.num_bytes(newest.index) if newest else 0,
-            slots=vault.room.slots,
-            cadence=self._course.cadence,
-            cadence_stretched=self.config.cadence not in ("auto", self._course.cadence),
-            rng=living.rng_policy(self.config),
-            reexecution=self._course.again.in_force,
-        )
+        return facts.capabilities(self.config, self._keeper, self._course)
 
     def statistics(self) -> Statistics:
         """Counters so far, and which snapshots are held where."""
@@ -484,6 +482,13 @@ class TolariaGovernor:
 
     # ------------------------------------------------------------ small things
 
+    def _unmade(self, reason: str, env_id: int | None) -> RollbackReport:
+        """The report of a rollback that is still to be made, or never will be."""
+        if self.is_disabled or self.config.mode == "observe":
+            reason = ("disabled" if self.is_disabled else "mode='observe'") + ": nothing was touched"
+        env_id = self.config.env_id if env_id is None else env_id
+        return RollbackReport(success=False, status="failed", env_id=env_id, reason=reason)
+
     def _require_open(self, doing: str) -> None:
         if self._closed:
             raise PhaseError(doing, "the governor is closed, expected an open one", "Build a new one.")
@@ -497,7 +502,3 @@ class TolariaGovernor:
         self._closed = True
         self._keeper.sections.is_open = False
         living.leave(self)
-
-
-def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
-    return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}

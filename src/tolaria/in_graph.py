@@ -359,7 +359,7 @@ def _refuse_set_up(governor: TolariaGovernor) -> None:
     """Raise `UnsupportedState` for what no graph can hold, or what would have to change in it."""
     config, update = governor.config, governor._update
     refuse_several_ranks(governor._course.completed)
-    for name in ("update_ratio_every", "by_group", "reexecute_every"):
+    for name in ("update_ratio_every", "by_group", "reexecute_every", "past_steps"):
         if getattr(config, name):
             raise _refuse(f"{name}={getattr(config, name)}, which is not handled in a graph yet", f"Leave {name} out.")
     if not update.optimizers:

@@ -28,6 +28,7 @@ from tolaria.config import GovernorConfig, Moments
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
 from tolaria.errors import BudgetExceeded, PhaseError, SlotsBusy, SnapshotRejected
+from tolaria.notes import Notes
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
 from tolaria.protocol import RolledBack, Taken
@@ -117,6 +118,10 @@ class Keeper:
         )
         stale = functools.partial(count, stale_vetoes=1)
         self.sections = Sections(self.driver, state, config.gate_timeout_s, config.strict, self.run_requests, stale)
+        self.notes: Notes | None = None
+        if config.past_steps and config.mode == "act":
+            optimizers = [part.optimizer for part in state.optimizers]
+            self.notes = Notes(self.vault, self.driver, optimizers, config.past_steps, self.sections.count_foreign)
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
         self.before_manual: Callable[[], None] = lambda: None  # may wait, and may raise: then nothing is taken
@@ -148,6 +153,8 @@ class Keeper:
         """Detach and free everything."""
         self.sections.detach()
         self.backlog.close()
+        if self.notes is not None:
+            self.notes.close()
         self.vault.close()
 
     # ------------------------------------------------------------ boundaries
@@ -240,7 +247,6 @@ class Keeper:
         return self.info(taken), found
 
     def _stage(self, submit: Callable[[], Taken], manual: bool) -> Taken:
-
         tier = self.vault.plan.tier
         try:
             return submit()
@@ -393,6 +399,8 @@ class Keeper:
         panic_step = completed()
         done, verified = self._verified_now(shield, done, submit)
         self.arrivals.forget_after(done.slot.snapshot)
+        if self.notes is not None:
+            self.notes.forget()
         report.host_ms = (time.perf_counter() - started) * 1e3
         report.success, report.status, report.verified = True, "submitted", verified
         report.snapshot_step, report.tier = done.slot.step, done.slot.tier.value

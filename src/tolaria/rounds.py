@@ -89,8 +89,8 @@ class Rounds:
             learn: Does all of it; called again for a second attempt, then with the same weights, optimizers, registered
                 objects and random state. What it reads besides must be as it was at the first call.
             signs: Called after it, without gradients; returns further vital signs by name (``metric``: the reward).
-                What it draws from global random state is put back. An error in it counts as the sign ``unmeasured``, which
-                is a panic.
+                What it draws from global random state is put back. An error in it counts as the sign ``unmeasured``,
+                which is a panic.
 
         Returns:
             Whether the round was learnt, and what was rolled back.

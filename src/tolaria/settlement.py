@@ -7,6 +7,7 @@ were worth, so everything is waited for, and a suspicion that is still open is l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from tolaria import recover, ring
@@ -46,6 +47,7 @@ class Settlement:
     def __init__(self, course: Course) -> None:
         self._course = course
         self.looks_again = True
+        self.between: Callable[[], None] = lambda: None  # called at the boundary itself, before anything else
         self._looked = -1  # number of the batch that would come next, where the data had ended amid a suspicion
 
     def settle(self, at_the_end: bool) -> None:
@@ -54,6 +56,7 @@ class Settlement:
         A loop that fetches a batch ahead is seen to have one open, and gets its snapshot inside the following step.
         """
         course = self._course
+        self.between()
         if not course.feed.has_open and course.again.is_due(course.completed, at_the_end or course.due is not None):
             self._reexecute(at_the_end)
         panic = None

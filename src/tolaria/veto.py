@@ -73,8 +73,10 @@ class Choice:
 
 def can_be_predicated(optimizer: Optimizer) -> bool:
     """Whether it is one of torch's fused ones or ours, over plain tensors: of those it is known what a flag does."""
-    if inspect.unwrap(type(optimizer).step) is inspect.unwrap(Leaving.step):
-        return not any(is_wrapper(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    if isinstance(optimizer, Leaving) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(Leaving.step):
+        return optimizer.refuses_by_itself() and not any(
+            is_wrapper(parameter) for group in optimizer.param_groups for parameter in group["params"]
+        )
     known = {inspect.unwrap(kind.step) for kind in (Adam, AdamW, SGD, Adagrad)}
     return (
         inspect.unwrap(type(optimizer).step) in known
@@ -216,13 +218,13 @@ def unwritten_momenta(optimizer: Optimizer) -> list[torch.Tensor]:
     """Parameters whose momentum a predicated step would leave behind as memory that nobody has written.
 
     Torch's fused SGD makes the buffers of its first step without clearing them, and its kernel, refused, does not write
-    them. Such a step has to be decided on the host.
+    them; ours writes zeros, which with dampening are another beginning. Such a step has to be decided on the host.
     """
     if not isinstance(optimizer, SGD):
         return []
     lacking: list[torch.Tensor] = []
     for group in optimizer.param_groups:
-        if not group["fused"] or not group["momentum"]:
+        if not (group["fused"] or isinstance(optimizer, Leaving)) or not group["momentum"]:
             continue
         having = (parameter for parameter in group["params"] if parameter.grad is not None)
         first = next(having, None)  # torch makes all buffers of a group at once

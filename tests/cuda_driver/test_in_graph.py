@@ -23,6 +23,7 @@ from tolaria import (
 )
 from tolaria.in_graph import CapturedStep
 from tolaria.latch import PARKED, TARGET, Latch, PredicatedCopy
+from tolaria.optim import AdamW
 
 NAN = float("nan")
 
@@ -398,6 +399,7 @@ REFUSED = [
     (OPTIMIZERS["adam"], {"update_ratio_every": 3}, "update_ratio_every"),
     (OPTIMIZERS["adam"], {"by_group": True}, "by_group"),
     (OPTIMIZERS["adam"], {"reexecute_every": 4}, "reexecute_every"),
+    (lambda p: AdamW(p, lr=torch.tensor(0.05), capturable=True, history=2), {"past_steps": 2}, "past_steps"),
 ]
 
 

@@ -274,3 +274,132 @@ def test_governed(steps):
             train(x)
         assert differing(held(optimizer), after) == (0, 0)
         assert optimizer.kept().compiled
+
+
+# ---------------------------------------------------------------- a governor goes back by single steps
+
+
+class Stepped:
+    """Buffers, random state, a schedule; gradients on other streams than the governor's."""
+
+    def __init__(self, steps, alternate=True, **settings):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.Dropout(0.2), nn.Linear(64, 8)).cuda()
+        self.optimizer = AdamW(self.model.parameters(), lr=0.01, history=steps, alternate=alternate)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.5)
+        self.batches = [torch.randn(16, 32, device="cuda") for _ in range(40)]
+        self.governor = TolariaGovernor(
+            self.model,
+            self.optimizer,
+            scheduler=self.scheduler,
+            config=GovernorConfig(cadence=1000, past_steps=steps, rng="restore", **settings),
+            detector=judge.non_finite(),
+        )
+
+    def loss(self, number):
+        loss = self.model(self.batches[number]).square().mean()
+        loss.backward()
+        return loss
+
+    def step(self, number):
+        return self.governor.step(loss=self.loss(number))
+
+    def state(self):
+        own = [t.detach().clone() for t in self.model.state_dict().values()]
+        return own, held(self.optimizer), self.scheduler.state_dict(), torch.cuda.get_rng_state()
+
+
+def alike(one, other):
+    return (
+        all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+        and differing(one[1], other[1]) == (0, 0)
+        and one[2] == other[2]
+        and torch.equal(one[3], other[3])
+    )
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_governor_goes_back_by_steps(steps, alternate):
+    run, states = Stepped(4, alternate), []
+    with run.governor:
+        for number in range(9):
+            states.append(run.state())
+            run.step(number)
+        last = run.state()
+        assert run.optimizer.kept().compiled
+        report = run.governor.step_back(steps)
+        assert alike(run.state(), states[9 - steps])
+        assert report.wait().device_ms is not None
+        for number in range(9 - steps, 9):
+            run.step(number)
+        assert alike(run.state(), last)
+        run.governor.step_back(1)
+        run.governor.step_back(1)
+        assert alike(run.state(), states[7])
+        run.governor.execute_rollback().wait()
+        with pytest.raises(NoSnapshot):
+            run.governor.step_back(1)
+
+
+def test_a_step_back_beside_work_of_another_stream():
+    """What was launched before, on a stream that nobody knows, reads what was there; what comes after, the other."""
+    run, side = Stepped(4), torch.cuda.Stream()
+    with run.governor:
+        for number in range(5):
+            before = run.state()
+            run.step(number)
+        now = run.state()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            early = [p.detach().clone() for p in run.model.parameters()]
+        run.governor.step_back(1)
+        with torch.cuda.stream(side):
+            late = [p.detach().clone() for p in run.model.parameters()]
+        torch.cuda.synchronize()
+        names = [name for name, _ in run.model.named_parameters()]
+        keys = list(run.model.state_dict())
+        for name, first, second in zip(names, early, late, strict=True):
+            assert torch.equal(first, now[0][keys.index(name)])
+            assert torch.equal(second, before[0][keys.index(name)])
+
+
+def test_a_step_with_notes_waits_for_nothing():
+    run = Stepped(4)
+    with run.governor:
+        for number in range(8):  # each set of moments was there before
+            run.step(number)
+        run.governor.step_back(1)
+        run.step(7)
+        torch.cuda.synchronize()
+        loss = run.loss(8)
+        torch.cuda._sleep(400_000_000)  # the host has to be back before this is over
+        behind = torch.cuda.Event()
+        behind.record()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run.governor.step(loss=loss)
+            run.governor.step_back(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not behind.query()
+
+
+def test_a_veto_is_answered_from_a_note():
+    ends, told = [], []
+    for strikes in (False, True):
+        run = Stepped(26, past_first=True, on_incident=told.append)
+        struck = not strikes
+        with run.governor:
+            for number in run.governor.watch(range(30)):
+                loss = run.loss(number)
+                if number == 20 and not struck:
+                    struck = True
+                    run.model[0].weight.grad.fill_(float("nan"))
+                run.governor.step(loss=loss)
+            ends.append(run.state())
+    assert alike(*ends)
+    (incident,) = told
+    assert (incident.tier, incident.restored_step, incident.action) == ("past", 20, "replay")
+    assert incident.steps_lost <= 26

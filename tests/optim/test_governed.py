@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge
+from tolaria import GovernorConfig, TolariaGovernor, judge, veto
 from tolaria.config import Recovery
 from tolaria.errors import NoSnapshot
 from tolaria.optim import SGD, AdamW
@@ -126,3 +126,32 @@ def test_moments_can_be_treated_after_a_rollback(how, make, alone):
         assert torch.equal(now, former * (0.5 if how == "damp" else 0.0))
     run.train(2)
     run.governor.close()
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_a_first_step_that_a_scaler_skips_leaves_no_momentum(protected, alone, monkeypatch):
+    """A red twin: with dampening, a momentum of zeros is not none."""
+    if not protected:
+        monkeypatch.setattr(veto, "forget_momenta", lambda *_: None)
+    ends = []
+    for governed in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        kind, scaler = (SGD if governed else torch.optim.SGD), torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer = kind(model.parameters(), lr=0.1, momentum=0.5, dampening=0.5)
+        config = GovernorConfig(rng="keep")
+        governor = TolariaGovernor(model, optimizer, scaler=scaler, config=config, detector=judge.non_finite())
+        for number in range(3):
+            loss = model(torch.full((2, 4), float(number + 1))).square().mean()
+            scaler.scale(loss).backward()
+            if not number:
+                model.weight.grad[0, 0] = float("inf")
+            if governed:
+                governor.step(loss=loss)
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        governor.close()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends) == protected

@@ -1,12 +1,15 @@
 """Steps on the CPU: torch's own, bit for bit, and the state before each of them left behind."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from tolaria import veto
 from tolaria.errors import InvalidConfig, NoSnapshot, UnsupportedState
 from tolaria.optim import SGD, AdamW, leaving, past
 
@@ -393,3 +396,110 @@ def test_groups_that_are_generators(parameters):
     mine = parameters()
     ours = AdamW([{"params": (p for p in mine[:2])}, {"params": mine[2], "lr": 0.5}])
     assert [len(group["params"]) for group in ours.param_groups] == [2, 1]
+
+
+def test_what_torch_refuses_later_is_refused_before_anything_is_written(frozen):
+    table = nn.Embedding(4, 2, sparse=False)
+    ours = AdamW(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    ours.step()
+    before = frozen(ours)
+    table.weight.grad = torch.eye(4, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ours.step()
+    assert frozen(ours) == before
+
+
+def test_moments_of_one_half_of_a_complex_number_are_refused(parameters):
+    for made in (
+        lambda p: AdamW(p, moment_dtype=torch.float32),
+        lambda p: AdamW([{"params": p}], moment_dtype=torch.float64),
+    ):
+        with pytest.raises(UnsupportedState, match="complex"):
+            made(parameters(torch.complex64))
+    ours = AdamW(parameters(), moment_dtype=torch.float64)
+    late = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    ours.add_param_group({"params": [late]})
+    late.grad = torch.ones_like(late)
+    with pytest.raises(UnsupportedState, match="complex"):
+        ours.step()
+
+
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("history", [1, 2])
+def test_a_step_that_raises_half_way(history, protected, parameters, feed, frozen, monkeypatch):
+    """A red twin: what the step before it had left was written over, and would be taken for what it was."""
+    if not protected:
+        monkeypatch.setattr(past.Past, "forget", lambda _: None)
+    mine = parameters()
+    ours = AdamW(mine, lr=0.1, history=history)
+    seen = []
+    for number in range(3):
+        seen.append(frozen(ours))
+        feed(number, mine)
+        ours.step()
+
+    def breaks(*_):
+        raise RuntimeError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "_operate", breaks)
+        with pytest.raises(RuntimeError, match="half-way"):
+            ours.step()
+    if protected:
+        with pytest.raises(NoSnapshot, match="none is held"):
+            ours.undo()
+    else:
+        for _ in range(history):
+            ours.undo()
+        assert frozen(ours) != seen[3 - history]
+    feed(4, mine)
+    ours.step()
+    assert not protected or ours.kept().steps == 1
+
+
+def test_who_can_refuse_a_step_without_waiting(parameters):
+    """Torch's operators want the counts of AdamW in main memory, where a flag on a device is not."""
+    ours = AdamW(parameters())
+    assert ours.refuses_by_itself()
+    away = [nn.Parameter(p.detach().to("meta")) for p in parameters()]
+    for settings, itself in (({}, False), ({"fused": True}, True), ({"foreach": True}, False)):
+        ours = AdamW(parameters(), fused=settings.get("fused"), foreach=settings.get("foreach"))
+        ours.param_groups[0]["params"] = away
+        assert ours.refuses_by_itself() == veto.can_be_predicated(ours) == itself
+        ours.load_state_dict(ours.state_dict())
+        assert ours._step_supports_amp_scaling == itself
+    plain = SGD(parameters(), momentum=0.5)
+    plain.param_groups[0]["params"] = away
+    assert plain.refuses_by_itself()
+    assert veto.can_be_predicated(plain)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_memory_of_a_captured_step_is_held(again, parameters, feed, monkeypatch):
+    """However many others are made, and whatever is loaded: replays go on reading it."""
+    mine = parameters()
+    ours = AdamW(mine)
+    feed(0, mine)
+    ours.step()
+    ours.step()
+    monkeypatch.setattr(leaving, "is_capturing", lambda _: True)
+    ours.step()
+    monkeypatch.setattr(leaving, "is_capturing", lambda _: False)
+    batches = [weakref.ref(batch) for known in ours._past.batches.values() for batch in known]
+    assert len(ours._past.graphed) == 1
+    held = weakref.ref(ours._past.graphed[0])
+    if again:
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for number in range(1, 2 ** len(mine)):
+        feed(number, mine)
+        for index, parameter in enumerate(mine):
+            if not number >> index & 1:
+                parameter.grad = None
+        ours.step()
+    ours._past.batches.clear()
+    ours._past.left.clear()
+    gc.collect()
+    assert held() is not None
+    assert sum(batch() is not None for batch in batches) == 1
+    assert copy.deepcopy(ours)._past.graphed == []

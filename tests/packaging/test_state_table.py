@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def _named() -> tuple[set[str], set[str]]:
     """Files and functions that the page names."""
     text = (ROOT / "docs" / "state.md").read_text()
-    names = re.findall(r"`(?:governor/)?(test_\w+)(\.py)?", text)
+    names = re.findall(r"`(?:governor/|optim/)?(test_\w+)(\.py)?", text)
     return {name for name, file in names if file}, {name for name, file in names if not file}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import optim
 from torch.optim.adam import adam
 
+from tolaria.errors import UnsupportedState
 from tolaria.optim.arguments import flat, is_at_home, refuse_differentiable, split_rate
 from tolaria.optim.batch import Batch
 from tolaria.optim.launch import Kernels, Table
@@ -76,7 +77,28 @@ class AdamW(Leaving, optim.AdamW):
             capturable=capturable,
             fused=fused,
         )
-        self._step_supports_amp_scaling = True
+        self._step_supports_amp_scaling = self.refuses_by_itself()
+        self._refuse_complex(flat(params))
+
+    def refuses_by_itself(self) -> bool:
+        # a count in main memory cannot follow a flag on a device, unless the host reads it
+        return all(
+            group["fused"] or group["capturable"] or all(p.device.type == "cpu" for p in group["params"])
+            for group in self.param_groups
+        )
+
+    def _check_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        if any(gradient.is_sparse for gradient in gradients):
+            raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+
+    def _refuse_complex(self, parameters: Sequence[torch.Tensor]) -> None:
+        dtype = self._past.options.moment_dtype
+        if dtype is not None and any(parameter.is_complex() for parameter in parameters):
+            raise UnsupportedState(
+                "building an optimizer",
+                f"moment_dtype={dtype} over complex parameters, of which it would hold one half",
+                "Leave moment_dtype out.",
+            )
 
     def _check_capture(self) -> None:
         self._accelerator_graph_capture_health_check()
@@ -88,6 +110,7 @@ class AdamW(Leaving, optim.AdamW):
         return [name for name in _MOMENTS if name in state]
 
     def _create(self, group: Group, parameters: Sequence[torch.Tensor]) -> None:
+        self._refuse_complex(parameters)  # of a group that came later
         self._init_group(group, [], [], [], [], [], [])
         dtype = self._past.options.moment_dtype
         for state in map(self.state.__getitem__, parameters):

@@ -143,6 +143,10 @@ class Batch:
                 state[name] = next(moments)
         self.live = index
 
+    def written(self) -> list[torch.Tensor]:
+        """What the next step would write if the moments stayed in their place."""
+        return [*self.parameters, *self.sets[self.live], *self.steps]
+
     def named(self, index: int) -> dict[str, list[torch.Tensor]]:
         """Moments of one set, by name."""
         return {name: self.sets[index][i :: len(self.names)] for i, name in enumerate(self.names)}

@@ -42,8 +42,6 @@ class Leaving(Optimizer):
                 "building an optimizer", f"moment_dtype={moment_dtype}, expected a floating-point type", "Use float32."
             )
         self._past = Past(Options(history, alternate, moment_dtype))
-        # a scaler leaves unscaling and refusing to the step; operators do it where torch's would not
-        self._step_supports_amp_scaling = True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_past": self._past.options}
@@ -51,8 +49,11 @@ class Leaving(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         options = state.get("_past") or self._past.options
         super().__setstate__({key: value for key, value in state.items() if key != "_past"})
+        before = vars(self).get("_past")
         self._past = Past(options)  # a copy has no past, and what was loaded has none either
-        self._step_supports_amp_scaling = True
+        if isinstance(before, Past):
+            self._past.graphed = before.graphed  # loading ends no graph
+        self._step_supports_amp_scaling = self.refuses_by_itself()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class or torch's own of the same name has saved. What was left behind is forgotten."""
@@ -68,8 +69,16 @@ class Leaving(Optimizer):
                     state[name] = values[name].to(parameter.device, dtype, copy=True)
                 if "step" in state and group["fused"]:
                     state["step"] = state["step"].to(parameter.device, torch.float32)
+        self._step_supports_amp_scaling = self.refuses_by_itself()
 
     # ------------------------------------------------------------ what an optimizer says of itself
+
+    def refuses_by_itself(self) -> bool:
+        """Whether a step looks at `found_inf` where that is, without waiting. A scaler leaves refusing to it then."""
+        return True
+
+    def _check_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Refuse gradients that torch would refuse, before anything is written."""
 
     def _check_capture(self) -> None:
         """Refuse a capture that torch would refuse."""
@@ -131,13 +140,18 @@ class Leaving(Optimizer):
         past = self._past
         if capturing and not past.captured:
             past.captured, past.launches_undone = True, _launches(batch for _, batch in work)
-        past.begin()
+        past.graphed += [batch for _, batch in work] if capturing else []
+        before = past.begin([batch for _, batch in work])
         past.compiled = len(ready) == len(work)
-        if past.compiled:
-            traces = [self._step_in_one(*each, kernel) for each, kernel in zip(work, ready, strict=True)]
-        else:
-            traces = self._step_in_operators(work)
-        past.end(traces)
+        try:
+            if past.compiled:
+                traces = [self._step_in_one(*each, kernel) for each, kernel in zip(work, ready, strict=True)]
+            else:
+                traces = self._step_in_operators(work)
+        except BaseException:
+            past.forget()  # half a step may have written over what the steps before it had left
+            raise
+        past.end(traces, before)
         return loss
 
     def _batches(self, group: Group) -> list[Batch]:
@@ -151,6 +165,7 @@ class Leaving(Optimizer):
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not parameters:
             return []
+        self._check_gradients([parameter.grad for parameter in parameters if parameter.grad is not None])
         fresh = [parameter for parameter in parameters if not self.state.get(parameter)]
         if fresh:
             _refuse_capturing(parameters[0].device)
@@ -195,7 +210,7 @@ class Leaving(Optimizer):
             )
             batch.fresh = id(some[0]) in fresh
             if not batch.is_continued:
-                self._past.left.clear()
+                self._past.forget()
             made.append(batch)
         return made
 
@@ -241,7 +256,7 @@ class Leaving(Optimizer):
         torch.autograd.graph.increment_version(written)
         if batch.names and (batch.lacking or not stays):
             batch.install(live if stays else target)
-        return Trace(batch, place, target if stays else live, not stays)
+        return Trace(batch, place, live, target if stays else live, not stays)
 
     def _pointer(self, name: str, device: torch.device) -> torch.Tensor | None:
         """One of the flags that others hang on an optimizer, where the kernel can read it."""
@@ -282,7 +297,7 @@ class Leaving(Optimizer):
             torch._foreach_copy_(batch.sets[target], batch.sets[live])
             if not stays:
                 batch.install(target)
-        return Trace(batch, place, target if stays else live, not stays)
+        return Trace(batch, place, live, target if stays else live, not stays)
 
     # ------------------------------------------------------------ the way back
 
@@ -376,7 +391,7 @@ def _refuse_capturing(device: torch.device) -> None:
         raise UnsupportedState(
             "capturing an optimizer step",
             "its memory is still to be laid: it is the first one of these parameters, or tensors were replaced",
-            "Make a step outside of the capture first, as for any captured optimizer.",
+            "Make two steps outside of the capture first: one makes the state, the next one the memory.",
         )
 
 

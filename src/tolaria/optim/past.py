@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -51,21 +51,50 @@ class Trace:
     Attributes:
         batch: The batch.
         past: Which of its pasts has the parameters, and the step counts.
+        live: Which of its sets the states held.
         held: Which of its sets has the moments.
         moved: The live moments are another set's since; else they were overwritten in place.
     """
 
     batch: Batch
     past: int
+    live: int
     held: int
     moved: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """What can be told of other writers at one moment.
+
+    Attributes:
+        versions: Of tensors, by id: torch counts up with every write that it sees.
+        foreign: What the witness has counted: writes that torch may not have seen.
+    """
+
+    versions: dict[int, int]
+    foreign: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor], foreign: int) -> Sighting:
+        """The versions that these have now."""
+        return cls({id(tensor): tensor._version for tensor in tensors}, foreign)
+
+
 @dataclass(slots=True, eq=False)
 class Left:
-    """One step's traces, and what the parameters' versions were after it."""
+    """What one step has left behind.
+
+    Attributes:
+        traces: Of its batches.
+        number: How many steps this optimizer had made with it, undone ones included.
+        before: What of other writers was known when it began; None where nobody had asked for that.
+        versions: Of the parameters, after it.
+    """
 
     traces: list[Trace]
+    number: int = 0
+    before: Sighting | None = None
     versions: dict[int, int] = field(default_factory=dict)
 
     def note(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
@@ -94,8 +123,12 @@ class Past:
         left: Traces of the steps that can be undone, oldest first.
         turn: Which past the next step writes, counted up.
         captured: A graph was captured, which goes on reading and writing where it did.
+        graphed: The batches that captures were made with: their memory must not be given away, whatever comes.
         launches_undone: After a capture: how many launches there had been when the last step was undone.
         compiled: The last step was made by the kernels.
+        made: How many steps were made, undone ones included.
+        lost: Number of the last step that cannot be gone behind any more.
+        witness: Counts sections of writers that torch's versions may not tell of. None: nobody wants to know.
     """
 
     options: Options
@@ -104,13 +137,26 @@ class Past:
     left: list[Left] = field(default_factory=list)
     turn: int = 0
     captured: bool = False
+    graphed: list[Batch] = field(default_factory=list)
     launches_undone: int = -1
     compiled: bool = False
+    made: int = 0
+    lost: int = 0
+    witness: Callable[[], int] | None = None
 
-    def begin(self) -> None:
-        """A step comes: forget what it does not follow on."""
+    def begin(self, batches: Iterable[Batch]) -> Sighting | None:
+        """A step comes: forget what it does not follow on. Answers what is to be told of other writers."""
         if self.left and (self.captured or not self.left[-1].is_last_word()):
-            self.left.clear()
+            self.forget()
+        if self.witness is None:
+            return None
+        written = (tensor for batch in batches for tensor in batch.written())
+        return Sighting.of(written, self.witness())
+
+    def forget(self) -> None:
+        """Nothing of what was left behind can be taken back any more."""
+        self.left.clear()
+        self.lost = self.made
 
     def place(self) -> int:
         """Which past the step writes. After a capture always the one that the graph writes."""
@@ -121,11 +167,14 @@ class Past:
         away = 1 + self.place() if stays else 1
         return (batch.live + away) % (self.options.history + 1)
 
-    def end(self, traces: list[Trace]) -> None:
+    def end(self, traces: list[Trace], before: Sighting | None) -> None:
         """The step was launched."""
-        left = Left(traces)
+        self.made += 1
+        left = Left(traces, self.made, before)
         left.note()
-        self.left = [*self.left, left][-self.options.history :]
+        self.left.append(left)
+        while len(self.left) > self.options.history:
+            self.lost = self.left.pop(0).number
         self.turn += 1
 
     def num_bytes(self) -> int:

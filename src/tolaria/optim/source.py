@@ -295,9 +295,14 @@ _PIECES = {"tolaria_adamw": _ADAMW, "tolaria_sgd": _SGD}
 
 def text(kernel: str, parameter: torch.dtype, moment: torch.dtype, num_moments: int) -> str:
     """The CUDA source of one kernel for these element types."""
+    return _text(kernel, parameter, moment, num_moments, CHUNK, UNROLL)
+
+
+@functools.cache  # asked for at each step; the same object has its hash at hand
+def _text(kernel: str, parameter: torch.dtype, moment: torch.dtype, num_moments: int, chunk: int, unroll: int) -> str:
     scalars, step = _PIECES[kernel]
     head = f"#define P {_TYPES[parameter]}\n#define S {_TYPES[moment]}\n#define MOMENTS {num_moments}\n"
-    sizes = f"#define THREADS {THREADS}\n#define CHUNK {CHUNK}\n#define UNROLL {UNROLL}\n"
+    sizes = f"#define THREADS {THREADS}\n#define CHUNK {chunk}\n#define UNROLL {unroll}\n"
     return f"{_TYPES_SOURCE}{head}{sizes}{scalars}{_COMMON}{step}"
 
 

@@ -151,6 +151,17 @@ class TrainState:
             self._imprint = StateImprint(leaves, imprints, list(self.parameters()))
         return SurveyResult(leaves, saved)
 
+    def exchange_imprint(self, *put: StateImprint | None) -> StateImprint | None:
+        """Put another imprint in the place of the last survey's, if one is given; answers what is there or was.
+
+        For whoever knows that the tensors are back where an earlier survey has found them. It is believed as far as it
+        stands.
+        """
+        before = self._imprint
+        if put:
+            (self._imprint,) = put
+        return before
+
     def forget_survey(self) -> None:
         """Hold no tensor any more that the last survey met."""
         self._last_survey = self._imprint = self._roster = None

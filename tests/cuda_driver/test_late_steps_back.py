@@ -1,0 +1,151 @@
+"""Notes and the way back on a device that is late: call by call, and bit for bit."""
+
+import pytest
+import torch
+from cuda_driver.conftest import Run, freeze
+from torch import nn
+
+from tolaria import noting
+from tolaria.barriers import record
+from tolaria.errors import NoSnapshot
+from tolaria.optim import AdamW
+
+NOTE = [
+    # everything launched so far, then what the optimizer does not leave behind
+    "cuCtxRecordEvent ctx0 a",
+    "cuStreamWaitEvent own0 a",
+    "launch own0 capture",  # buffers
+    "cuEventRecord own0 b",
+    "cuEventRecord own0 c",  # there is no rest
+]
+BACK = [
+    "cuCtxRecordEvent ctx0 a",
+    "cuStreamWaitEvent own0 a",
+    "cuEventRecord own0 b",  # when it began, for the report
+    "launch own0 copy",  # what the optimizer has left behind
+    "launch own0 restore",  # buffers
+    "cuEventRecord own0 c",  # when it had copied
+    "cuEventRecord own0 d",
+    "cuCtxWaitEvent ctx0 d",
+]
+
+
+class Stepped(Run):
+    def __init__(self):
+        super().__init__()
+        self.optimizer = AdamW(self.model.parameters(), lr=0.05, history=6)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 4, gamma=0.7)
+
+    def parts(self):
+        return self.model, self.optimizer
+
+    def read(self, late):
+        late.finish()
+        return self.state()
+
+
+@pytest.fixture
+def stepped():
+    return Stepped()
+
+
+def governed(govern, run, **settings):
+    return govern(*run.parts(), scheduler=run.scheduler, cadence=1000, past_steps=6, **settings)
+
+
+def test_call_by_call(late, govern, stepped):
+    governor = governed(govern, stepped)
+    for batch in stepped.batches[:3]:
+        stepped.step(governor, batch)
+    with late.tape() as calls:
+        governor._stepping._note()
+    assert calls == NOTE
+    with late.tape() as calls:
+        report = governor.step_back(2)
+    assert calls == BACK
+    with late.tape() as calls:
+        report.wait()
+    assert [call.split()[0] for call in calls] == ["cuEventSynchronize", "cuEventElapsedTime"]
+    assert (report.verified, report.barrier) == (None, "context")
+
+
+def test_nothing_is_launched_for_others(late, govern, stepped):
+    """Whoever asks for no notes pays for none."""
+    governor = govern(*stepped.parts(), scheduler=stepped.scheduler, cadence=1000)
+    stepped.step(governor, stepped.batches[0])
+    loss = stepped.backward(stepped.batches[1])
+    with late.tape() as calls:
+        governor.step(loss=loss)
+    assert [call.split()[0] for call in calls] == [
+        "cuStreamWaitEvent",
+        "cuStreamWaitEvent",
+        "cuEventRecord",
+        "cuEventQuery",
+    ]
+
+
+def test_writers_of_buffers_wait_for_a_note(late, govern, stepped):
+    governor = governed(govern, stepped)
+    stepped.step(governor, stepped.batches[0])
+    late.finish()
+    governor._stepping._note()
+    assert late.pending(late.own()) == 1
+    stepped.model(stepped.batches[1][0])
+    assert late.pending(late.own()) == 0
+
+
+@pytest.mark.parametrize("barrier", ["context", "streams"])
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_bit_for_bit(barrier, ordered, steps, late, govern, stepped, monkeypatch):
+    """A red twin: nothing makes what follows wait for the copies."""
+    if not ordered:
+        monkeypatch.setattr(noting, "post_barrier", lambda ground, places: record(places))
+    governor, seen = governed(govern, stepped, barrier=barrier), []
+    for batch in stepped.batches[:6]:
+        seen.append(stepped.read(late))
+        stepped.step(governor, batch)
+    last = stepped.read(late)
+    governor.step_back(steps)
+    for number in range(6 - steps, 6):
+        if ordered:
+            assert freeze([stepped.optimizer.state_dict()["param_groups"]]) == [seen[number][1]["param_groups"]]
+        stepped.step(governor, stepped.batches[number])
+    assert (stepped.read(late) == last) == ordered
+
+
+def test_a_late_verdict_is_answered_from_a_note(late, govern, stepped):
+    """The veto is known some steps later, and costs those steps."""
+    late.lag = 2
+    batches, told = stepped.batches[:20], []
+    plain = Stepped()
+    plain.batches = batches
+    plain_governor = governed(govern, plain, rng="restore")
+    for batch in plain_governor.watch(range(20)):
+        plain.step(plain_governor, batches[batch])
+    expected = plain.read(late)
+    plain_governor.close()
+    again = Stepped()
+    governor = governed(govern, again, past_first=True, rng="restore", on_incident=told.append)
+    struck = False
+    for batch in governor.watch(range(20)):
+        loss = again.backward(batches[batch])
+        if batch == 11 and not struck:
+            struck = True
+            next(again.model.parameters()).grad.fill_(float("nan"))
+        governor.step(loss=loss)
+    assert again.read(late) == expected
+    (incident,) = told
+    assert (incident.restored_step, incident.tier, incident.action) == (11, "past", "replay")
+    assert 2 <= incident.steps_lost <= 6
+
+
+def test_two_models_on_one_device_do_not_meet(late, govern, stepped):
+    governor = governed(govern, stepped)
+    other = nn.Linear(2, 2)
+    govern(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    for batch in stepped.batches[:2]:
+        stepped.step(governor, batch)
+    governor.step_back(1)
+    with pytest.raises(NoSnapshot):
+        governor.step_back(4)

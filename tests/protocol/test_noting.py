@@ -1,0 +1,134 @@
+"""Notes of single steps and the way back to one, in every interleaving with a step and a forward of other threads."""
+
+import functools
+
+import pytest
+from protocol.outcomes import BARRIERS, assert_caught, assert_sound
+
+from tolaria.noting import Place, note, step_back
+from tolaria.operations import Await, Barrier, CallerWait, Change, ContextRecord, ContextWait, Synchronize
+from tolaria.ring import SlotPhase
+from tolaria.testing import explorer
+from tolaria.testing.programs import (
+    failing_step,
+    ground,
+    homes,
+    in_turn,
+    is_uniform,
+    reader,
+    roll_back,
+    straddling_step,
+    take,
+    uniform,
+    writer,
+)
+from tolaria.testing.simulator import Machine
+
+HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
+
+
+def back(thread, barrier, serial=1):
+    """The shipped way back, to what slot 0 holds. In the ring there is a certified snapshot there as well."""
+    return functools.partial(step_back, thread, ground(barrier), lambda: Place(0, 0, serial), "stepping back")
+
+
+def noting(thread, barrier):
+    """The shipped note, into slot 1."""
+    return functools.partial(note, thread, ground(barrier), 1)
+
+
+def noted_whole(world):
+    return is_uniform(world.slots[1]) and world.slots[1][0] in ("O", "N")
+
+
+PROGRAMS = {
+    "a step": (lambda b: [writer(0, "N", "A"), back(1, b)], ("A", "")),
+    "a step and the next forward": (
+        lambda b: [in_turn(writer(0, "N", "A"), reader(0, "A")), back(1, b)],
+        ("A", ""),
+    ),
+    "a rollback as well": (lambda b: [writer(0, "N", "A"), back(1, b), roll_back(2, b)], ("A", "", "")),
+}
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_nothing_is_torn(name, barrier):
+    programs, where = PROGRAMS[name]
+    machine = Machine(programs(barrier), homes(barrier, *where))
+    assert_sound(explorer.explore(machine, uniform("S", "N")), 20)
+
+
+def is_exclusive(op):
+    return isinstance(op, Await) and "wait for open sections" in op.label
+
+
+MUTANTS = {
+    "host: no exclusive side": (HOST, is_exclusive),
+    "blocking: no exclusive side": (BLOCKING, is_exclusive),
+    "blocking: no synchronise": (BLOCKING, lambda op: isinstance(op, Synchronize)),
+    "context: no exclusive side": (CONTEXT, is_exclusive),
+    "context: no pre barrier": (CONTEXT, lambda op: isinstance(op, ContextRecord)),
+    "context: no post barrier": (CONTEXT, lambda op: isinstance(op, ContextWait)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_without_one_edge_it_is_torn(name):
+    barrier, drop = MUTANTS[name]
+    machine = Machine([writer(0, "N", "A"), back(1, barrier)], homes(barrier, "A", ""), drop=drop)
+    assert_caught(explorer.explore(machine, uniform("S", "N")), "torn")
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
+def test_a_note_beside_a_step_is_never_torn(barrier):
+    machine = Machine([writer(0, "N", "A"), noting(1, barrier)], homes(barrier, "A", ""))
+    assert_sound(explorer.explore(machine, noted_whole), 20)
+
+
+@pytest.mark.parametrize(
+    ("barrier", "drop"),
+    [(HOST, is_exclusive), (CONTEXT, is_exclusive), (CONTEXT, CallerWait), (CONTEXT, ContextRecord)],
+    ids=lambda v: getattr(v, "value", getattr(v, "__name__", "")),
+)
+def test_a_note_without_one_edge_is_torn(barrier, drop):
+    dropped = drop if drop is is_exclusive else (lambda op: isinstance(op, drop))
+    machine = Machine([writer(0, "N", "A"), noting(1, barrier)], homes(barrier, "A", ""), drop=dropped)
+    assert_caught(explorer.explore(machine, noted_whole), "torn")
+
+
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
+def test_gradients_from_before_are_never_applied_after_it(barrier, protected):
+    """A red twin: without a new epoch they are."""
+
+    def same_epoch(op):
+        return isinstance(op, Change) and op.label == "commit"
+
+    programs, where = [straddling_step(0, "A"), back(1, barrier)], homes(barrier, "A", "")
+    machine = Machine(programs, where, versions=True, drop=None if protected else same_epoch)
+    found = explorer.explore(machine, uniform("S", "N1"))
+    if protected:
+        assert_sound(found, 20)
+    else:
+        assert_caught(found, "torn")
+
+
+@pytest.mark.parametrize(("serial", "step"), [(1, 1), (1, 2), (2, 1)])
+def test_snapshots_of_its_future_are_dropped(serial, step):
+    """Those from before the note stay, and those of its own step."""
+    machine = Machine([in_turn(take(0, HOST, step=step, manual=True), back(0, HOST, serial))])
+
+    def is_good(world):
+        first, second, *_ = world.host.ring
+        stays = serial == 2 or second.completed <= 1
+        return first.phase is SlotPhase.CERTIFIED and (second.phase is not SlotPhase.FREE) == stays
+
+    assert_sound(explorer.explore(machine, is_good), 3)
+
+
+def test_what_a_broken_step_has_left_is_not_gone_back_to():
+    programs = [in_turn(failing_step(0, "N", "A"), back(0, CONTEXT))]
+    found = explorer.explore(Machine(programs, ("A",), may_raise=("StateMismatch",)), lambda w: w.host.torn)
+    assert_sound(found, 5)
+    assert {ends for _, _, ends in found.ends} == {("StateMismatch",)}
