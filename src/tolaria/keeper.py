@@ -30,6 +30,7 @@ from tolaria.driver import Driver
 from tolaria.errors import BudgetExceeded, PhaseError, SlotsBusy, SnapshotRejected
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
+from tolaria.paths import Paths
 from tolaria.protocol import RolledBack, Taken
 from tolaria.records import Journal, Statistics
 from tolaria.report import RollbackReport, SnapshotInfo, disturbed
@@ -102,7 +103,8 @@ class Keeper:
         )
         self.lag = READING_LAG if self.reads_late else 0
         slots, room = _layout(config, self.lag, bool(self.accelerators))
-        self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal)
+        paths = Paths(config.copy_path)
+        self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal, paths)
         self.vault.lay_plan(survey)  # an estimate: optimizer state does not exist yet, and comes on top
         known = () if devices.barrier is Barrier.STREAMS else None
         self.driver = Driver(HostState(ring=slots, streams=known), self.vault, devices)

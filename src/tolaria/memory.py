@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -84,3 +87,24 @@ def _exceeded(doing: str, num_bytes: int, where: str, seen: str) -> BudgetExceed
         f"one slot needs {num_bytes / 2**20:,.1f} MiB on {where}, but {seen}",
         "Snapshots held so far are intact. Free memory, or configure fewer slots (longer cadence, shorter probation).",
     )
+
+
+_S = TypeVar("_S")
+_O = TypeVar("_O")
+_T = TypeVar("_T")
+
+
+def outside_inference(perform: Callable[[_S, _O], _T]) -> Callable[[_S, _O], _T]:
+    """`torch.inference_mode(False)` around a method of one argument: what is allocated under it can be written later.
+
+    That takes longer than some operations do, so it is entered only where there is a mode to leave.
+    """
+
+    @functools.wraps(perform)
+    def performed(self: _S, op: _O) -> _T:
+        if not torch.is_inference_mode_enabled():
+            return perform(self, op)
+        with torch.inference_mode(False):
+            return perform(self, op)
+
+    return performed
