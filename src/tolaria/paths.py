@@ -19,7 +19,8 @@ from tolaria.config import CopyPathChoice
 from tolaria.cuda import ContextDevice
 from tolaria.device import Device
 from tolaria.errors import DeviceLost, UnsupportedState
-from tolaria.kernels import Finite, Side, Sweep, prepare_words
+from tolaria.kernels import Finite, Side, Sweep
+from tolaria.words import prepare_words
 
 logger = logging.getLogger("tolaria")
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from tolaria import arena, budget, kernels, memory
+from tolaria import arena, budget, memory, words
 from tolaria.arena import Arena
 from tolaria.budget import Plan
 from tolaria.device import Device, DeviceSet, HostDevice, QueuedDevice
@@ -439,7 +439,7 @@ class Vault:
             elif name in resting and name in slot.at_rest:
                 known[name] = host_digest(flat) - slot.at_rest[name]
             elif name in resting:
-                known[name] -= int(kernels.portable_digest([held.views[i] for i in held.of(device)]))
+                known[name] -= int(words.portable_digest([held.views[i] for i in held.of(device)]))
         if not resting:
             slot.again.begin()
             for (name, _), route in slot.routes.items():

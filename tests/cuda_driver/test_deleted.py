@@ -20,7 +20,7 @@ from cuda_driver.fake_driver import Machine, PageLockedRow
 from cuda_driver.two_devices import Pair
 from torch import nn
 
-from tolaria import SnapshotRejected, TolariaGovernor, kernels, protocol, rollback
+from tolaria import SnapshotRejected, TolariaGovernor, protocol, rollback, words
 from tolaria.cuda import ContextDevice, Event
 from tolaria.device import CpuDevice
 from tolaria.errors import RollbackDisturbed
@@ -213,7 +213,7 @@ def a_digest_is_the_one_of_the_bytes(machine, govern):
         slot = next(slot for slot in governor._keeper.ring if slot.snapshot == info.serial)
         digests.append(dict(governor._keeper.vault.slots[slot.index].digest)["cpu"])
     block = governor._keeper.vault.slots[slot.index].survey.leaves.storages[0].bytes
-    expected = int(kernels.portable_digest([block]))
+    expected = int(words.portable_digest([block]))
     return digests[0] == digests[3] == expected and len(set(digests)) == 3 and intact(governor, slot)
 
 

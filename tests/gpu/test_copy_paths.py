@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from state.blocks import POISONS, Blocks, shapes
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge, kernels
+from tolaria import GovernorConfig, TolariaGovernor, judge
 from tolaria.config import CopyPathChoice
 from tolaria.cuda import ContextDevice, TorchStreams, find_driver
 from tolaria.device import BlockingDevice
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
 from tolaria.paths import CopyPath, offered, prepare
+from tolaria.words import copy_words, portable_digest
 
 pytestmark = pytest.mark.cuda
 Flat = Sequence[torch.Tensor]
@@ -35,7 +36,7 @@ def by_sweep_back(destinations: Flat, sources: Flat) -> None:
 def by_reading_sweep(destinations: Flat, sources: Flat) -> None:
     answer = torch.zeros(2, dtype=torch.int64, device="cuda")
     Sweep(sources, destinations, [Finite.FLOAT32] * len(sources)).run(Side.LIVE, copy=True, answer=answer)
-    assert int(answer[0]) == int(kernels.portable_digest([source.cpu() for source in sources]))
+    assert int(answer[0]) == int(portable_digest([source.cpu() for source in sources]))
 
 
 def by_words(destinations: Flat, sources: Flat) -> None:

@@ -19,8 +19,9 @@ from torch import nn
 from tolaria import TolariaGovernor
 from tolaria import device as device_module
 from tolaria.device import CpuDevice
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
 from tolaria.route import HostRoute
+from tolaria.words import copy_words
 
 Flat = Sequence[torch.Tensor]
 
