@@ -51,6 +51,24 @@ def test_the_bytes_arrive_and_nothing_else_is_written(
     assert machine.violations == []
 
 
+@settings(max_examples=20)
+@given(drawn=shapes, seed=st.integers(0, 2**16), version=st.sampled_from([13000, 12090]))
+def test_to_main_memory_and_back(drawn: list[tuple[int, int, int]], seed: int, version: int) -> None:
+    """In one call of the driver, and block by block where it knows none."""
+    machine = Machine()
+    machine.driver.version = version
+    port = opened(machine)
+
+    def there_and_back(destinations: Flat, sources: Flat) -> None:
+        held = [torch.full((source.numel(),), 0x77, dtype=torch.uint8) for source in sources]
+        port.enqueue(lambda: port.move(held, sources))
+        port.enqueue(lambda: port.move(destinations, held))
+        machine.finish()
+
+    Blocks(drawn, seed).verify(there_and_back)
+    assert machine.violations == []
+
+
 @pytest.mark.parametrize("path", ENGINE)
 def test_ten_thousand_tiny_blocks_are_one_command(path: CopyPath, machine: Machine) -> None:
     port = opened(machine)
