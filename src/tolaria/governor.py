@@ -28,7 +28,7 @@ from tolaria.settlement import Settlement
 from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.update import Update
-from tolaria.vitals import EXTRA, Sent
+from tolaria.vitals import EXTRA, Sent, own_signs
 
 When = Literal["boundary"]
 Verify = Literal["before", "after"]
@@ -236,7 +236,7 @@ class TolariaGovernor:
             self._look.at_weights(trained, late, numbers, lists)
         return Sent(
             step=step,
-            reading=self._readings.send({**numbers, **_extra(others)}, lists),
+            reading=self._readings.send({**numbers, **own_signs(others)}, lists),
             skipped=done.vetoed or done.stale or (not late and bool(done.scaler_skipped)),
             torn=self._keeper.driver.state.torn,
             vetoed=done.vetoed,
@@ -272,7 +272,7 @@ class TolariaGovernor:
                 self._look.at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
-        reading = self._readings.send({**numbers, **own, **_extra(others)}, lists)
+        reading = self._readings.send({**numbers, **own, **own_signs(others)}, lists)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
@@ -497,7 +497,3 @@ class TolariaGovernor:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
-    return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}

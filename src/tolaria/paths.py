@@ -98,6 +98,10 @@ class Choice:
             self._trial = None
             self.capture, self.restore, self.reason = trial.result(self.restore)
 
+    def drop_trial(self) -> None:
+        """Learn nothing more."""
+        self._trial = None
+
     def __str__(self) -> str:
         ways = _WORDS[self.restore]
         if self.capture is not self.restore:
@@ -198,6 +202,11 @@ class Paths:
         if choice is None:
             choice = self._chosen[port.name] = self._made(port, device)
         return choice
+
+    def forget(self) -> None:
+        """Hold no memory any more: trials under way come to nothing. The device is at rest."""
+        for choice in (*self._chosen.values(), *self._tried.values()):
+            choice.drop_trial()
 
     def describe(self) -> str:
         """Which paths, and why, in words."""

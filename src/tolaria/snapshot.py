@@ -468,9 +468,8 @@ class Vault:
         """How bytes move between live storages and slots."""
         if self.devices.barrier is Barrier.HOST:
             return "memmove of whole storages"
-        if self.plan.tier is Tier.HOST:
-            return "transfers between device and page-locked memory"
-        return self.paths.describe()
+        on_host = self.plan.tier is Tier.HOST
+        return "transfers between device and page-locked memory" if on_host else self.paths.describe()
 
     def close(self) -> None:
         """Wait for copies under way, free all slot memory and forget every governed tensor. Idempotent."""
@@ -479,6 +478,7 @@ class Vault:
                 port.close()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = self._layout = None
+        self.paths.forget()
         self.state.forget_survey()
 
     def __del__(self) -> None:

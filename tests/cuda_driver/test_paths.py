@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -271,6 +272,16 @@ def test_a_trial_touches_no_live_byte_and_no_other_slot(late: Machine, govern, m
     governor.snapshot()
     late.finish()
     assert all(map(torch.equal, governor._keeper.vault.slots[0].arena.views, kept))
+
+
+def test_a_closed_governor_holds_no_memory_of_a_trial(late: Machine, govern, measuring) -> None:
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    held = weakref.ref(governor._keeper.vault.slots[0].arena.flat[torch.device("cpu")].untyped_storage())
+    governor.close()
+    gc.collect()
+    assert held() is None
+    assert all(graph.is_destroyed for graph in late.graphs)
 
 
 def test_with_a_compiled_kernel_its_reading_copy_is_what_the_others_have_to_beat(
