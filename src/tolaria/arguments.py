@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tolaria.config import GovernorConfig
-from tolaria.errors import UsageError
+from tolaria.errors import UnsupportedState, UsageError
 from tolaria.report import SnapshotInfo
 
 When = Literal["boundary"]
@@ -44,6 +44,16 @@ def require_parts(
     _require(judges, _ATTACHING, "detector", detector, "one of tolaria.judge, or a Detector of yours")
     if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
         raise UsageError(_ATTACHING, "an optimizer was given twice, and would step twice", "Give each once.")
+
+
+def refuse_coordinator(coordinator: Any) -> None:
+    """Raise `UnsupportedState` for one: ranks do not agree on anything yet."""
+    if coordinator is not None:
+        raise UnsupportedState(
+            _ATTACHING,
+            "a coordinator was given, and agreement between ranks is not handled yet",
+            'Use one process, or mode="observe".',
+        )
 
 
 def require_of_snapshot(doing: str, step: Any, grads: Any, when: Any) -> None:

@@ -16,6 +16,7 @@ OnVeto = Literal["rollback", "keep"]
 Moments = Literal["keep", "reset", "damp"]
 AfterReturn = Literal["restore", "rekey"]
 BarrierChoice = Literal["context", "streams", "blocking"]
+CopyPathChoice = Literal["kernel", "foreach", "graph", "batch"]
 
 
 MOST_OUTSTANDING = 24
@@ -137,6 +138,10 @@ class GovernorConfig:
             ``"streams"`` (only the known streams of this model: neighbours on the device do not wait; see
             docs/environments.md for what it cannot cover) or ``"blocking"``. None: ``"context"`` if there is such a
             thing, else ``"blocking"``. Without effect for a train state on the CPU.
+        copy_path: How bytes move between the train state and slots on the same accelerator: ``"kernel"`` (one compiled
+            kernel), ``"foreach"`` (torch's multi-tensor copy, which works everywhere), ``"graph"`` (a CUDA graph of
+            copies) or ``"batch"`` (the copy engines, beside whatever computes). None: the kernel, unless another one
+            is measured to be faster; what was chosen and why is in `capabilities()`.
         gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
         ledger: Path of a JSON-lines file, one line per incident; None writes none.
         writer: A TensorBoard `SummaryWriter` of yours: gets incidents as text, vital signs and counts of rollbacks as
@@ -170,6 +175,7 @@ class GovernorConfig:
     strict: bool = False
     recovery: Recovery = field(default_factory=Recovery)
     barrier: BarrierChoice | None = None
+    copy_path: CopyPathChoice | None = None
     gate_timeout_s: float = 60.0
     ledger: str | None = None
     writer: Writer | None = None
@@ -184,6 +190,7 @@ class GovernorConfig:
         _choice(self, "on_veto", ("rollback", "keep"))
         _choice(self, "barrier", ("context", "streams", "blocking", None))
         _choice(self, "tier", ("device", "host", None))
+        _choice(self, "copy_path", ("kernel", "foreach", "graph", "batch", None))
         for name in ("check_weights_every", "write_every"):
             _at_least(self, name, 1)
         if not isinstance(self.recovery, Recovery):

@@ -10,6 +10,7 @@ The copies run on a stream of the governor's own that no pool hands out, so that
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import threading
 import weakref
@@ -20,11 +21,11 @@ from typing import Any, Protocol
 
 import torch
 
+from tolaria import engine
 from tolaria.errors import CaptureInProgress, DeviceLost, TolariaError, TolariaInternalError
 from tolaria.operations import Barrier
 
 _NEEDED_VERSION = 12050  # CUDA 12.5, the first driver API with context-wide events
-_BATCHES_VERSION = 13000  # both of the driver and of its bindings: their older ones ask for it otherwise
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream behind our back
 _WITH_TIMING = 0  # CU_EVENT_DEFAULT
 _CAPTURE_CODES = range(900, 910)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and its kin
@@ -150,7 +151,7 @@ class ContextDevice:
         self._stream: Any = None
         self._second: Any = None
         self._transferring = threading.Lock()
-        self._batches = _copies_batches(driver)
+        self._batches = engine.takes_batches(driver)
         try:
             with self._current(self._context):
                 self._stream = self._take_stream()
@@ -258,18 +259,50 @@ class ContextDevice:
         if self._batches and len(pairs) > 1:
             # the last one is left to torch, whose allocator of page-locked memory learns so that this stream uses it
             many, pairs = pairs[:-1], pairs[-1:]
-            address, attributes = self._driver.CUdeviceptr, self._driver.CUmemcpyAttributes()
-            attributes.srcAccessOrder = self._driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
             with self._current(self._context):
-                self._call(
-                    "cuMemcpyBatchAsync",
-                    [address(to.data_ptr()) for to, _ in many],
-                    [address(source.data_ptr()) for _, source in many],
-                    [source.numel() for _, source in many],
-                    *(len(many), [attributes], [0], 1, self._streams.current(self.index)),
-                )
+                engine.Batch(self._driver, self._call, _moves(many)).launch(self._streams.current(self.index))
         for to, source in pairs:
             to.copy_(source, non_blocking=True)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether `batch` works here."""
+        return self._batches
+
+    @property
+    def takes_graphs(self) -> bool:
+        """Whether `graph` works here."""
+        return engine.takes_graphs(self._driver)
+
+    def batch(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Copies inside this device by its copy engines, beside whatever computes; see `device.QueuedDevice`."""
+        return self._prepared(
+            destinations, sources, lambda moves: engine.Batch(self._driver, self._call, moves, overlaps=True)
+        )
+
+    def graph(self, destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Copies inside this device in one launch; see `device.QueuedDevice`."""
+        return self._prepared(
+            destinations,
+            sources,
+            lambda moves: engine.Graph(self._driver, self._call, moves, self._context, self._relaxed),
+        )
+
+    def _prepared(
+        self,
+        destinations: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        make: Callable[[engine.Moves], engine.Batch | engine.Graph],
+    ) -> Callable[[], None]:
+        pairs = [(to, source) for to, source in zip(destinations, sources, strict=True) if source.numel()]
+        with self._current(self._context):
+            command = make(_moves(pairs))
+
+        def copy(_held: object) -> None:
+            with self._current(self._context):
+                command.launch(self._streams.current(self.index))
+
+        return functools.partial(copy, pairs)
 
     def enqueue(self, work: Callable[[], None]) -> None:
         """Call `work`; everything it launches on this device goes to the governor's own stream."""
@@ -387,16 +420,12 @@ class ContextDevice:
             self._call("cuThreadExchangeStreamCaptureMode", before)
 
 
+def _moves(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> engine.Moves:
+    return [(to.data_ptr(), source.data_ptr(), source.numel()) for to, source in pairs]
+
+
 def _code(driver: Any, name: str) -> int:
     return int(getattr(driver.CUresult, name))
-
-
-def _copies_batches(driver: Any) -> bool:
-    """Whether many copies can be asked for in one call."""
-    if not hasattr(driver, "cuMemcpyBatchAsync") or getattr(driver, "CUDA_VERSION", 0) < _BATCHES_VERSION:
-        return False
-    code, version = driver.cuDriverGetVersion()
-    return not int(code) and version >= _BATCHES_VERSION
 
 
 def find_driver() -> tuple[Any, str]:

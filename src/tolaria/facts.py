@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from tolaria import living, observe, ring
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
@@ -14,7 +12,7 @@ from tolaria.keeper import Keeper
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Capabilities
 from tolaria.update import Outcome
-from tolaria.vitals import EXTRA
+from tolaria.vitals import EXTRA, own_signs
 
 
 def capabilities(config: GovernorConfig, keeper: Keeper, course: Course) -> Capabilities:
@@ -59,10 +57,5 @@ def numbers(
         "vetoed": done.late_veto,
         "metric": metric,
         **{EXTRA + name: value for name, value in gauged.items()},
-        **extra(others),
+        **own_signs(others),
     }
-
-
-def extra(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
-    """The caller's own signs, by the names that they have on their way."""
-    return {EXTRA + name: observe.mean_sign(value) for name, value in signs.items()}

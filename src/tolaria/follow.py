@@ -35,7 +35,7 @@ from tolaria.records import Health, StepResult, Verdict, VitalSigns
 from tolaria.refusal import Refusals
 from tolaria.settlement import STILL_OPEN
 from tolaria.shield import Shield
-from tolaria.vitals import EXTRA, Sent
+from tolaria.vitals import EXTRA, Sent, own_signs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -254,7 +254,7 @@ class FollowingGovernor(TolariaGovernor):
         if step % self.config.check_weights_every == 0:
             self._look.at_weights(self._keeper.state.roster()[1], self._keeper.reads_late, numbers, lists)
         others = {**observe.named_losses(loss), **signs}
-        numbers |= {EXTRA + name: observe.mean_sign(value) for name, value in others.items()}
+        numbers |= own_signs(others)
         numbers |= {EXTRA + name: value for name, value in self._gauge.read(step).items()}
         return Sent(
             step=step,

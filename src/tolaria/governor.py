@@ -16,7 +16,7 @@ from tolaria import arguments, facts, judge, living, observe, ring
 from tolaria.arguments import Grads, Verify, When, as_list
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
-from tolaria.errors import PhaseError, UnsupportedState, UsageError
+from tolaria.errors import PhaseError, UsageError
 from tolaria.feed import Feed
 from tolaria.gauge import Gauge
 from tolaria.keeper import Keeper
@@ -30,7 +30,7 @@ from tolaria.shield import Shield
 from tolaria.state.train_state import TrainState
 from tolaria.stepping import Stepping
 from tolaria.update import Update
-from tolaria.vitals import Sent
+from tolaria.vitals import Sent, own_signs
 
 _OTHER_NUMBERS = 64  # of a step, besides the norms of gradients and weights
 
@@ -82,12 +82,7 @@ class TolariaGovernor:
         self._closed = False
         if self.is_disabled:
             return
-        if coordinator is not None:
-            raise UnsupportedState(
-                "attaching the governor",
-                "a coordinator was given, and agreement between ranks is not handled yet",
-                'Use one process, or mode="observe".',
-            )
+        arguments.refuse_coordinator(coordinator)
         if any(model is governor.model for governor in living.governors()):
             raise UsageError(
                 "attaching the governor",
@@ -263,7 +258,7 @@ class TolariaGovernor:
                 self._look.at_weights(trained, late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
-        reading = self._readings.send({**numbers, **own, **facts.extra(others)}, lists)
+        reading = self._readings.send({**numbers, **own, **own_signs(others)}, lists)
         torn = self._keeper.driver.state.torn
         self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)

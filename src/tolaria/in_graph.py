@@ -194,9 +194,9 @@ class CapturedStep:
         def work() -> None:
             loss = self._train()
             self.loss = cast("observe.Loss", _pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, loss))
-            done = update.launch(parameters, loss, self._clip, None, decide)
-            if not done.norms.single:
+            if not observe.gradients(update._counted(parameters)):
                 raise UnsupportedState(_DOING, "train() has left no gradient", "Call backward() in it.")
+            done = update.launch(parameters, loss, self._clip, None, decide)
             if self._after is not None:
                 self._after()
             for copy in filter(None, (self._aside, self._back)):
@@ -215,6 +215,10 @@ class CapturedStep:
         drawn_from = [generator for generator in registered if _is_on(generator.device, self._device)]
         try:
             self._replay = self._recorder.record(work, drawn_from)
+        except BaseException:
+            if update.scaler is not None:  # else it takes gradients for unscaled that are not, in the step after this
+                update.scaler._per_optimizer_states.clear()
+            raise
         finally:
             update._clear(parameters, lambda _: False)  # where it was cut short, nobody has written them
         self._survey = keeper.state.survey()

@@ -31,6 +31,7 @@ from tolaria.errors import BudgetExceeded, PhaseError, SlotsBusy, SnapshotReject
 from tolaria.notes import Notes
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
+from tolaria.paths import Paths
 from tolaria.protocol import RolledBack, Taken
 from tolaria.records import Journal, Statistics
 from tolaria.report import RollbackReport, SnapshotInfo, disturbed
@@ -94,16 +95,12 @@ class Keeper:
         moments.refuse_unknown((part.optimizer for part in state.optimizers), config.recovery.moments)
         self.state, self.config, self.devices = state, config, devices
         self.accelerators = [torch.device(name) for name, port in devices.items() if port.barrier is not Barrier.HOST]
-        to_spare = not self.accelerators and config.host_slots
-        self.ground = Ground(
-            devices.barrier,
-            config.gate_timeout_s,
-            reach=config.reach if to_spare else 0,
-            drained_reach=config.reach,
-        )
+        reach = config.reach if not self.accelerators and config.host_slots else 0
+        self.ground = Ground(devices.barrier, config.gate_timeout_s, reach=reach, drained_reach=config.reach)
         self.lag = READING_LAG if self.reads_late else 0
         slots, room = _layout(config, self.lag, bool(self.accelerators))
-        self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal)
+        paths = Paths(config.copy_path)
+        self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal, paths)
         self.vault.lay_plan(survey)  # an estimate: optimizer state does not exist yet, and comes on top
         known = () if devices.barrier is Barrier.STREAMS else None
         self.driver = Driver(HostState(ring=slots, streams=known), self.vault, devices)

@@ -28,17 +28,12 @@ from typing import Any
 
 import torch
 
+from tolaria.words import CHUNK_BYTES, copy_words, portable_digest, typed
+
 logger = logging.getLogger("tolaria")
 
-CHUNK_BYTES = 1 << 15
-_CHUNK_WORDS = CHUNK_BYTES // 4
-_FIRST_CHUNK = 4096  # of the numbers that chunks are weighted by; smaller ones belong to the quads of a chunk
-_LANES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
-_STEP = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _THREADS = 256
 _CHUNKS_PER_READER = 4  # a thread that reads computes eight weights first; one that only copies is best left alone
-_PORTABLE_CHUNKS = 512  # at a time: bounds the memory that plain operators take
 _COPY, _READ, _FROM_HELD = 1, 2, 4
 
 _SOURCE = """
@@ -342,7 +337,7 @@ class Sweep:
             flags = [
                 torch.isfinite(view).all()
                 for block, kind in zip(origin, self._finite, strict=True)
-                if kind is not Finite.ANYTHING and (view := _typed(block, _VIEWS[kind])).numel()
+                if kind is not Finite.ANYTHING and (view := typed(block, _VIEWS[kind])).numel()
             ]
             if flags:
                 answer[1] |= ~torch.stack(flags).all()
@@ -372,100 +367,6 @@ def table_of(rows: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tens
 def addresses_of(blocks: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
     """Where blocks are now and how large: (address, bytes) each. The memory under a tensor may be moved."""
     return list(zip(map(torch.Tensor.data_ptr, blocks), map(torch.Tensor.numel, blocks), strict=True))
-
-
-def _typed(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The whole values in a block of bytes."""
-    whole = block[: block.numel() // dtype.itemsize * dtype.itemsize]
-    aligned = whole.storage_offset() % dtype.itemsize == 0 and whole.data_ptr() % dtype.itemsize == 0
-    return (whole if aligned else whole.clone()).view(dtype)
-
-
-_WORD_BYTES = 4
-
-
-def copy_words(destinations: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy flat uint8 tensors of one device pairwise, on the current stream.
-
-    As 4-byte words wherever size and address allow: torch's multi-tensor copy moves those at 1.2 times the duration of
-    one flat copy on an H200, and single bytes at 2.3 times.
-    """
-    words: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    rest: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    for destination, source in zip(destinations, sources, strict=True):
-        if not source.numel():
-            continue
-        if (source.numel() | source.data_ptr() | destination.data_ptr()) % _WORD_BYTES == 0:
-            words[0].append(destination.view(torch.int32))
-            words[1].append(source.view(torch.int32))
-        else:
-            rest[0].append(destination)
-            rest[1].append(source)
-    for pair in (words, rest):
-        if pair[0]:
-            torch._foreach_copy_(*pair)
-
-
-# ---------------------------------------------------------------- the digest in torch operators
-
-
-def portable_digest(blocks: Sequence[torch.Tensor], first: int = 0) -> torch.Tensor:
-    """The digest of flat uint8 tensors of one device, in torch operators alone: shape [], int64."""
-    chunk = first
-    device = blocks[0].device if blocks else torch.device("cpu")
-    total = torch.zeros((), dtype=torch.int64, device=device)
-    for block in blocks:
-        whole = block.numel() // CHUNK_BYTES * CHUNK_BYTES
-        rows = _typed(block[:whole], torch.int32).view(-1, _CHUNK_WORDS)
-        for piece in rows.split(_PORTABLE_CHUNKS) if whole else ():
-            total += _digest_rows(piece, chunk)
-            chunk += len(piece)
-        if block.numel() > whole:
-            padded = torch.zeros(CHUNK_BYTES, dtype=torch.uint8, device=device)
-            padded[: block.numel() - whole] = block[whole:]
-            total += _digest_rows(padded.view(torch.int32).view(1, -1), chunk)
-            chunk += 1
-    return total
-
-
-def _digest_rows(rows: torch.Tensor, first: int) -> torch.Tensor:
-    # words are unsigned: the sign of an int32 must not reach the upper half
-    weighted = rows.to(torch.int64).bitwise_and_(0xFFFFFFFF).mul_(_word_weights(rows.device))
-    numbers = torch.arange(_FIRST_CHUNK + first, _FIRST_CHUNK + first + len(rows), device=rows.device)
-    return (weighted.sum(1) * _mixed(numbers)).sum()
-
-
-@functools.cache
-def _word_weights(device: torch.device) -> torch.Tensor:
-    """Of the words of one chunk: shape [_CHUNK_WORDS], int64."""
-    lanes = torch.tensor([_signed(lane) for lane in _LANES], dtype=torch.int64, device=device)
-    quads = _mixed(torch.arange(1, _CHUNK_WORDS // 4 + 1, dtype=torch.int64, device=device))
-    return (quads[:, None] * lanes).view(-1)
-
-
-def mix(k: int) -> int:
-    """The weight for a position, an odd number below 2**64."""
-    mask = (1 << 64) - 1
-    k = k * _STEP & mask
-    k = (k ^ (k >> 30)) * _FACTORS[0] & mask
-    k = (k ^ (k >> 27)) * _FACTORS[1] & mask
-    return (k ^ (k >> 31)) | 1
-
-
-def _mixed(k: torch.Tensor) -> torch.Tensor:
-    k = k * _signed(_STEP)
-    k = (k ^ _shifted(k, 30)) * _signed(_FACTORS[0])
-    k = (k ^ _shifted(k, 27)) * _signed(_FACTORS[1])
-    return (k ^ _shifted(k, 31)) | 1
-
-
-def _shifted(k: torch.Tensor, by: int) -> torch.Tensor:
-    """A logical shift to the right; torch's is arithmetic."""
-    return (k >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(k: int) -> int:
-    return k - (1 << 64) if k >= 1 << 63 else k
 
 
 def launcher(kernel: Any, index: int, grid: int, arguments: Sequence[torch.Tensor | int]) -> Callable[[], None]:

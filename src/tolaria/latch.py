@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from tolaria.errors import UnsupportedState
-from tolaria.kernels import CHUNK_BYTES, table_of
+from tolaria.kernels import table_of
+from tolaria.words import CHUNK_BYTES
 
 logger = logging.getLogger("tolaria")
 

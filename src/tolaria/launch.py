@@ -225,6 +225,13 @@ class Launcher:
         Raises:
             LaunchFailed: Nothing was launched.
         """
+        if torch._C._cuda_getDevice() == self.index:
+            self._submit(arguments, blocks)
+        else:  # the default stream has the same handle on every device: it is the one of the context that is current
+            with torch.cuda.device(self.index):
+                self._submit(arguments, blocks)
+
+    def _submit(self, arguments: Any, blocks: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         code = self._launch(self._function, blocks, 1, 1, _THREADS, 1, 1, 0, stream, arguments, None)
         if code:
@@ -362,16 +369,23 @@ class Sender:
             except LaunchFailed as error:
                 logger.info("numbers are sent by plain torch operators: %s", error)
                 return None
-        while _under_way and _under_way[0][0].has_arrived():
-            _under_way.popleft()
         sent = Ticket(address, place, end, float(ticket))
-        _under_way.append((sent, row))
+        _hold(sent, row)
         return sent
 
 
 _tickets = itertools.count(1)  # of the process: devices share rows
 # torch's allocator knows nothing of our writing: a row must outlive it, whoever let go of it
 _under_way: deque[tuple[Ticket, torch.Tensor]] = deque()
+_holding = threading.Lock()
+
+
+def _hold(sent: Ticket, row: torch.Tensor) -> None:
+    """Hold that row until its numbers have arrived, and let go of those that have."""
+    with _holding:  # senders of several governors: between the look at the first one and its removal it may be another
+        while _under_way and _under_way[0][0].has_arrived():
+            _under_way.popleft()
+        _under_way.append((sent, row))
 
 
 class Ticket:

@@ -7,7 +7,7 @@ main memory.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -16,6 +16,7 @@ from tolaria.device import Device, HostDevice
 from tolaria.errors import TolariaInternalError
 from tolaria.kernels import Finite, Side, Sweep, Tally, addresses_of
 from tolaria.operations import Barrier
+from tolaria.paths import Choice, CopyPath, Paths, prepare
 from tolaria.state.leaves import finiteness
 
 
@@ -30,9 +31,6 @@ class Route(Protocol):
 
     num_chunks: int
     """By which the numbers of the digest's chunks go on."""
-
-    is_compiled: bool | None
-    """Whether a kernel of ours does the work; None where none is needed."""
 
     def capture(self, tally: Tally | None) -> None:
         """Live storages -> slot."""
@@ -53,7 +51,6 @@ class HostRoute:
 
     reads_while_copying = False
     num_chunks = 0
-    is_compiled: bool | None = None
 
     def __init__(self, port: HostDevice, live: Sequence[torch.Tensor], held: Sequence[torch.Tensor]) -> None:
         self._addresses = addresses_of(live)
@@ -84,6 +81,7 @@ class DeviceRoute:
         finite: Per storage, what ought to be finite in it.
         first: Number of the first chunk of the digest.
         doubtful: Tensors in these storages that ought to be finite and that no sweep can check.
+        choice: How bytes move. It may still change; each call follows it.
     """
 
     def __init__(
@@ -94,42 +92,66 @@ class DeviceRoute:
         finite: Sequence[Finite],
         first: int,
         doubtful: Sequence[torch.Tensor],
+        choice: Choice,
     ) -> None:
+        self._choice = choice
+        self._copies: dict[tuple[CopyPath, Side], Callable[[], None]] = {}
         self._port, self._live, self._held, self._doubtful = port, list(live), list(held), list(doubtful)
         with port.on_stream():
             self._sweep = Sweep(self._live, self._swept(), finite, first)
         self._first = first
         self.num_chunks = self._sweep.num_chunks
-        self.is_compiled: bool | None = self._sweep.is_compiled
         self.reads_while_copying = self._sweep.is_compiled
 
     def _swept(self) -> Sequence[torch.Tensor] | None:
         return self._held
 
     def capture(self, tally: Tally | None) -> None:
+        self._choice.settle()
         doubtful, answer = self._doubtful, None if tally is None else tally.total
+        launch = self._taking(answer)
         before = [] if tally is None else tally.adding()[0]
 
         def copy() -> None:
-            for launch in before:
-                launch()
-            self._take(answer)
+            for begin in before:
+                begin()
+            launch()
             if answer is not None and doubtful:
                 answer[1] |= ~torch.stack([finiteness(tensor) for tensor in doubtful]).all()
 
         self._port.enqueue(copy)
 
-    def _take(self, answer: torch.Tensor | None) -> None:
-        """Launch the copy, and the reading if that is made in passing."""
-        self._sweep.run(Side.LIVE, copy=True, answer=answer if self.reads_while_copying else None)
+    def _taking(self, answer: torch.Tensor | None) -> Callable[[], None]:
+        """What launches the copy, and the reading if that is made in passing."""
+        path, sweep = self._choice.capture, self._sweep
+        self.reads_while_copying = sweep.is_compiled and path is CopyPath.KERNEL
+        if path is not CopyPath.KERNEL:
+            return self._copy(path, Side.LIVE)
+        reading = answer if self.reads_while_copying else None
+        return lambda: sweep.run(Side.LIVE, copy=True, answer=reading)
+
+    def _copy(self, path: CopyPath, source: Side) -> Callable[[], None]:
+        """A copy by that path, prepared at its first use."""
+        copy = self._copies.get((path, source))
+        if copy is None:
+            copy = self._copies[path, source] = self._prepared(path, source)
+        return copy
+
+    def _prepared(self, path: CopyPath, source: Side) -> Callable[[], None]:
+        sweep = self._sweep
+        if path is CopyPath.KERNEL:
+            return lambda: sweep.run(source, copy=True)
+        origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
+        return prepare(path, self._port, target, origin)
 
     def restore(self) -> None:
-        sweep = self._sweep
+        self._choice.settle()
+        copy = self._copy(self._choice.restore, Side.HELD)
 
-        def copy() -> None:
-            sweep.run(Side.HELD, copy=True)
+        def restore() -> None:
+            copy()
 
-        self._port.enqueue(copy)
+        self._port.enqueue(restore)
 
     def read(self, side: Side, tally: Tally, *, last: bool = False) -> None:
         sweep, answer = self._sweep, tally.total
@@ -163,17 +185,23 @@ class TransferRoute(DeviceRoute):
         finite: Sequence[Finite],
         first: int,
         doubtful: Sequence[torch.Tensor],
+        choice: Choice,
     ) -> None:
-        super().__init__(port, live, held, finite, first, doubtful)
+        super().__init__(port, live, held, finite, first, doubtful, choice)
         self.reads_while_copying = True
 
     def _swept(self) -> Sequence[torch.Tensor] | None:
         return None
 
-    def _take(self, answer: torch.Tensor | None) -> None:
-        if answer is not None:
-            self._sweep.run(Side.LIVE, copy=False, answer=answer)
-        self._port.move(self._held, self._live)
+    def _taking(self, answer: torch.Tensor | None) -> Callable[[], None]:
+        sweep, port, held, live = self._sweep, self._port, self._held, self._live
+
+        def take() -> None:
+            if answer is not None:
+                sweep.run(Side.LIVE, copy=False, answer=answer)
+            port.move(held, live)
+
+        return take
 
     def restore(self) -> None:
         port, live, held = self._port, self._live, self._held
@@ -193,9 +221,19 @@ def lay(
     doubtful: Sequence[torch.Tensor],
     *,
     on_host: bool,
+    paths: Paths | None = None,
 ) -> HostRoute | DeviceRoute:
     """The route for that device."""
     if port.barrier is Barrier.HOST:
         return HostRoute(cast("HostDevice", port), live, held)
     kind = TransferRoute if on_host else DeviceRoute
-    return kind(port, live, held, finite, first, doubtful)
+    return kind(port, live, held, finite, first, doubtful, (paths or Paths()).of(port, live[0].device))
+
+
+def transferring(destination: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    """What launches the transfer of a whole slot."""
+
+    def copy() -> None:
+        destination.copy_(source, non_blocking=True)
+
+    return copy

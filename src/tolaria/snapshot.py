@@ -7,15 +7,14 @@ changes; on the governor's own streams, so that the allocator gives it to nobody
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 
-from tolaria import arena, budget, kernels, memory
+from tolaria import arena, budget, memory, words
 from tolaria.arena import Arena
 from tolaria.budget import Plan
 from tolaria.device import Device, DeviceSet, HostDevice, QueuedDevice
@@ -40,9 +39,10 @@ from tolaria.operations import (
     Survey,
     Transfer,
 )
+from tolaria.paths import Paths
 from tolaria.records import Journal
 from tolaria.ring import Tier
-from tolaria.route import lay
+from tolaria.route import lay, transferring
 from tolaria.slot import Layout, SlotMemory
 from tolaria.state.digest import host_digest, host_digest_of
 from tolaria.state.leaves import Leaves, any_page_locked
@@ -51,23 +51,6 @@ from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 logger = logging.getLogger("tolaria")
 
 _FIRST_PART, *_, _LAST_PART = Part
-
-_V = TypeVar("_V", bound="Vault")
-_O = TypeVar("_O")
-_T = TypeVar("_T")
-
-
-def _outside_inference(perform: Callable[[_V, _O], _T]) -> Callable[[_V, _O], _T]:
-    """`torch.inference_mode(False)`, which takes longer than some operations, only where there is a mode to leave."""
-
-    @functools.wraps(perform)
-    def performed(self: _V, op: _O) -> _T:
-        if not torch.is_inference_mode_enabled():
-            return perform(self, op)
-        with torch.inference_mode(False):
-            return perform(self, op)
-
-    return performed
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +65,7 @@ class Vault:
         with_rng: Whether snapshots hold global random state.
         read_journal: Called at a capture, with whether it holds gradients: the governor's own counters and detectors.
         write_journal: Called at a restore with what `read_journal` returned.
+        paths: How bytes move between a train state and slots on the same device.
 
     Attributes:
         plan: Which tier snapshots are taken into, for the present layout.
@@ -98,6 +82,7 @@ class Vault:
     with_rng: Callable[[], bool]
     read_journal: Callable[[bool], Journal]
     write_journal: Callable[[Journal], None]
+    paths: Paths = field(default_factory=Paths)
     slots: list[SlotMemory] = field(init=False)
     plan: Plan = field(init=False)
     _planned: arena.Signature | None = field(default=None, init=False)
@@ -107,6 +92,10 @@ class Vault:
     def __post_init__(self) -> None:
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self.plan = Plan(Tier.HOST if self.devices.barrier is Barrier.HOST else Tier.DEVICE, 0)
+        if self.paths.wanted is not None:
+            for port in self.devices.values():
+                if port.barrier is not Barrier.HOST:
+                    self.paths.of(port, torch.device(port.name))  # refused now, and not at the first snapshot
 
     def _empty_slot(self, tier: Tier) -> SlotMemory:
         first, again, restored = (Examination(self.devices) for _ in range(3))
@@ -114,7 +103,7 @@ class Vault:
 
     # ------------------------------------------------------------ layout
 
-    @_outside_inference
+    @memory.outside_inference
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         memory.refuse_fake_tensors("taking a snapshot")
@@ -193,7 +182,7 @@ class Vault:
         unguarded = bool(survey.gradients) or self.state.is_written_outside()
         return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
-    @_outside_inference
+    @memory.outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
@@ -212,6 +201,8 @@ class Vault:
             except BudgetExceeded as error:
                 self._give_up_devices(slot.tier, op, error)
                 raise
+            if slot.tier is Tier.DEVICE:
+                self._try_paths(slot.arena)
             # here and not when they are needed: taking page-locked memory invalidates captures of other threads
             for examination in (slot.first, slot.again, slot.restored):
                 examination.reserve(layout.names)
@@ -219,6 +210,11 @@ class Vault:
         slot.survey = surveyed
         if op.like is None:
             slot.first.begin()
+
+    def _try_paths(self, fresh: Arena) -> None:
+        for device, flat in fresh.flat.items():
+            if (port := self.devices[str(device)]).barrier is not Barrier.HOST:
+                self.paths.try_out(port, flat, [fresh.signature[i][1] for i in fresh.of(device)])
 
     def _give_up_devices(self, tier: Tier, op: Reserve, error: BudgetExceeded) -> None:
         """The device tier is full although there was room by the arithmetic: the next snapshot goes to main memory."""
@@ -248,6 +244,7 @@ class Vault:
                         first,
                         single,
                         on_host=slot.tier is Tier.HOST,
+                        paths=self.paths,
                     )
                 chunks[str(device)] = first + (known.num_chunks if indices and known else 0)
         # a storage may lie elsewhere than the survey found it: then they lead there, and are laid anew next time
@@ -272,7 +269,7 @@ class Vault:
 
     # ------------------------------------------------------------ copies
 
-    @_outside_inference
+    @memory.outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         self._filled(op.slot)
@@ -286,7 +283,7 @@ class Vault:
             host = self.devices[op.device].barrier is Barrier.HOST
             route.capture(None if host else slot.first.tally(op.device))
 
-    @_outside_inference
+    @memory.outside_inference
     def transfer(self, op: Transfer) -> Events:
         """Perform `Transfer`. The target takes over what is known of the source."""
         origin, survey, host = self._filled(op.source)
@@ -300,11 +297,11 @@ class Vault:
             if port.barrier is Barrier.HOST:
                 cast("HostDevice", port).copy([goal.flat[device]], [flat])
             else:
-                event = port.transfer(_transferring(goal.flat[device], flat))
+                event = port.transfer(transferring(goal.flat[device], flat))
                 events += [] if event is None else [(str(device), event)]
         return tuple(events)
 
-    @_outside_inference
+    @memory.outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
         journal = self.read_journal(bool(self._filled(op.slot)[1].gradients))
@@ -312,7 +309,7 @@ class Vault:
             self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed
 
-    @_outside_inference
+    @memory.outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
         memory.refuse_fake_tensors("rolling back")
@@ -324,7 +321,7 @@ class Vault:
         self._lay_routes(slot, slot.arena, slot.survey, standing=slot.standing)
         return self._places(slot.survey)
 
-    @_outside_inference
+    @memory.outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)
@@ -351,7 +348,7 @@ class Vault:
 
     # ------------------------------------------------------------ readings
 
-    @_outside_inference
+    @memory.outside_inference
     def examine(self, op: Examine) -> None:
         """Perform `Examine`."""
         self._examine(self.slots[op.slot])
@@ -372,7 +369,7 @@ class Vault:
         """Whether `inspect` with `live` would find its answer there."""
         return self.slots[index].restored.has_arrived()
 
-    @_outside_inference
+    @memory.outside_inference
     def read_live(self, op: ReadLive) -> None:
         """Perform `ReadLive`. Main memory is read whole with the last part."""
         held, survey, _ = self._filled(op.slot)
@@ -389,7 +386,7 @@ class Vault:
                     slot.restored.digests[str(device)] = host_digest_of(blocks, held.flat[device].numel())
             slot.restored.send()
 
-    @_outside_inference
+    @memory.outside_inference
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         held, survey, _ = self._filled(op.slot)
@@ -442,7 +439,7 @@ class Vault:
             elif name in resting and name in slot.at_rest:
                 known[name] = host_digest(flat) - slot.at_rest[name]
             elif name in resting:
-                known[name] -= int(kernels.portable_digest([held.views[i] for i in held.of(device)]))
+                known[name] -= int(words.portable_digest([held.views[i] for i in held.of(device)]))
         if not resting:
             slot.again.begin()
             for (name, _), route in slot.routes.items():
@@ -469,10 +466,10 @@ class Vault:
     @property
     def copy_path(self) -> str:
         """How bytes move between live storages and slots."""
-        compiled = {route.is_compiled for slot in self.slots for route in slot.routes.values()} - {None}
-        if not compiled:
+        if self.devices.barrier is Barrier.HOST:
             return "memmove of whole storages"
-        return "one compiled kernel for all storages" if all(compiled) else "foreach copy of whole storages"
+        on_host = self.plan.tier is Tier.HOST
+        return "transfers between device and page-locked memory" if on_host else self.paths.describe()
 
     def close(self) -> None:
         """Wait for copies under way, free all slot memory and forget every governed tensor. Idempotent."""
@@ -481,6 +478,7 @@ class Vault:
                 port.close()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = self._layout = None
+        self.paths.forget()
         self.state.forget_survey()
 
     def __del__(self) -> None:
@@ -500,10 +498,3 @@ class Vault:
 
 def _queued(port: Device) -> QueuedDevice:
     return cast("QueuedDevice", port)
-
-
-def _transferring(destination: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
-    def copy() -> None:
-        destination.copy_(source, non_blocking=True)
-
-    return copy

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from tolaria.measure import TOTALS
-from tolaria.observe import BEYOND_MEASURE, Reading
+from tolaria.observe import BEYOND_MEASURE, Reading, Scalar, mean_sign
 from tolaria.records import Health, Verdict, VitalSigns
 
 EXTRA = "extra:"
 """Prefix of the caller's own signs among the numbers of a `Reading`."""
+
+
+def own_signs(signs: Mapping[str, torch.Tensor | float]) -> dict[str, Scalar]:
+    """The caller's own signs, by the names under which they travel."""
+    return {EXTRA + name: mean_sign(value) for name, value in signs.items()}
 
 
 class Arrived(NamedTuple):

@@ -64,6 +64,24 @@ class CUmemcpySrcAccessOrder(IntEnum):
 
 class CUmemcpyAttributes:
     srcAccessOrder = CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_INVALID
+    flags = 0
+
+
+class CUmemorytype(IntEnum):
+    CU_MEMORYTYPE_HOST = 1
+    CU_MEMORYTYPE_DEVICE = 2
+
+
+class CUDA_MEMCPY3D:
+    srcMemoryType = dstMemoryType = None
+    srcDevice = dstDevice = srcPitch = dstPitch = srcHeight = dstHeight = WidthInBytes = Height = Depth = 0
+
+
+@dataclass(eq=False)
+class Graph:
+    context: Context | None = None
+    nodes: list[tuple[int, int, int]] = field(default_factory=list)
+    is_destroyed: bool = False
 
 
 OK = CUresult.CUDA_SUCCESS
@@ -171,6 +189,7 @@ class Machine:
         self.mains = [Stream(f"main{i}", i, MAIN) for i in range(num_devices)]
         self.by_handle: dict[int, Stream] = {}
         self.events: list[Event] = []
+        self.graphs: list[Graph] = []  # instantiated
         self.recorded = self.ticks = 0
         self.local = threading.local()
         self.driver = FakeDriver(self)
@@ -354,6 +373,8 @@ class FakeDriver:
     CUDA_VERSION = 13000
     CUdeviceptr = int
     CUmemcpyAttributes = CUmemcpyAttributes
+    CUmemorytype = CUmemorytype
+    CUDA_MEMCPY3D = CUDA_MEMCPY3D
     CUmemcpySrcAccessOrder = CUmemcpySrcAccessOrder
 
     def __init__(self, machine: Machine) -> None:
@@ -549,6 +570,56 @@ class FakeDriver:
         if 0 in sizes:
             self._machine.violate("cuMemcpyBatchAsync: a copy of nothing")
         for destination, source, size in zip(destinations, sources, sizes, strict=True):
+            ctypes.memmove(destination, source, size)
+        return (OK,)
+
+    # ------------------------------------------------------------ graphs
+
+    @_answers
+    def cuGraphCreate(self, flags: int) -> Any:
+        self._must_be_relaxed("cuGraphCreate")
+        return OK, Graph()
+
+    @_answers
+    def cuGraphAddMemcpyNode(self, graph: Graph, before: list[Any], count: int, copy: Any, context: Context) -> Any:
+        self._must_be_relaxed("cuGraphAddMemcpyNode")
+        on_device = copy.srcMemoryType is copy.dstMemoryType is CUmemorytype.CU_MEMORYTYPE_DEVICE
+        is_flat = copy.Height == copy.Depth == 1 and copy.srcPitch == copy.dstPitch == copy.WidthInBytes
+        if graph.is_destroyed or before or count or not on_device or not is_flat or not copy.WidthInBytes:
+            return CUresult.CUDA_ERROR_INVALID_HANDLE, None
+        if copy.WidthInBytes >= 1 << 31:
+            self._machine.violate("cuGraphAddMemcpyNode: a pitch that no device takes")
+        graph.context = context
+        graph.nodes.append((copy.dstDevice, copy.srcDevice, copy.WidthInBytes))
+        return OK, object()
+
+    @_answers
+    def cuGraphInstantiate(self, graph: Graph, flags: int) -> Any:
+        self._must_be_relaxed("cuGraphInstantiate")
+        self._machine.note("cuGraphInstantiate", str(len(graph.nodes)))
+        self._machine.graphs.append(Graph(graph.context, list(graph.nodes)))
+        return OK, self._machine.graphs[-1]
+
+    @_answers
+    def cuGraphDestroy(self, graph: Graph) -> Any:
+        graph.is_destroyed = True
+        return (OK,)
+
+    @_answers
+    def cuGraphExecDestroy(self, graph: Graph) -> Any:
+        self._must_be_relaxed("cuGraphExecDestroy")
+        if graph.is_destroyed:
+            self._machine.violate("a graph was destroyed twice")
+        graph.is_destroyed = True
+        return (OK,)
+
+    @_answers
+    def cuGraphLaunch(self, graph: Graph, handle: Any) -> Any:
+        """At once: it is asked for by work whose turn has come. In the other order: there are no edges."""
+        self._machine.note("cuGraphLaunch", str(len(graph.nodes)))
+        if graph.is_destroyed:
+            self._machine.violate("a graph was launched after it was destroyed")
+        for destination, source, size in reversed(graph.nodes):
             ctypes.memmove(destination, source, size)
         return (OK,)
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tolaria import in_graph, latch
-from tolaria.kernels import CHUNK_BYTES
+from tolaria.words import CHUNK_BYTES
 
 _current = []  # the tape that records, if any
 

@@ -811,6 +811,43 @@ def test_a_step_without_gradients_is_refused(late, make_step):
         feed(run, run.batches[3])
 
 
+@pytest.mark.parametrize("at", ["before any gradient", "behind the unscaling"])
+def test_a_capture_that_fails_leaves_the_scaler_as_it_was(at, late, make_step):
+    """Else the next step would take its gradients for unscaled, and apply them as they are."""
+    late.lag = 1
+    ends = []
+    for fails in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
+        run = make_step(ema=False, scaler=scaler)
+
+        def train(run=run, scaler=scaler):
+            loss = run.model(run.x).square().mean()
+            scaler.scale(loss).backward()
+            return loss
+
+        def broken(run=run, scaler=scaler):
+            if at == "before any gradient":
+                return run.model(run.x).detach().mean()
+            loss = train(run, scaler)
+            scaler.unscale_(run.optimizer)
+            float(loss)
+            return loss
+
+        run.step._train = train
+        for batch in run.batches[:3]:
+            feed(run, batch)
+        if fails:
+            run.step._train = broken
+            with pytest.raises((UnsupportedState, RuntimeError), match=r"no gradient|not permitted"):
+                feed(run, run.batches[3])
+            run.step._train = train
+        for batch in run.batches[3:8]:
+            feed(run, batch)
+        ends.append((run.state(), scaler.state_dict()))
+        run.governor.close()
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.parametrize("warm_up", [0, True, 1.5])
 def test_a_warm_up_that_makes_no_sense_is_refused(warm_up, late, make_step):
     run = make_step()

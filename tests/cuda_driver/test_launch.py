@@ -13,7 +13,8 @@ import torch
 from tolaria import kernels
 from tolaria.cuda import named
 from tolaria.errors import DeviceLost
-from tolaria.kernels import CHUNK_BYTES, Finite, Side, Sweep, launcher
+from tolaria.kernels import Finite, Side, Sweep, launcher
+from tolaria.words import CHUNK_BYTES
 
 FUNCTION, STREAM = 0xF00D, 0x57
 

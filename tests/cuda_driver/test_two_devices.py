@@ -5,8 +5,8 @@ from cuda_driver.fake_driver import Machine
 from cuda_driver.two_devices import Pair
 
 from tolaria.cuda import ContextDevice
-from tolaria.kernels import portable_digest
 from tolaria.operations import Part, SectionKind
+from tolaria.words import portable_digest
 
 PUSHES = {"cuCtxPushCurrent ctx1", "cuCtxPopCurrent"}
 

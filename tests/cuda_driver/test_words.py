@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tolaria import kernels
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
+from tolaria.words import copy_words, mix, portable_digest
 
 MASK = (1 << 64) - 1
 CHUNK = 1 << 15
@@ -45,12 +45,12 @@ def flat_of(data: bytes) -> torch.Tensor:
 
 
 def digest_of(*blocks: bytes) -> int:
-    return int(kernels.portable_digest([flat_of(block) for block in blocks])) & MASK
+    return int(portable_digest([flat_of(block) for block in blocks])) & MASK
 
 
 @given(st.lists(st.binary(max_size=70), max_size=5), st.integers(0, 10**6))
 def test_the_digest_is_the_documented_one(blocks, first):
-    found = int(kernels.portable_digest([flat_of(block) for block in blocks], first)) & MASK
+    found = int(portable_digest([flat_of(block) for block in blocks], first)) & MASK
     assert found == documented(blocks, first)
 
 
@@ -69,7 +69,7 @@ def test_the_first_outputs_of_splitmix64():
     """Published numbers: the generator with seed 0 (Vigna's splitmix64.c), whose k-th output is that of mix(k)."""
     first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [weight(k) for k in (1, 2, 3)] == [number | 1 for number in first]
-    assert [kernels.mix(k) for k in (1, 2, 3)] == [number | 1 for number in first]
+    assert [mix(k) for k in (1, 2, 3)] == [number | 1 for number in first]
 
 
 def test_the_lanes_are_odd_and_differ_in_their_low_bits():
@@ -85,27 +85,27 @@ def test_the_sign_bit_stays_where_it_is():
 
 def test_any_single_bit_is_noticed():
     flat = torch.randint(0, 256, (49,), dtype=torch.uint8)
-    before = int(kernels.portable_digest([flat]))
+    before = int(portable_digest([flat]))
     seen = {before}
     for byte in range(flat.numel()):
         for bit in range(8):
             flat[byte] ^= 1 << bit
-            seen.add(int(kernels.portable_digest([flat])))
+            seen.add(int(portable_digest([flat])))
             flat[byte] ^= 1 << bit
     assert len(seen) == 1 + 8 * flat.numel()
-    assert int(kernels.portable_digest([flat])) == before
+    assert int(portable_digest([flat])) == before
 
 
 def test_any_two_bits_are_noticed():
     """Also those that stand in one quad, whose weights differ by constants only."""
     flat = torch.randint(0, 256, (16,), dtype=torch.uint8)
-    before = int(kernels.portable_digest([flat]))
+    before = int(portable_digest([flat]))
     for first in range(0, 128, 3):
         for second in range(first):
             changed = flat.clone()
             for bit in (first, second):
                 changed[bit // 8] ^= 1 << bit % 8
-            assert int(kernels.portable_digest([changed])) != before
+            assert int(portable_digest([changed])) != before
 
 
 def test_words_that_change_places_are_noticed():
@@ -114,7 +114,7 @@ def test_words_that_change_places_are_noticed():
     places = [0, 1, 2, 3, 4, 7, CHUNK // 4 - 1, CHUNK // 4, CHUNK // 4 + 1, 2 * CHUNK // 4 + 7]
     words[places] = torch.arange(1, len(places) + 1, dtype=torch.int32) * 1_000_003
     flat, other = words.view(torch.uint8), torch.tensor([7, 8], dtype=torch.int32)
-    before = int(kernels.portable_digest([flat, other.view(torch.uint8)]))
+    before = int(portable_digest([flat, other.view(torch.uint8)]))
     for i in places:
         for j in [*places[: places.index(i)], -1]:
             swapped, last = words.clone(), other.clone()
@@ -122,7 +122,7 @@ def test_words_that_change_places_are_noticed():
                 swapped[i], last[0] = other[0], words[i]
             else:
                 swapped[i], swapped[j] = words[j], words[i]
-            assert int(kernels.portable_digest([swapped.view(torch.uint8), last.view(torch.uint8)])) != before
+            assert int(portable_digest([swapped.view(torch.uint8), last.view(torch.uint8)])) != before
 
 
 def test_where_a_block_ends_matters():
@@ -136,15 +136,15 @@ def test_zeros_and_nothing():
 
 def test_the_parts_of_a_whole_add_up():
     blocks = [flat_of(bytes([i]) * (CHUNK + i)) for i in range(1, 5)]
-    first = kernels.portable_digest(blocks[:2])
-    rest = kernels.portable_digest(blocks[2:], first=4)  # two chunks each
-    assert int(first + rest) == int(kernels.portable_digest(blocks))
+    first = portable_digest(blocks[:2])
+    rest = portable_digest(blocks[2:], first=4)  # two chunks each
+    assert int(first + rest) == int(portable_digest(blocks))
 
 
 def test_the_bytes_are_left_alone():
     flat = torch.randint(0, 256, (64,), dtype=torch.uint8)
     before = flat.clone()
-    kernels.portable_digest([flat])
+    portable_digest([flat])
     assert torch.equal(flat, before)
 
 

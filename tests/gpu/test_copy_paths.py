@@ -1,8 +1,8 @@
-"""The compiled sweep, torch's operators and the transfers between tiers write the same bytes on a GPU."""
+"""Every path inside a device, and the transfers between tiers, write the same bytes on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from state.blocks import POISONS, Blocks, shapes
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge, kernels
+from tolaria import GovernorConfig, TolariaGovernor, judge
+from tolaria.config import CopyPathChoice
 from tolaria.cuda import ContextDevice, TorchStreams, find_driver
 from tolaria.device import BlockingDevice
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
+from tolaria.paths import CopyPath, offered, prepare
+from tolaria.words import copy_words, portable_digest
 
 pytestmark = pytest.mark.cuda
 Flat = Sequence[torch.Tensor]
@@ -33,11 +36,29 @@ def by_sweep_back(destinations: Flat, sources: Flat) -> None:
 def by_reading_sweep(destinations: Flat, sources: Flat) -> None:
     answer = torch.zeros(2, dtype=torch.int64, device="cuda")
     Sweep(sources, destinations, [Finite.FLOAT32] * len(sources)).run(Side.LIVE, copy=True, answer=answer)
-    assert int(answer[0]) == int(kernels.portable_digest([source.cpu() for source in sources]))
+    assert int(answer[0]) == int(portable_digest([source.cpu() for source in sources]))
 
 
 def by_words(destinations: Flat, sources: Flat) -> None:
     copy_words(destinations, sources)
+
+
+def inside(path: CopyPath) -> Callable[[Flat, Flat], None]:
+    """On the governor's own stream, asked for three times: a command may be used again."""
+
+    def copy(destinations: Flat, sources: Flat) -> None:
+        driver, why_not = find_driver()
+        assert driver is not None, why_not
+        torch.cuda.synchronize()
+        port = ContextDevice("cuda:0", driver, TorchStreams())
+        with port.on_stream():
+            assert path in offered(port, torch.device("cuda:0"))
+            launch = prepare(path, port, destinations, sources)
+        for _ in range(3):
+            port.enqueue(launch)
+        port.close()
+
+    return copy
 
 
 def by_main_memory(destinations: Flat, sources: Flat) -> None:
@@ -66,6 +87,10 @@ PATHS = {
     "sweep back": by_sweep_back,
     "sweep that reads": by_reading_sweep,
     "words": by_words,
+    "kernel": inside(CopyPath.KERNEL),
+    "foreach": inside(CopyPath.FOREACH),
+    "graph": inside(CopyPath.GRAPH),
+    "batch": inside(CopyPath.BATCH),
     "main memory": by_main_memory,
     "main memory at once": by_main_memory_at_once,
 }
@@ -78,12 +103,12 @@ def test_the_bytes_arrive_and_nothing_else_is_written(path: str, drawn: list[tup
     Blocks(drawn, seed, "cuda").verify(PATHS[path])
 
 
-@pytest.mark.parametrize("path", ["sweep", "sweep that reads"])
+@pytest.mark.parametrize("path", ["sweep", "sweep that reads", "graph", "batch"])
 def test_ten_thousand_tiny_blocks(path: str) -> None:
     Blocks([(1 + i % 9, i % 3, i % 5) for i in range(10_000)], 1, "cuda").verify(PATHS[path])
 
 
-@pytest.mark.parametrize("path", ["sweep", "words"])
+@pytest.mark.parametrize("path", ["sweep", "words", "graph", "batch"])
 def test_one_block_of_eight_gigabytes(path: str) -> None:
     """Beyond what 32 bits count, in bytes and in words."""
     size = (8 << 30) + 13
@@ -138,3 +163,38 @@ def test_host_time_is_spent_on_no_walk(monkeypatch: pytest.MonkeyPatch) -> None:
             governor.execute_rollback().wait()
         assert torch.cuda.memory_stats()["allocation.all.allocated"] == taken
         assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("path", ["kernel", "foreach", "graph", "batch", None])
+def test_a_governor_comes_back_by_every_path(path: CopyPathChoice | None) -> None:
+    """In half a gigabyte, so that the choice is measured where it is left to the governor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(32)), nn.BatchNorm1d(2048)).cuda()
+    model.register_buffer("odd", torch.arange(100_001, device="cuda", dtype=torch.uint8)[1:])
+    config = GovernorConfig(copy_path=path, rng="keep", probation=0, slots=2)
+    tensors = [*model.parameters(), *model.buffers()]
+    with TolariaGovernor(model, config=config, detector=judge.non_finite()) as governor, torch.no_grad():
+        before = [tensor.clone() for tensor in tensors]
+        for value in (7, 9, 11):
+            governor.snapshot().wait("sealed")
+            with governor.using():
+                for tensor in tensors:
+                    tensor.fill_(value)
+            assert governor.execute_rollback().wait().verified
+            assert all(map(torch.equal, tensors, before))
+        shown = governor.capabilities().copy_path
+        assert ("measured over" if path is None else "asked for") in shown
+
+
+def test_a_graph_of_copies_is_dropped_while_it_runs() -> None:
+    driver, why_not = find_driver()
+    assert driver is not None, why_not
+    blocks = Blocks([(1 << 20, 0, 0)] * 300, 1, "cuda")
+    torch.cuda.synchronize()
+    port = ContextDevice("cuda:0", driver, TorchStreams())
+    launch = port.graph(blocks.destinations, blocks.sources)
+    for _ in range(20):
+        port.enqueue(launch)
+    del launch
+    port.close()
+    assert all(map(torch.equal, blocks.destinations, blocks.sources))

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tolaria import BudgetExceeded, GovernorConfig, TolariaGovernor, judge, kernels
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
+from tolaria.words import copy_words, portable_digest
 
 pytestmark = pytest.mark.cuda
 
@@ -114,8 +115,8 @@ def test_both_implementations_of_the_digest_agree():
         assert sweep.is_compiled
         answer = torch.zeros(2, dtype=torch.int64, device="cuda")
         sweep.run(Side.LIVE, copy=True, answer=answer)
-        expected = int(kernels.portable_digest(host, 11))
-        assert int(answer[0]) == int(kernels.portable_digest(live, 11)) == expected
+        expected = int(portable_digest(host, 11))
+        assert int(answer[0]) == int(portable_digest(live, 11)) == expected
         for data, block, (size, _, other) in zip(host, held, shapes, strict=True):
             assert torch.equal(block.cpu(), data)
             around = torch.empty(0, dtype=torch.uint8, device="cuda").set_(block.untyped_storage())

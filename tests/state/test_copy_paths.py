@@ -1,6 +1,7 @@
 """Every way in which bytes move writes the same bytes, all of them and no others, whatever is to be moved.
 
-The compiled sweep and the transfers between tiers are tested in `gpu/test_copy_paths.py`, with the same blocks.
+The compiled sweep and the transfers between tiers are tested in `gpu/test_copy_paths.py`, with the same blocks; graphs
+and batches of copies on the simulated driver in `cuda_driver/test_paths.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from torch import nn
 from tolaria import TolariaGovernor
 from tolaria import device as device_module
 from tolaria.device import CpuDevice
-from tolaria.kernels import Finite, Side, Sweep, copy_words
+from tolaria.kernels import Finite, Side, Sweep
 from tolaria.route import HostRoute
+from tolaria.words import copy_words
 
 Flat = Sequence[torch.Tensor]
 

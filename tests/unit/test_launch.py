@@ -1,6 +1,9 @@
 """What the kernel for vital signs is told: a stand-in does it over main memory (`kernel_on_host`)."""
 
+import contextlib
 import math
+import threading
+from collections import deque
 
 import pytest
 import torch
@@ -219,3 +222,63 @@ def test_other_kinds_are_sent_by_torch(device, strange):
     assert sender.send([torch.ones(2), strange], torch.zeros(8, dtype=torch.float64)) is None
     assert sender.send([torch.ones(2, 2).t()[0]], torch.zeros(8, dtype=torch.float64)) is None
     assert not device.launches
+
+
+class Switched:
+    """Which device is current, as torch says it."""
+
+    def __init__(self, monkeypatch, current):
+        self.current, seen = current, self
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: seen.current, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+        monkeypatch.setattr(torch.cuda, "device", self.make_current)
+
+    @contextlib.contextmanager
+    def make_current(self, index):
+        before, self.current = self.current, index
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_of_the_kernel_is_current_at_the_launch(current, monkeypatch):
+    """The default streams of all devices have one handle: the driver takes the one of the current context."""
+    switched, launched = Switched(monkeypatch, current), []
+    launcher = object.__new__(launch.Launcher)
+    launcher.index, launcher._function = 1, None
+    launcher._launch = lambda *_: launched.append(switched.current) or 0
+    launcher.launch(None, 1)
+    assert (launched, switched.current) == ([1], current)
+
+
+def test_a_row_is_held_until_its_numbers_have_arrived(device, monkeypatch):
+    """While another sender lets go of what has: it takes away what it has looked at, and nothing else."""
+    monkeypatch.setattr(launch, "_under_way", deque())
+    sender, rows = launch.Sender(device), torch.zeros(3, 4, dtype=torch.float64).unbind()
+    sender.send([torch.ones(1)], rows[0])
+    monkeypatch.setattr(device, "launch", lambda *_: None)  # the second one is still on its way
+    sender.send([torch.ones(1)], rows[1])
+    held = launch._under_way[-1]
+    looked, go_on = threading.Event(), threading.Event()
+    arrived = launch.Ticket.has_arrived
+
+    def slowly(ticket):
+        found = arrived(ticket)
+        if threading.current_thread() is other and not looked.is_set():
+            looked.set()
+            go_on.wait()
+        return found
+
+    launch._under_way.appendleft((launch.Ticket(rows[0].data_ptr(), 1, 3, 0.5), rows[0]))
+    monkeypatch.setattr(launch.Ticket, "has_arrived", slowly)
+    other = threading.Thread(target=sender.send, args=([torch.ones(1)], rows[2]))
+    other.start()
+    try:
+        looked.wait()
+        assert launch._holding.locked()  # nobody else takes one away between its look and its removal
+    finally:
+        go_on.set()
+        other.join()
+    assert held in launch._under_way

@@ -1,0 +1,296 @@
+"""Copies inside one device by each path: the same bytes, in the same order, and chosen without waiting for anything."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from cuda_driver.fake_driver import Machine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from state.blocks import POISONS, Blocks, shapes
+from torch import nn
+
+from tolaria import TolariaGovernor, UnsupportedState, engine, paths
+from tolaria.cuda import ContextDevice
+from tolaria.kernels import Sweep
+from tolaria.paths import CopyPath, prepare
+
+Flat = Sequence[torch.Tensor]
+ENGINE = (CopyPath.GRAPH, CopyPath.BATCH)
+
+
+def opened(machine: Machine) -> ContextDevice:
+    return ContextDevice("cpu", machine.driver, machine.streams)
+
+
+def copying(machine: Machine, port: ContextDevice, path: CopyPath) -> Callable[[Flat, Flat], None]:
+    def copy(destinations: Flat, sources: Flat) -> None:
+        with port.on_stream():
+            launch = prepare(path, port, destinations, sources)
+        port.enqueue(launch)
+        machine.finish()
+
+    return copy
+
+
+@pytest.mark.parametrize("path", CopyPath)
+@settings(max_examples=30)
+@given(drawn=shapes, seed=st.integers(0, 2**16), node=st.sampled_from([7, 4096, 1 << 30]))
+def test_the_bytes_arrive_and_nothing_else_is_written(
+    path: CopyPath, drawn: list[tuple[int, int, int]], seed: int, node: int
+) -> None:
+    if node == 7:
+        drawn = [(size % 200, *rest) for size, *rest in drawn]
+    machine = Machine()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_MOST_NODE_BYTES", node)
+        Blocks(drawn, seed).verify(copying(machine, opened(machine), path))
+    assert machine.violations == []
+
+
+@settings(max_examples=20)
+@given(drawn=shapes, seed=st.integers(0, 2**16), version=st.sampled_from([13000, 12090]))
+def test_to_main_memory_and_back(drawn: list[tuple[int, int, int]], seed: int, version: int) -> None:
+    """In one call of the driver, and block by block where it knows none."""
+    machine = Machine()
+    machine.driver.version = version
+    port = opened(machine)
+
+    def there_and_back(destinations: Flat, sources: Flat) -> None:
+        held = [torch.full((source.numel(),), 0x77, dtype=torch.uint8) for source in sources]
+        port.enqueue(lambda: port.move(held, sources))
+        port.enqueue(lambda: port.move(destinations, held))
+        machine.finish()
+
+    Blocks(drawn, seed).verify(there_and_back)
+    assert machine.violations == []
+
+
+@pytest.mark.parametrize("path", ENGINE)
+def test_ten_thousand_tiny_blocks_are_one_command(path: CopyPath, machine: Machine) -> None:
+    port = opened(machine)
+    machine.clear()
+    Blocks([(1 + i % 9, i % 3, i % 5) for i in range(10_000)], 1).verify(copying(machine, port, path))
+    asked = [call for call in machine.calls if call.startswith(("cuGraphLaunch", "cuMemcpyBatchAsync"))]
+    assert len(asked) == len(POISONS)
+
+
+def test_a_block_beyond_what_one_node_takes(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_MOST_NODE_BYTES", 1000)
+    Blocks([(2500, 0, 0), (999, 0, 0), (1000, 0, 0)], 5).verify(copying(machine, opened(machine), CopyPath.GRAPH))
+    assert [len(graph.nodes) for graph in machine.graphs] == [5, 5]
+
+
+@pytest.mark.parametrize(("path", "call"), [(CopyPath.GRAPH, "cuGraphLaunch"), (CopyPath.BATCH, "cuMemcpyBatchAsync")])
+def test_red_without_the_driver_call(path: CopyPath, call: str, machine: Machine) -> None:
+    machine.fails[call] = 0
+    with pytest.raises(AssertionError):
+        Blocks([(64, 0, 0)], 3).verify(copying(machine, opened(machine), path))
+
+
+def test_a_graph_is_given_back_once_and_only_when_nobody_can_launch_it(machine: Machine) -> None:
+    port = opened(machine)
+    blocks = Blocks([(64, 0, 0), (9, 0, 0)], 3)
+    launch = port.graph(blocks.destinations, blocks.sources)
+    launch()
+    gc.collect()
+    assert [graph.is_destroyed for graph in machine.graphs] == [False]
+    del launch
+    gc.collect()
+    assert [graph.is_destroyed for graph in machine.graphs] == [True]
+
+
+# ------------------------------------------------------------ under a governor
+
+
+def write(governor: TolariaGovernor, model: nn.Module, value: float) -> None:
+    with governor.using(), torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(value)
+
+
+def small() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    model.register_buffer("odd", torch.arange(7, dtype=torch.uint8))
+    return model
+
+
+@pytest.mark.parametrize("path", ["foreach", "graph", "batch"])
+def test_a_snapshot_comes_back_by_the_path_that_was_asked_for(path: str, late: Machine, govern) -> None:
+    model = small()
+    governor = govern(model, copy_path=path, slots=2, probation=0)
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    governor.snapshot()
+    for poison in (7.0, 9.0):
+        write(governor, model, poison)
+        report = governor.execute_rollback().wait()
+        assert report.verified
+        late.finish()
+        assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    assert "asked for" in governor.capabilities().copy_path
+    commands = {"graph": "cuGraphLaunch", "batch": "cuMemcpyBatchAsync", "foreach": ""}
+    used = {call.split()[0] for call in late.calls} & {"cuGraphLaunch", "cuMemcpyBatchAsync"}
+    assert used == {commands[path]} - {""}
+
+
+@pytest.mark.parametrize("path", ["graph", "batch"])
+def test_a_poisoned_batch_leaves_no_trace(path: str, late: Machine, govern, make_run) -> None:
+    late.lag = 2
+    clean = make_run()
+    clean.plain()
+    run = make_run()
+    with govern(
+        run.model, run.optimizer, scheduler=run.scheduler, cadence=4, probation=4, keep_batches=64, copy_path=path
+    ) as governor:
+        run.train(governor, run.poisoned(17))
+        late.finish()
+    assert all(map(torch.equal, run.model.parameters(), clean.model.parameters()))
+
+
+def test_a_path_that_does_not_work_here_is_refused_at_once(late: Machine, govern) -> None:
+    late.driver.version = 12090
+    with pytest.raises(UnsupportedState, match="offers only foreach, graph"):
+        govern(small(), copy_path="batch")
+    with pytest.raises(UnsupportedState, match="kernel"):
+        govern(small(), copy_path="kernel")  # tensors on a CPU stand for the device's
+
+
+# ------------------------------------------------------------ the choice
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the state is."""
+    monkeypatch.setattr(paths, "_SMALLEST_TRIAL_BYTES", 1)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, ms: dict[CopyPath, float]) -> None:
+    """The trial's clock: tasks are told apart by the order in which they were enqueued."""
+    original = paths._Trial.__init__
+
+    def noting(self: paths._Trial, *arguments: object) -> None:
+        original(self, *arguments)
+        took = {began: ms.get(name, 1.0) if isinstance(name, CopyPath) else 1.0 for name, began, _ in self._spans}
+        self._port.elapsed_ms = lambda began, _: took[began]
+
+    monkeypatch.setattr(paths._Trial, "__init__", noting)
+
+
+@pytest.mark.parametrize(
+    ("ms", "chosen"),
+    [
+        ({CopyPath.GRAPH: 0.5}, "one graph of copies (measured over"),
+        ({CopyPath.BATCH: 0.5, CopyPath.GRAPH: 0.7}, "one batch for the copy engines (measured over"),
+        ({CopyPath.GRAPH: 0.99}, "foreach copy of whole storages (measured over"),  # by less than noise
+    ],
+)
+def test_the_fastest_path_is_taken_once_its_time_has_arrived(
+    ms: dict[CopyPath, float], chosen: str, late: Machine, govern, measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, ms)
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    assert governor.capabilities().copy_path == "not chosen before the first snapshot"
+    with late.tape() as calls:
+        governor.snapshot()
+    assert not [call for call in calls if "Synchronize" in call]
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (being measured)"
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    late.lag = 0
+    assert governor.capabilities().copy_path.startswith(chosen)
+    instantiated = len(late.graphs)
+    for value in (7.0, 9.0):
+        write(governor, model, value)
+        governor.execute_rollback()
+        late.finish()
+        assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    for _ in range(3):
+        governor.snapshot()  # into either slot
+    tried = [call for call in late.calls if call.startswith("cuGraphInstantiate")]
+    if "graph" in chosen:
+        assert len(tried) > instantiated
+    else:
+        assert len(tried) == instantiated == 1  # the one of the trial, which was made once
+
+
+def test_a_layout_is_measured_once(late: Machine, govern, measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = paths._Trial.__init__
+    monkeypatch.setattr(
+        paths._Trial, "__init__", lambda self, *arguments: made.append(self) or original(self, *arguments)
+    )
+    model = small()
+    governor = govern(model, slots=3, probation=0)
+    for _ in range(6):
+        governor.snapshot()
+    assert len(made) == 1
+    model.register_buffer("late", torch.zeros(1 << 12))
+    for _ in range(4):
+        governor.snapshot()
+    assert len(made) == 2
+
+
+def test_small_states_and_those_of_a_known_path_are_not_measured(late: Machine, govern) -> None:
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
+    assert late.graphs == []
+
+
+@pytest.mark.parametrize("broken", ["cuGraphInstantiate", "cuGraphLaunch", "cuMemcpyBatchAsync"])
+def test_a_path_that_fails_in_the_trial_is_out(broken: str, late: Machine, govern, measuring, monkeypatch) -> None:
+    # at once, so that what fails fails where it is asked for
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    late.fails[broken] = 1
+    timed(monkeypatch, {CopyPath.GRAPH: 0.1, CopyPath.BATCH: 0.1})
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    governor.snapshot()
+    late.fails.clear()
+    late.lag = 0
+    other = "batch" if "Graph" in broken else "graph"
+    assert f"one {other}" in governor.capabilities().copy_path
+    before = [tensor.clone() for tensor in model.parameters()]
+    write(governor, model, 7.0)
+    governor.execute_rollback()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_trial_touches_no_live_byte_and_no_other_slot(late: Machine, govern, measuring) -> None:
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    governor.snapshot()
+    late.finish()
+    assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    kept = [flat.clone() for flat in governor._keeper.vault.slots[0].arena.views]
+    write(governor, model, 3.0)
+    governor.snapshot()
+    late.finish()
+    assert all(map(torch.equal, governor._keeper.vault.slots[0].arena.views, kept))
+
+
+def test_a_closed_governor_holds_no_memory_of_a_trial(late: Machine, govern, measuring) -> None:
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    held = weakref.ref(governor._keeper.vault.slots[0].arena.flat[torch.device("cpu")].untyped_storage())
+    governor.close()
+    gc.collect()
+    assert held() is None
+    assert all(graph.is_destroyed for graph in late.graphs)
+
+
+def test_with_a_compiled_kernel_its_reading_copy_is_what_the_others_have_to_beat(
+    late: Machine, govern, measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sweep, "is_compiled", True)
+    timed(monkeypatch, {CopyPath.KERNEL: 1.0, CopyPath.BATCH: 0.5})  # copy and read: 1.0, read: 1.0
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    late.lag = 0
+    shown = governor.capabilities().copy_path
+    assert shown.startswith("one compiled kernel for all storages into slots, one batch for the copy engines out of")
