@@ -28,7 +28,7 @@ Govern = Callable[..., TolariaGovernor]
         ({"detector": non_finite}, "detector is a function, expected one of tolaria.judge"),
         ({"twice": True}, "would step twice"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
 def test_what_is_no_part_of_a_train_state(given: dict[str, Any], match: str, kit: Any) -> None:
     run = kit.Run()
