@@ -291,7 +291,7 @@ class Pretender:
 def test_strange_optimizers_and_scalers_are_refused(arguments: dict[str, Any], message: str, govern: Govern) -> None:
     model = nn.Linear(2, 2)
     attributes = set(vars(model))
-    with pytest.raises(tolaria.UnsupportedState, match=message):
+    with pytest.raises(tolaria.UsageError, match=message):
         govern(model, **arguments)
     assert set(vars(model)) == attributes
     assert govern(model).snapshot().state == "sealed"
