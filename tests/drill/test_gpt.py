@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tolaria.config import GovernorConfig, Recovery
-from tolaria.drill import command, gpt
+from tolaria.drill import command, gpt, gpt_faults
 from tolaria.drill.catalogue import WORKLOADS, Entry
 from tolaria.drill.faults import Fault, FaultKind, Injector, Moment, fewest_steps, plan, spoil
 from tolaria.drill.gpt import Gpt
@@ -186,6 +186,8 @@ def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same workload with one layer and half the text per step: a quarter of the time."""
     monkeypatch.setattr(gpt, "_LAYERS", 1)
     monkeypatch.setattr(Gpt, "_BATCH", 4)
+    # and with noise that a slow rise hides in for longer
+    monkeypatch.setattr(gpt_faults, "_WEIGHT_DECAY", 2 * gpt_faults._WEIGHT_DECAY)
 
 
 def drill(kinds: list[FaultKind], steps: int, seed: int, deaf: Audience) -> command.Result:
