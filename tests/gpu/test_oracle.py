@@ -120,7 +120,7 @@ def test_each_removed_edge_is_a_race(subject, monkeypatch, name, instead, first,
 @pytest.mark.parametrize("subject", ["blocking"], indirect=True)
 def test_without_waiting_for_the_device_copies_race(subject, monkeypatch):
     monkeypatch.setattr(BlockingDevice, "synchronize", no_synchronize)
-    found = pairs(subject.run())
+    found = pairs(subject.run(whole=False))
     assert ("cuda:0 default stream", named(subject.b)) in found
 
 

@@ -21,10 +21,10 @@ import torch
 logger = logging.getLogger("tolaria")
 
 THREADS = 256
-CHUNK: int = 8192
-"""Elements that one block of threads works on: 32 KiB of each tensor in float32."""
+CHUNK: int = 4096
+"""Elements that one block of threads works on: 16 KiB of each tensor in float32."""
 
-UNROLL: int = 2
+UNROLL: int = 4
 """Vectors of 16 bytes of each tensor that a thread has under way at once."""
 
 FIXED_COLUMNS = 4
@@ -261,7 +261,7 @@ __device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const 
   float d = s.negative ? -g : g;
   if (s.decays) d = __fmaf_rn(s.decay, p, d);
 #if MOMENTS == 1
-  const float buffer = s.first ? d : __fmaf_rn(s.momentum, m[0], __fmul_rn(s.share, d));
+  const float buffer = s.first ? d : __fadd_rn(__fmul_rn(s.momentum, m[0]), __fmul_rn(s.share, d));
   m[0] = buffer;
   d = s.nesterov ? __fmaf_rn(s.momentum, buffer, d) : buffer;
 #endif
