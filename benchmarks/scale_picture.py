@@ -15,8 +15,9 @@ from scale_model import Fit, Point
 from tolaria import svg
 from tolaria.bench.records import Spread
 
-_WIDTH, _HEIGHT = 1200, 800
+_WIDTH, _MARGINS = 1200, 100  # the latter above and below all panels together
 _COLUMNS, _PANEL_WIDTH, _PANEL_HEIGHT = 3, 384, 350
+_SHORT = 24  # characters of a name that has room beside another one
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 370, 34, 236  # of the plot in a panel
 _STYLE = """
   .s0 { stroke: #57606a; fill: #57606a } .s1 { stroke: #0550ae; fill: #0550ae } .s2 { stroke: #d1570a; fill: #d1570a }
@@ -95,7 +96,7 @@ def draw(found: Mapping[str, Sequence[Point]], explained: Mapping[str, Fit], hea
         heading: First line.
 
     Returns:
-        An SVG document of 1200 x 800, well-formed XML.
+        An SVG document, 1200 wide, well-formed XML.
     """
     parts = [svg.text(24, 34, heading, "heading")]
     words = "points: medians with quartiles; lines: the sum of constants that explains them"
@@ -106,7 +107,8 @@ def draw(found: Mapping[str, Sequence[Point]], explained: Mapping[str, Fit], hea
         parts.append(f'<g transform="translate({x} {y})">')
         parts += _panel(panel, made)
         parts.append("</g>")
-    return svg.document(_WIDTH, _HEIGHT, heading, _STYLE, _DARK_STYLE, parts)
+    height = _MARGINS + -(-len(shown) // _COLUMNS) * _PANEL_HEIGHT
+    return svg.document(_WIDTH, height, heading, _STYLE, _DARK_STYLE, parts)
 
 
 def _series(panel: Panel, found: Mapping[str, Sequence[Point]], explained: Mapping[str, Fit]) -> list[Series]:
@@ -206,8 +208,9 @@ def _panel(panel: Panel, made: Sequence[Series]) -> Iterable[str]:
     yield from _grid(scale, made)
     for series in made:
         yield from _drawn(scale, series)
+    columns = 2 if all(len(series.name) <= _SHORT for series in made) else 1
     for number, series in enumerate(made):
-        x, y = _LEFT + number % 2 * 164, _BOTTOM + 42 + number // 2 * 17
+        x, y = _LEFT + number % columns * 164, _BOTTOM + 42 + number // columns * 17
         yield f'<path class="dot {series.css}" transform="translate({x} {y})" d="{series.shape}"/>'
         yield svg.text(x + 10, y + 4, series.name, "small")
 
