@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -399,3 +400,21 @@ def test_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     dead = contest._in_process(index, entry, "10mb", CPU, 1)
     assert (dead.status, dead.note) == ("failed", "its process ended with 1: ")
+
+
+def test_what_a_contestant_leaves_behind_is_ended_and_not_waited_for(tmp_path: Path) -> None:
+    """A process of its own that holds its outputs open for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    left = f"import signal; held = open({str(pipe)!r}, 'w'); signal.pause()"
+    program = f"""if True:
+        import subprocess, sys
+        subprocess.Popen([sys.executable, "-c", {left!r}])
+        with open({str(pipe)!r}) as opened:  # as soon as the other one has opened it, too
+            print("left")
+    """
+    assert contest._run([sys.executable, "-c", program], 60.0) == (0, "left\n", "")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    assert os.read(reader, 1) == b""  # waits until nobody holds the other end
+    os.close(reader)

@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -76,18 +78,37 @@ def _in_process(
     command = [sys.executable, "-m", "tolaria.bench.contest", str(index), "--size", size]
     command += ["--device", str(device), "--rounds", str(rounds), "--seconds", str(seconds)]
     patience = min(_PATIENCE_S, _START_S + _LONGEST_ROUND * seconds)
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience, check=False
-        )
-    except subprocess.TimeoutExpired:
+    code, printed, said = _run(command, patience)
+    if code is None:
         return _bare(entry, "failed", f"took longer than {patience:.0f} s")
-    lines = done.stdout.strip().splitlines()
     try:
-        return Standing.from_json(json.loads(lines[-1]))
+        return Standing.from_json(json.loads(printed.strip().splitlines()[-1]))
     except (IndexError, ValueError, TypeError):
-        said = (done.stderr.strip().splitlines() or [""])[-1]
-        return _bare(entry, "failed", f"its process ended with {done.returncode}: {said[:200]}")
+        last = (said.strip().splitlines() or [""])[-1]
+        return _bare(entry, "failed", f"its process ended with {code}: {last[:200]}")
+
+
+def _run(command: Sequence[str], patience_s: float) -> tuple[int | None, str, str]:
+    """Exit code (None where it took too long), and what went to both outputs.
+
+    What a contestant has started may outlive it and hold its outputs open: they are files, so nobody waits for that,
+    and all of it is ended.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        return code, out.read(), err.read()
 
 
 def _has_room(num_bytes: int) -> bool:
