@@ -93,7 +93,7 @@ struct Place {
   S *read[MOMENTS + 1], *write[MOMENTS + 1], *keep[MOMENTS + 1];
 };
 
-__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s);
+__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s, int lane);
 
 template <int N, typename T> __device__ __forceinline__ void copy_in(Pack<T>* to, const T* from, int q) {
 #pragma unroll
@@ -121,7 +121,7 @@ template <int N> __device__ __forceinline__ void step_of_vectors(const Place& at
       float x = wide(p[u].x[i]), y = wide(g[u].x[i]), z[MOMENTS + 1];
 #pragma unroll
       for (int k = 0; k < MOMENTS; ++k) z[k] = s.first ? 0.0f : wide(m[k][u].x[i]);
-      step_of_one(x, y, z, s);
+      step_of_one(x, y, z, s, i & 3);
       narrow(p[u].x[i], x);
       narrow(g[u].x[i], y);
 #pragma unroll
@@ -147,7 +147,7 @@ __device__ __forceinline__ void step_of_element(const Place& at, int i, const Sc
       z[k] = wide(moment);
     }
   }
-  step_of_one(x, y, z, s);
+  step_of_one(x, y, z, s, i & 3);
   narrow(at.parameter[i], x);
   if (s.scaled) narrow(at.gradient[i], y);
 #pragma unroll
@@ -176,7 +176,8 @@ __device__ void step_of_chunk(const i64* table, const i64* gradients, int entrie
   at.parameter = (P*)table[2 * entries + e] + start;
   at.gradient = (P*)gradients[e] + start;
   at.past = (P*)table[past * entries + e] + start;
-  size_t bits = (size_t)at.parameter | (size_t)at.gradient | (size_t)at.past;
+  size_t bits = (size_t)at.parameter | (size_t)at.gradient, theirs = bits;  // torch keeps no past
+  bits |= (size_t)at.past;
 #pragma unroll
   for (int k = 0; k < MOMENTS; ++k) {
     S* here = (S*)table[(from + k) * entries + e] + start;
@@ -185,7 +186,9 @@ __device__ void step_of_chunk(const i64* table, const i64* gradients, int entrie
     at.write[k] = s.store ? here : there;
     at.keep[k] = there;
     bits |= (size_t)here | (size_t)there;
+    theirs |= (size_t)here;
   }
+  s.aligned = table[entries + e] % 4 == 0 && theirs % (4 * sizeof(P)) == 0;  // as torch steps four at a time
   if (refused) {
     stay(at, size, s);
     return;
@@ -206,11 +209,11 @@ _ADAMW = (
     """
 struct Scalars {
   float rate_times_decay, step_size, beta1, beta2, root, eps, scale;
-  bool decays, negative, scaled, store, first;
+  bool decays, negative, scaled, store, first, aligned;
 };
 """,
     """
-__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s) {
+__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s, int lane) {
   if (s.scaled) g = __fdiv_rn(g, s.scale);
   const float d = s.negative ? -g : g;
   if (s.decays) p = __fmaf_rn(-s.rate_times_decay, p, p);
@@ -248,24 +251,33 @@ tolaria_adamw(const i64* table, const i64* gradients, int entries, int columns, 
 """,
 )
 
+# Which of two products a sum is fused with is the compiler's choice in torch's kernel, not written in its source. Read
+# from its machine code (torch 2.11, CUDA 13.0): for compute capabilities below 10 it chooses otherwise in two cases.
 _SGD = (
     """
+#define OLD (__CUDA_ARCH__ < 1000)
 struct Scalars {
   float rate, momentum, share, decay, scale;
-  bool decays, negative, scaled, store, first, nesterov;
+  bool decays, negative, scaled, store, first, nesterov, aligned;
 };
 """,
     """
-__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s) {
+__device__ __forceinline__ void step_of_one(float& p, float& g, float* m, const Scalars& s, int lane) {
   if (s.scaled) g = __fdiv_rn(g, s.scale);
   float d = s.negative ? -g : g;
   if (s.decays) d = __fmaf_rn(s.decay, p, d);
 #if MOMENTS == 1
-  const float buffer = s.first ? d : __fadd_rn(__fmul_rn(s.momentum, m[0]), __fmul_rn(s.share, d));
+  float buffer = d;
+  if (!s.first) {
+    const bool other = OLD && s.aligned && s.negative && !s.scaled && !s.decays;
+    buffer = other ? __fmaf_rn(s.momentum, m[0], __fmul_rn(s.share, d))
+                   : __fmaf_rn(s.share, d, __fmul_rn(s.momentum, m[0]));
+  }
   m[0] = buffer;
   d = s.nesterov ? __fmaf_rn(s.momentum, buffer, d) : buffer;
 #endif
-  p = __fmaf_rn(-s.rate, d, p);
+  const bool apart = OLD && sizeof(P) == 4 && s.aligned && s.scaled && lane != 3;
+  p = apart ? __fsub_rn(p, __fmul_rn(s.rate, d)) : __fmaf_rn(-s.rate, d, p);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
