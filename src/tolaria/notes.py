@@ -100,6 +100,7 @@ class Notes(Vault):
         taken = vault.with_rng, vault.read_journal, vault.write_journal
         super().__init__(vault.state, [tier] * (steps + 1), vault.devices, room, *taken)
         self._notes: dict[int, _Note] = {}
+        self._target: _Note | None = None  # under the gate: a rollback that has left it may forget all notes meanwhile
         self._imprints: dict[tuple[int, ...], StateImprint | None] = {}  # by where the moments are; the newest last
         self._most_places = 1 + max(optimizer._past.options.history for optimizer in self._optimizers)
         self._left_out: dict[int, frozenset[int]] = {}  # by note: storages without a place in its memory
@@ -118,10 +119,12 @@ class Notes(Vault):
         """Take a note of the present state, in the place of the oldest one. Raises as `noting.note`."""
         free = [index for index in range(len(self.slots)) if index not in self._notes]
         index = free[0] if free else min(self._notes, key=lambda one: self._notes[one].place.step)
+        before = self._notes.get(index)
         try:
             self._submit(note(threading.get_ident(), ground, index), shield)
         except BaseException:
-            self._notes.pop(index, None)
+            if self._notes.get(index) is not before:  # else nothing was changed, and what is there is as good as it was
+                self._notes.pop(index, None)
             raise
 
     def can_be_taken(self) -> bool:
@@ -159,7 +162,8 @@ class Notes(Vault):
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = self._layout = None
         for optimizer in self._optimizers:
-            optimizer._past.witness = None
+            if optimizer._past.witness is self._witness:  # and not of a governor that came after this one
+                optimizer._past.witness = None
 
     # ------------------------------------------------------------ operations
 
@@ -226,7 +230,7 @@ class Notes(Vault):
             return
         if op.part is _FIRST_PART:
             # before what the note holds itself: of a parameter that two optimizers step it is the note that knows
-            pairs = self._notes[op.slot].back.pop(op.device, [])
+            pairs = self._going_to().back.pop(op.device, [])
             if pairs:
                 self._move(op.device, pairs)
         if route is not None:
@@ -253,26 +257,27 @@ class Notes(Vault):
 
     def newest_before(self, step: int) -> int | None:
         """The newest step before this one that there is a note of."""
-        return max((place.step for place in self._held() if place.step < step), default=None)
-
-    def _held(self) -> list[Place]:
-        return sorted((one.place for one in list(self._notes.values())), key=lambda place: place.step)
+        return max((one.place.step for one in list(self._notes.values()) if one.place.step < step), default=None)
 
     def _choose(self, wanted: Callable[[int], int]) -> Place:
         completed = self.read_journal(False).completed
-        step, held = wanted(completed), self._held()
-        found = next((place for place in held if place.step == step), None)
-        if found is None:
+        step, held = wanted(completed), {one.place.step: one for one in list(self._notes.values())}
+        self._target = held.get(step)
+        if self._target is None:
             raise NoSnapshot(
                 _DOING,
-                f"from step {completed} to step {step}: notes are held of steps {[place.step for place in held]}",
+                f"from step {completed} to step {step}: notes are held of steps {sorted(held)}",
                 "Notes are taken by step(), and dropped by a rollback. Use execute_rollback(), or raise past_steps.",
             )
-        return found
+        return self._target.place
+
+    def _going_to(self) -> _Note:
+        assert self._target is not None
+        return self._target
 
     def check(self, op: Check) -> Places:
         """Perform `Check`, and find the copies."""
-        known = self._notes[op.slot]
+        known = self._going_to()
         for optimizer, mark in zip(self._optimizers, known.marks, strict=True):
             reason = marks.obstacle(optimizer, mark)
             if reason:
@@ -285,12 +290,13 @@ class Notes(Vault):
 
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. Later notes are of an abandoned future; this one is of the present state again."""
-        known = self._notes[op.slot]
+        known = self._going_to()
         alive = Vault.restore_host(self, op)
         for mark in known.marks:
             marks.rewind(mark)
         known.marks = self._mark(known.marked)
         self._drop(lambda step: step > known.place.step)
+        self._notes[op.slot], self._target = known, None
         return alive
 
     def _drop(self, unwanted: Callable[[int], bool]) -> None:

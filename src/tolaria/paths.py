@@ -98,9 +98,15 @@ class Choice:
             self._trial = None
             self.capture, self.restore, self.reason = trial.result(self.restore)
 
+    @property
+    def is_being_measured(self) -> bool:
+        """Whether a trial has not been asked for its times yet. It holds memory of a slot until then."""
+        return self._trial is not None
+
     def drop_trial(self) -> None:
         """Learn nothing more."""
-        self._trial = None
+        if self._trial is not None:
+            self._trial, self.reason = None, "not measured"
 
     def __str__(self) -> str:
         ways = _WORDS[self.restore]
@@ -255,6 +261,14 @@ class Paths:
                 choice.reason = "being measured"
                 choice._trial = _Trial(port, self._offered[port.name], destinations, sources)
         self._chosen[port.name] = choice
+        self._drop_former(port.name)
+
+    def _drop_former(self, name: str) -> None:
+        """Trials for former layouts of a device: their slots give the memory up, and nobody asks for their times."""
+        for key, choice in list(self._tried.items()):
+            if key[0] == name and choice is not self._chosen[name] and choice.is_being_measured:
+                choice.drop_trial()
+                del self._tried[key]  # measured when such a layout comes again
 
 
 def _halves(memory: torch.Tensor, sizes: Sequence[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -284,6 +284,24 @@ def test_a_closed_governor_holds_no_memory_of_a_trial(late: Machine, govern, mea
     assert all(graph.is_destroyed for graph in late.graphs)
 
 
+def test_a_layout_that_is_gone_takes_its_memory_with_it(late: Machine, govern, measuring) -> None:
+    """Nobody asks for the times of a trial any more whose layout has been replaced by another one."""
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    governor.snapshot()
+    held = weakref.ref(governor._keeper.vault.slots[0].arena.flat[torch.device("cpu")].untyped_storage())
+    model.register_buffer("late", torch.zeros(1 << 12))  # as the state of an optimizer does after its first step
+    for _ in range(2):
+        governor.snapshot()
+    late.finish()
+    gc.collect()
+    assert held() is None
+    del model.late
+    governor.snapshot()
+    late.lag = 0
+    assert "measured over" in governor.capabilities().copy_path
+
+
 def test_with_a_compiled_kernel_its_reading_copy_is_what_the_others_have_to_beat(
     late: Machine, govern, measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:

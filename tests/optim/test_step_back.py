@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import random
+import threading
 import weakref
 
 import pytest
@@ -321,6 +322,94 @@ def test_a_writer_between_the_note_and_the_step(write, protected, run, monkeypat
     one.governor.step(loss=one.loss(4))
     one.governor.step_back(1)  # of what follows, notes are good again
     assert one.state() == before
+
+
+def clear_state(one):
+    one.optimizer.state.clear()
+
+
+def replace_moments(one):
+    for state in one.optimizer.state.values():
+        state.update({name: value.clone() for name, value in state.items() if name != "step"})
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("replaced", [clear_state, replace_moments])
+@pytest.mark.parametrize("kind", ["adamw", "in place", "momentum"])
+@pytest.mark.parametrize("before", [2, 3, 4, 5])
+def test_moments_that_somebody_has_replaced(before, kind, replaced, compiled, run, request):
+    """Steps that follow use the memory of the former ones again, which no version tells of where kernels write it."""
+    if compiled:
+        request.getfixturevalue("interpreted")
+    one = run(kind, steps=3)
+    one.train(*range(before))
+    noted = one.state()
+    replaced(one)
+    for number in (6, 7):
+        one.governor.step(loss=one.loss(number))
+    with contextlib.suppress(NoSnapshot):
+        one.governor.step_back(2)
+        assert one.state() == noted
+
+
+def test_a_writer_during_the_step(run, monkeypatch):
+    """What the step has left behind may be from before it or from behind it."""
+    one = run()
+    one.train(0, 1, 2)
+    real = AdamW._copy_away
+
+    def beside(self, group, batch):
+        thread = threading.Thread(target=clamp_registered, args=(one,))
+        thread.start()
+        thread.join()
+        return real(self, group, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "_copy_away", beside)
+        one.governor.step(loss=one.loss(3))
+    after = one.state()
+    with pytest.raises(NoSnapshot, match="between the note and the step"):
+        one.governor.step_back(1)
+    assert one.state() == after
+    one.train(4)
+    one.governor.step_back(1)
+    assert one.state() == after
+
+
+@pytest.mark.parametrize("when", ["obstacle", "way_back", "rewind"])
+def test_a_rollback_of_another_thread_forgets_the_notes_meanwhile(when, run, monkeypatch):
+    """It does so when it has left the gate, so that somebody who goes back may have come in."""
+    one = run()
+    one.train(*range(4))
+    real = getattr(marks, when)
+
+    def forgetting(*args):
+        one.governor._keeper.notes.forget()
+        return real(*args)
+
+    monkeypatch.setattr(marks, when, forgetting)
+    one.governor.step_back(1)
+    assert one.state() == one.states[3]
+
+
+def test_a_note_that_is_refused_costs_no_other(run):
+    one = run()
+    one.train(*range(4))
+    driver, here = one.governor._keeper.driver, threading.get_ident()
+    driver.begin_capture(1, here, False, 1.0)
+    one.governor._stepping._note()
+    driver.end_capture(1)
+    one.governor.step_back(2)
+    assert one.state() == one.states[2]
+
+
+def test_a_governor_that_is_gone_leaves_the_notes_of_the_next_alone(run):
+    one = run()
+    one.train(0, 1)
+    optimizer = one.optimizer
+    optimizer._past.witness = witness = one.governor._keeper.sections.count_foreign  # of another one's
+    one.governor.close()
+    assert optimizer._past.witness is witness
 
 
 @pytest.mark.parametrize("protected", [True, False])

@@ -63,13 +63,16 @@ class Trace:
     moved: bool
 
 
+_DURING = -2  # no count of a witness
+
+
 @dataclass(frozen=True, slots=True)
 class Sighting:
     """What can be told of other writers at one moment.
 
     Attributes:
         versions: Of tensors, by id: torch counts up with every write that it sees.
-        foreign: What the witness has counted: writes that torch may not have seen.
+        foreign: What the witness has counted: writes that torch may not have seen. `_DURING`: some began meanwhile.
     """
 
     versions: dict[int, int]
@@ -170,6 +173,8 @@ class Past:
     def end(self, traces: list[Trace], before: Sighting | None) -> None:
         """The step was launched."""
         self.made += 1
+        if before is not None and (self.witness is None or self.witness() != before.foreign):
+            before = Sighting(before.versions, _DURING)  # what was left behind may be from before it, or from after it
         left = Left(traces, self.made, before)
         left.note()
         self.left.append(left)
