@@ -56,15 +56,27 @@ def refuse_coordinator(coordinator: Any) -> None:
         )
 
 
-def require_of_snapshot(doing: str, step: Any, grads: Any, when: Any) -> None:
-    """Raise `UsageError` for a value that `TolariaGovernor.snapshot` does not take."""
-    if step is not None:
-        try:
-            operator.index(step)
-        except TypeError:
-            _require(False, doing, "step", step, "a whole number")
+def require_of_snapshot(doing: str, step: Any, grads: Any, when: Any) -> int | None:
+    """Raise `UsageError` for a value that `TolariaGovernor.snapshot` does not take. Answers the step, a plain int."""
     _require_choice(doing, "grads", grads, get_args(Grads))
     _require_choice(doing, "when", when, get_args(When))
+    return None if step is None else _whole(doing, "step", step, "a whole number")
+
+
+def require_steps(doing: str, steps: Any) -> int:
+    """Raise `UsageError` unless it is one step or more. Answers how many, as a plain number."""
+    expected = "a whole number of at least 1"
+    number = _whole(doing, "steps", steps, expected)
+    _require(number >= 1, doing, "steps", number, expected)
+    return number
+
+
+def _whole(doing: str, name: str, value: Any, expected: str) -> int:
+    """A number of Python's, of NumPy's or in a tensor as one of Python's: a ledger takes no others."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise _wrong(doing, name, value, expected) from None
 
 
 def require_of_rollback(doing: str, optimizer: Any, when: Any, verify: Any) -> None:
@@ -80,16 +92,23 @@ def _require_choice(doing: str, name: str, value: Any, allowed: Sequence[str]) -
     _require(known, doing, name, value, " or ".join(map(repr, allowed)))
 
 
-def require_target(doing: str, to: Any, phase: Callable[[int], str]) -> None:
-    """Raise `UsageError` unless it is a step, None, or a snapshot of the governor that looks up phases by `phase`."""
+def require_target(doing: str, to: Any, phase: Callable[[int], str]) -> SnapshotInfo | int | None:
+    """Raise `UsageError` unless it is a step, None, or a snapshot of the governor that looks up phases by `phase`.
+
+    Answers it, a step as a plain number.
+    """
     if isinstance(to, SnapshotInfo):
         if to._state is not None and to.serial >= 0 and to._state != phase:
             raise UsageError(doing, "the snapshot in `to` is another governor's", "Pass one of this governor's own.")
-        return
-    _require(to is None or isinstance(to, int), doing, "to", to, "a SnapshotInfo, a step, or None")
+        return to
+    return None if to is None else _whole(doing, "to", to, "a SnapshotInfo, a step, or None")
 
 
 def _require(condition: bool, doing: str, name: str, value: Any, expected: str) -> None:
     if not condition:
-        shown = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__qualname__}"
-        raise UsageError(doing, f"{name} is {shown}, expected {expected}", "Nothing was done: correct the call.")
+        raise _wrong(doing, name, value, expected)
+
+
+def _wrong(doing: str, name: str, value: Any, expected: str) -> UsageError:
+    shown = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__qualname__}"
+    return UsageError(doing, f"{name} is {shown}, expected {expected}", "Nothing was done: correct the call.")

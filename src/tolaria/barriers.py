@@ -1,10 +1,11 @@
-"""Parts of the protocol: the barriers on both sides of the copies, by kind, and the copies themselves."""
+"""Parts of the protocol: the barriers on both sides of the copies, by kind, the copies themselves, and their failure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tolaria.admission import known_streams, wait_everywhere, wait_known
+from tolaria.errors import DeviceLost, RollbackFailed
 from tolaria.operations import (
     Barrier,
     CallerStreams,
@@ -115,6 +116,16 @@ def record(places: Places) -> Protocol:
     for device in places.queued:
         events.append((device, (yield StreamRecord(device))))
     return tuple(events)
+
+
+def break_off(error: BaseException, doing: str, advice: str) -> Protocol:
+    """A restore has raised behind its first write: mark the train state as torn, and raise `RollbackFailed`.
+
+    Returns where a device is lost: that error says all there is to say, and is for the caller to raise again.
+    """
+    yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
+    if not isinstance(error, DeviceLost):
+        raise RollbackFailed(doing, f"{type(error).__name__} after the first write: {error}", advice) from error
 
 
 def copies(slot: int, places: Places, part: Part, direction: Direction) -> Protocol:

@@ -52,6 +52,9 @@ from tolaria.protocol import drive
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
 
+Table = dict[type[Any], Callable[[Any], Any]]
+"""Calls by the kind of operation that they perform."""
+
 
 class Driver:
     """Runs protocols on the calling thread.
@@ -75,7 +78,7 @@ class Driver:
         def caller_streams(_: CallerStreams) -> Streams:
             return tuple((name, queued(name).caller_stream()) for name in devices if devices[name].barrier.has_events)
 
-        self._table: dict[type[Any], Callable[[Any], Any]] = {
+        self._table: Table = {
             Change: self._change,
             Survey: vault.survey,
             Reserve: vault.reserve,
@@ -100,17 +103,18 @@ class Driver:
             Synchronize: lambda op: devices[op.device].synchronize(),
         }
 
-    def submit(self, protocol: Protocol, shield: Shield | None = None) -> Any:
+    def submit(self, protocol: Protocol, shield: Shield | None = None, instead: Table | None = None) -> Any:
         """Run a snapshot, seal or rollback. Signals are held back, except while it waits for open sections.
 
         Args:
             protocol: What to run.
             shield: The caller's, when signals are to be held back for longer than the submission.
+            instead: Calls in the place of the vault's, for a protocol over other memory.
         """
         if shield is not None:
-            return drive(protocol, functools.partial(self.perform, shield=shield))
+            return drive(protocol, functools.partial(self.perform, shield=shield, instead=instead))
         with Shield() as own:
-            return drive(protocol, functools.partial(self.perform, shield=own))
+            return drive(protocol, functools.partial(self.perform, shield=own, instead=instead))
 
     def change(self, function: Callable[[HostState], tuple[HostState, Any]]) -> Any:
         """Apply one atomic change outside of a protocol."""
@@ -141,9 +145,11 @@ class Driver:
         """The capture is over, or never began."""
         drive(end_capture(token), self.perform)
 
-    def perform(self, op: Op, shield: Shield | None = None) -> Any:
+    def perform(self, op: Op, shield: Shield | None = None, instead: Table | None = None) -> Any:
         """Perform one operation."""
         call = self._table.get(type(op))
+        if instead is not None:
+            call = instead.get(type(op), call)
         if call is None:
             if isinstance(op, Await):
                 with contextlib.nullcontext() if shield is None else shield.interruptible():

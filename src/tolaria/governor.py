@@ -290,7 +290,7 @@ class TolariaGovernor:
             QuiesceTimeout, SlotsBusy, BudgetExceeded, UnsupportedState: Nothing was changed.
         """
         doing = "taking a snapshot"
-        arguments.require_of_snapshot(doing, step, grads, when)
+        step = arguments.require_of_snapshot(doing, step, grads, when)
         if self.is_disabled or self.config.mode == "observe":
             return SnapshotInfo.nothing()
         self._require_open(doing)
@@ -338,10 +338,10 @@ class TolariaGovernor:
         if self.is_disabled or self.config.mode == "observe":
             return report
         self._require_open(doing)
-        arguments.require_target(doing, to, self._keeper.phase_of)
+        target = arguments.require_target(doing, to, self._keeper.phase_of)
 
         def run() -> None:
-            self._course.roll_back(report, to, optimizer, verify)
+            self._course.roll_back(report, target, optimizer, verify)
 
         if when == "boundary" and self._keeper.is_inside():
             report.status = "pending"
@@ -363,10 +363,11 @@ class TolariaGovernor:
             reason: Recorded in the report.
 
         Raises:
-            UnsupportedState: `past_steps` is 0.
+            UnsupportedState, UsageError: `past_steps` is 0; `steps` is no whole number of at least 1.
             PhaseError, CaptureInProgress, QuiesceTimeout, NoSnapshot, StateMismatch: Nothing was written.
             RollbackFailed: Failed after the first write; the state is undefined.
         """
+        steps = arguments.require_steps("stepping back", steps)
         report = self._unmade(reason or f"back by {steps}", None)
         if self.is_disabled or self.config.mode == "observe":
             return report

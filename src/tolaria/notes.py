@@ -13,16 +13,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from tolaria import arena, budget
+from tolaria import arena, budget, memory
 from tolaria.arena import Arena, Signature
 from tolaria.barriers import Ground
-from tolaria.cuda import named
-from tolaria.driver import Driver
+from tolaria.driver import Driver, Table
 from tolaria.errors import InvalidConfig, NoSnapshot, UnsupportedState
 from tolaria.noting import Place, SteppedBack, note, step_back
 from tolaria.operations import (
@@ -31,10 +29,8 @@ from tolaria.operations import (
     Check,
     Copy,
     Direction,
-    Op,
     Part,
     Places,
-    Protocol,
     Reserve,
     RestoreHost,
     Survey,
@@ -42,7 +38,6 @@ from tolaria.operations import (
 from tolaria.optim import marks
 from tolaria.optim.leaving import Leaving
 from tolaria.optim.marks import Mark, Pair
-from tolaria.protocol import drive
 from tolaria.ring import Tier
 from tolaria.shield import Shield
 from tolaria.snapshot import Vault
@@ -76,7 +71,7 @@ class Notes(Vault):
 
     Args:
         vault: Of its snapshots: the same state, devices and journal.
-        driver: Performs what concerns no memory.
+        driver: Runs the protocols, and performs what concerns no memory.
         optimizers: All that are governed.
         steps: How many steps back notes are kept for.
         witness: A method that counts sections of writers whose writes torch may not see. The optimizers hold it weakly.
@@ -104,7 +99,7 @@ class Notes(Vault):
         self._imprints: dict[tuple[int, ...], StateImprint | None] = {}  # by where the moments are; the newest last
         self._most_places = 1 + max(optimizer._past.options.history for optimizer in self._optimizers)
         self._left_out: dict[int, frozenset[int]] = {}  # by note: storages without a place in its memory
-        self._table: dict[type[Any], Callable[[Any], Any]] = {
+        self._table: Table = {
             Survey: self.survey,
             Reserve: self.reserve,
             Copy: self.copy,
@@ -121,7 +116,7 @@ class Notes(Vault):
         index = free[0] if free else min(self._notes, key=lambda one: self._notes[one].place.step)
         before = self._notes.get(index)
         try:
-            self._submit(note(threading.get_ident(), ground, index), shield)
+            self._driver.submit(note(threading.get_ident(), ground, index), shield, self._table)
         except BaseException:
             if self._notes.get(index) is not before:  # else nothing was changed, and what is there is as good as it was
                 self._notes.pop(index, None)
@@ -144,7 +139,8 @@ class Notes(Vault):
             StateMismatch, and what else `noting.step_back` raises.
         """
         choose = functools.partial(self._choose, wanted)
-        done: SteppedBack = self._submit(step_back(threading.get_ident(), ground, choose, _DOING), shield)
+        protocol = step_back(threading.get_ident(), ground, choose, _DOING)
+        done: SteppedBack = self._driver.submit(protocol, shield, self._table)
         return done
 
     def forget(self) -> None:
@@ -167,22 +163,7 @@ class Notes(Vault):
 
     # ------------------------------------------------------------ operations
 
-    def _submit(self, protocol: Protocol, shield: Shield) -> Any:
-        def perform(op: Op) -> Any:
-            call = self._table.get(type(op))
-            if call is None:
-                return self._driver.perform(op, shield=shield)
-            try:
-                with torch.inference_mode(False):
-                    return call(op)
-            except Exception as error:
-                lost = named(error, f"performing {type(op).__name__}")
-                if lost is error:
-                    raise
-                raise lost from error
-
-        return drive(protocol, perform)
-
+    @memory.outside_inference
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`. Where moments alternate, a survey that stands is that of when they were there before."""
         where = tuple(map(_first_moment, self._optimizers))
@@ -196,6 +177,7 @@ class Notes(Vault):
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Notes have no tier to choose: they stay beside the train state."""
 
+    @memory.outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`, for what the optimizers do not leave behind."""
         slot, surveyed = self.slots[op.slot], self._take_survey()
@@ -221,6 +203,7 @@ class Notes(Vault):
         others = {leaf.storage for leaf in leaves.leaves if counts[id(leaf.tensor)] != 1}
         return frozenset(range(len(leaves.storages))) - others
 
+    @memory.outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         route = self.slots[op.slot].routes.get((op.device, op.part))
@@ -239,6 +222,7 @@ class Notes(Vault):
     def _move(self, device: str, pairs: list[Pair]) -> None:
         self.devices[device].enqueue(functools.partial(marks.copy, pairs))
 
+    @memory.outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`: the note is complete but for its publication."""
         completed = Vault.capture_host(self, op)
@@ -275,6 +259,7 @@ class Notes(Vault):
         assert self._target is not None
         return self._target
 
+    @memory.outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`, and find the copies."""
         known = self._going_to()
@@ -288,6 +273,7 @@ class Notes(Vault):
             known.back.setdefault(str(pair[0].device), []).append(pair)
         return places
 
+    @memory.outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. Later notes are of an abandoned future; this one is of the present state again."""
         known = self._going_to()

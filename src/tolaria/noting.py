@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tolaria import ring
 from tolaria.admission import announce, enter_exclusive, leave_exclusive
-from tolaria.barriers import Ground, copies, copies_done, order_behind, post_barrier, pre_barrier, record
-from tolaria.errors import DeviceLost, RollbackFailed, StateMismatch
+from tolaria.barriers import Ground, break_off, copies, copies_done, order_behind, post_barrier, pre_barrier, record
+from tolaria.errors import StateMismatch
 from tolaria.gate import ThreadId
 from tolaria.operations import (
     Barrier,
@@ -155,14 +155,8 @@ def step_back(thread: ThreadId, ground: Ground, choose: Callable[[], Place], doi
         return SteppedBack(place, epoch, waited_s, began, copied, done)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
-            yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
-            if isinstance(error, DeviceLost):
-                raise
-            raise RollbackFailed(
-                doing,
-                f"{type(error).__name__} after the first write: {error}",
-                "Call execute_rollback(), which goes back to a snapshot of the ring, or stop the run.",
-            ) from error
+            advice = "Call execute_rollback(), which goes back to a snapshot of the ring, or stop the run."
+            yield from break_off(error, doing, advice)
         raise
     finally:
         yield leave_exclusive(thread)

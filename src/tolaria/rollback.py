@@ -8,8 +8,8 @@ from typing import Any
 
 from tolaria import ring
 from tolaria.admission import announce, announce_exclusive, enter_exclusive, leave_exclusive
-from tolaria.barriers import Ground, copies, order_behind, post_barrier, pre_barrier, record
-from tolaria.errors import DeviceLost, NoSnapshot, RollbackFailed, SnapshotRejected
+from tolaria.barriers import Ground, break_off, copies, order_behind, post_barrier, pre_barrier, record
+from tolaria.errors import DeviceLost, NoSnapshot, SnapshotRejected
 from tolaria.gate import ThreadId
 from tolaria.operations import (
     Change,
@@ -185,14 +185,10 @@ def rollback(
         return RolledBack(target, epoch, corrupted_steps, waited_s, began, copied, done, is_read, read_events, unread)
     except BaseException as error:
         if wrote and not isinstance(error, GeneratorExit):
-            yield Change("mark the train state as torn", lambda s: (replace(s, torn=True), None))
-            if isinstance(error, DeviceLost):
-                raise
-            raise RollbackFailed(
-                doing,
-                f"{type(error).__name__} after the first write: {error}",
-                "Call execute_rollback() again once the cause is mended (the snapshot is still held), or stop the run.",
-            ) from error
+            held = (
+                "Call execute_rollback() again once the cause is mended (the snapshot is still held), or stop the run."
+            )
+            yield from break_off(error, doing, held)
         raise
     finally:
         for index in pinned:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tolaria import recover
 from tolaria.course import Course
-from tolaria.errors import CaptureInProgress, DeviceLost, SafetyError, UnsupportedState, UsageError
+from tolaria.errors import CaptureInProgress, DeviceLost, SafetyError, UnsupportedState
 from tolaria.feed import Rewind
 from tolaria.notes import Notes
 from tolaria.records import Health, Verdict, VitalSigns
@@ -69,11 +69,10 @@ class Stepping:
             self._has_failed = False
 
     def back(self, report: RollbackReport, steps: int) -> None:
-        """Go back by that many steps, and tell of it as of a rollback by hand. Batches go on.
+        """Go back by that many steps, one at least, and tell of it as of a rollback by hand. Batches go on.
 
         Raises:
             UnsupportedState: No notes are taken.
-            UsageError: `steps` is less than 1.
             NoSnapshot, StateMismatch, and what else `Notes.step_back` raises: see there.
         """
         course, notes = self._course, self._course.keeper.notes
@@ -81,8 +80,6 @@ class Stepping:
             raise UnsupportedState(
                 "stepping back", "past_steps is 0, so no notes are taken of single steps", "Set it, see docs/optim.md."
             )
-        if steps < 1:
-            raise UsageError("stepping back", f"steps={steps}, expected 1 or more", "Nothing was changed.")
         with Shield() as shield:
             self._go(shield, notes, report, lambda completed: completed - steps)
             rewind = course.rewind(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ WRONG = [
     ("execute_rollback", {"verify": True}, "verify is True"),
     ("execute_rollback", {"when": 3}, "when is 3, expected 'boundary'"),
     ("execute_rollback", {"to": "newest"}, "to is 'newest', expected a SnapshotInfo"),
+    ("step_back", {"steps": "2"}, "steps is '2', expected a whole number"),
+    ("step_back", {"steps": 1.0}, "steps is 1.0, expected a whole number"),
+    ("step_back", {"steps": 0}, "steps is 0, expected a whole number of at least 1"),
     ("execute_rollback", {"optimizer": nn.Linear(1, 1)}, "optimizer is a Linear, expected a torch.optim.Optimizer"),
 ]
 
@@ -81,9 +85,14 @@ def test_a_snapshot_of_another_governor_is_no_target(kit: Any, govern: Govern) -
     assert governor.execute_rollback(to=info).success
 
 
-def test_steps_may_be_numbers_of_numpy(kit: Any, govern: Govern) -> None:
-    governor = govern(kit.Run().model)
-    assert governor.snapshot(np.int64(7)).step == 7
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_steps_may_be_numbers_of_others(number: Callable[[int], Any], kit: Any, govern: Govern, tmp_path: Path) -> None:
+    """And are plain ones from there on: a line of the ledger holds no others."""
+    ledger = tmp_path / "ledger.jsonl"
+    governor = govern(kit.Run().model, config=GovernorConfig(ledger=str(ledger)))
+    assert type(governor.snapshot(number(7)).step) is int
+    assert governor.execute_rollback(to=number(7)).snapshot_step == 7
+    assert '"restored_step": 7' in ledger.read_text()
 
 
 def test_what_a_snapshot_is_waited_for_has_a_name(kit: Any, govern: Govern) -> None:

@@ -664,7 +664,7 @@ def test_what_is_refused(alone):
     with TolariaGovernor(model, AdamW(model.parameters(), history=2), config=config) as governor:
         with pytest.raises(UnsupportedState, match="past_steps"):
             Rounds(governor)
-        with pytest.raises(UsageError, match="steps=0"):
+        with pytest.raises(UsageError, match="steps is 0"):
             governor.step_back(0)
 
 

@@ -38,9 +38,7 @@ class Room:
         others = turned if at is not None else [each for each in self.sets if not _shares(each, live)]
         others = [each for each in others if _alike(each, live)]
         intact = intact and len(others) == len(turned)
-        if (
-            at is None
-        ):  # taken out of the state by somebody else: whoever remembers them as they were sees that they are not
+        if at is None:  # somebody has put others in their place: whoever remembers these sees that they are written
             torch.autograd.graph.increment_version([tensor for each in others for tensor in each.values()])
         others += [{k: torch.empty_like(t) for k, t in live.items()} for _ in range(history - len(others))]
         self.sets = [live, *others[:history]]
