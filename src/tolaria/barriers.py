@@ -1,4 +1,4 @@
-"""Parts of the protocol: the barriers on both sides of the copies, by kind, the copies themselves, and their failure."""
+"""Parts of the protocol: the barriers on both sides of the copies, by kind, the copies themselves, their failure."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Course:
         verdict: The newest one.
         due: Of the step whose snapshot waits for the end of the loop body.
         history: Which batches the steps have consumed.
-        on_step: Called when a step is concluded, and when a rollback has been made between two.
+        on_step: Called when a step is concluded, and when a rollback was made there or by hand.
         from_past: Asked first when a panic is to be answered; None: it could not.
     """
 

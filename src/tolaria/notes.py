@@ -95,9 +95,11 @@ class Notes(Vault):
         taken = vault.with_rng, vault.read_journal, vault.write_journal
         super().__init__(vault.state, [tier] * (steps + 1), vault.devices, room, *taken)
         self._notes: dict[int, _Note] = {}
+        self.are_forgotten = False  # and none was taken since
         self._target: _Note | None = None  # under the gate: a rollback that has left it may forget all notes meanwhile
         self._imprints: dict[tuple[int, ...], StateImprint | None] = {}  # by where the moments are; the newest last
-        self._most_places = 1 + max(optimizer._past.options.history for optimizer in self._optimizers)
+        kept = [each._past.options.history for each in self._optimizers if each._past.options.alternate]
+        self._most_places = 1 + max(kept, default=0)
         self._left_out: dict[int, frozenset[int]] = {}  # by note: storages without a place in its memory
         self._table: Table = {
             Survey: self.survey,
@@ -114,7 +116,7 @@ class Notes(Vault):
         """Take a note of the present state, in the place of the oldest one. Raises as `noting.note`."""
         free = [index for index in range(len(self.slots)) if index not in self._notes]
         index = free[0] if free else min(self._notes, key=lambda one: self._notes[one].place.step)
-        before = self._notes.get(index)
+        before, self.are_forgotten = self._notes.get(index), False
         try:
             self._driver.submit(note(threading.get_ident(), ground, index), shield, self._table)
         except BaseException:
@@ -146,6 +148,7 @@ class Notes(Vault):
     def forget(self) -> None:
         """A rollback by other means: the notes are of another past."""
         self._notes.clear()
+        self.are_forgotten = True
 
     def num_bytes_held(self) -> int:
         """Memory that the notes take."""

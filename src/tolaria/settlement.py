@@ -47,7 +47,7 @@ class Settlement:
     def __init__(self, course: Course) -> None:
         self._course = course
         self.looks_again = True
-        self.between: Callable[[], None] = lambda: None  # called at the boundary itself, before anything else
+        self.between: Callable[[], None] = lambda: None  # called at the boundary, before anything else and after it
         self._looked = -1  # number of the batch that would come next, where the data had ended amid a suspicion
 
     def settle(self, at_the_end: bool) -> None:
@@ -69,6 +69,7 @@ class Settlement:
             panic = course.catch_up(wait=True) or self._left_torn() or self._look_again()
         if panic is not None:
             course.answer(*panic)
+        self.between()
 
     def finish(self) -> bool:
         """The run is over, wherever its loop was left: wait for all verdicts.

@@ -45,7 +45,9 @@ class Stepping:
             self._note()
 
     def _between(self) -> None:
-        if self._is_due and not self._course.feed.has_open:
+        notes = self._course.keeper.notes
+        is_due = self._is_due or (notes is not None and notes.are_forgotten)  # by a rollback between two bodies
+        if is_due and not self._course.feed.has_open:
             self._is_due = False
             self._note()
 

@@ -1,6 +1,7 @@
 """A governor goes back by single steps, with what our optimizers leave behind and a note of the rest."""
 
 import contextlib
+import copy
 import gc
 import random
 import threading
@@ -684,6 +685,38 @@ def test_nothing_is_noted_for_others(run):
     assert one.governor._keeper.notes is None
     assert one.optimizer._past.witness is None
     assert one.optimizer._past.left[-1].before is None
+
+
+@pytest.mark.parametrize("kind", ["adamw", "in place", "momentum"])
+def test_moments_that_were_loaded_over_are_held_by_nobody(kind, run):
+    one = run(kind)
+    one.train(0, 1, 2)
+    held = [weakref.ref(tensor) for state in one.optimizer.state.values() for tensor in state.values()]
+    with one.governor.using():
+        one.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    one.train(*range(3, 9))
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
+def test_after_a_rollback_between_two_bodies_there_is_a_note(run):
+    """A snapshot that is not finite is answered where it is taken."""
+    one = run(cadence=4, probation=0, check_weights_every=1000)
+    number, struck = 0, False
+    for batch in one.governor.watch(range(12)):
+        if struck and one.governor.statistics().rollbacks == 1 and not number:
+            before = one.state()
+            one.governor.step(loss=one.loss(batch))
+            one.governor.step_back(1)
+            assert one.state() == before
+            number += 1
+            continue
+        one.governor.step(loss=one.loss(batch))
+        if batch == 7 and not struck:
+            struck = True
+            with one.governor.using(), torch.no_grad():
+                one.model[1].running_mean[0] = float("inf")
+    assert number == 1
 
 
 def test_closing_leaves_no_trace(run):
