@@ -141,7 +141,8 @@ class GovernorConfig:
         copy_path: How bytes move between the train state and slots on the same accelerator: ``"kernel"`` (one compiled
             kernel), ``"foreach"`` (torch's multi-tensor copy, which works everywhere), ``"graph"`` (a CUDA graph of
             copies) or ``"batch"`` (the copy engines, beside whatever computes). None: the kernel, unless another one
-            is measured to be faster; what was chosen and why is in `capabilities()`.
+            is measured to be faster; what was chosen and why is in `capabilities()`. Notes (`past_steps`) always
+            take the kernel, or ``"foreach"`` where there is none.
         gate_timeout_s: Seconds a snapshot or rollback waits for open sections before `QuiesceTimeout`.
         ledger: Path of a JSON-lines file, one line per incident; None writes none.
         writer: A TensorBoard `SummaryWriter` of yours: gets incidents as text, vital signs and counts of rollbacks as

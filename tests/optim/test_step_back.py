@@ -512,6 +512,28 @@ def test_parameters_without_a_gradient_now_and_then(run):
     assert one.state() == seen[1]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_section_behind_the_step_and_a_parameter_that_is_frozen(given, run):
+    """Of one that the optimizer has, nothing is left behind; one that it was not given is in the note."""
+
+    def make(parameters, **own):
+        frozen, *others = parameters
+        frozen.requires_grad_(False)
+        return AdamW([frozen, *others] if given else others, lr=0.001, **own)
+
+    one = run(make)
+    one.train(0, 1)
+    one.watch(3)  # an average is updated behind each step
+    before = one.state()
+    one.governor.step(loss=one.loss(4))
+    with one.governor.using():
+        one.average.update_parameters(one.model)
+    refused = pytest.raises(NoSnapshot, match="that no step has written since")
+    with refused if given else contextlib.nullcontext():
+        one.governor.step_back(1)
+    assert given or one.state() == before
+
+
 # ---------------------------------------------------------------- several optimizers, other states
 
 

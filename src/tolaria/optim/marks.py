@@ -76,9 +76,12 @@ def obstacle(optimizer: Leaving, to: Mark) -> str:
             first.setdefault(key, (version, before.foreign))
     now = 0 if past.witness is None else past.witness()
     for tensor in to.tensors:
-        version, foreign = first.get(id(tensor), (tensor._version, now))
+        stepped = first.get(id(tensor))
+        version, foreign = stepped or (tensor._version, now)
         if version != to.seen.versions[id(tensor)]:
             return "somebody has written parameters or moments between the note and the step after it"
+        if foreign != to.seen.foreign and stepped is None:
+            return "a section of `using()` or a replay may have written a parameter that no step has written since"
         if foreign != to.seen.foreign:
             return "a section of `using()` or a replay may have written between the note and the step after it"
     if not all(map(_is_untouched, steps)):
