@@ -114,9 +114,10 @@ class Notes(Vault):
 
     def take(self, shield: Shield, ground: Ground) -> None:
         """Take a note of the present state, in the place of the oldest one. Raises as `noting.note`."""
-        free = [index for index in range(len(self.slots)) if index not in self._notes]
-        index = free[0] if free else min(self._notes, key=lambda one: self._notes[one].place.step)
-        before, self.are_forgotten = self._notes.get(index), False
+        held = dict(self._notes)
+        free = [index for index in range(len(self.slots)) if index not in held]
+        index = free[0] if free else min(held, key=lambda one: held[one].place.step)
+        before, self.are_forgotten = held.get(index), False
         try:
             self._driver.submit(note(threading.get_ident(), ground, index), shield, self._table)
         except BaseException:
@@ -289,8 +290,9 @@ class Notes(Vault):
         return alive
 
     def _drop(self, unwanted: Callable[[int], bool]) -> None:
-        for index in [index for index, one in self._notes.items() if unwanted(one.place.step)]:
-            del self._notes[index]
+        for index, one in list(self._notes.items()):
+            if unwanted(one.place.step):
+                self._notes.pop(index, None)
 
 
 def _leaving(optimizer: Optimizer, steps: int) -> Leaving:

@@ -17,7 +17,7 @@ from torch import nn
 from tolaria import TolariaGovernor, UnsupportedState, engine, paths
 from tolaria.cuda import ContextDevice
 from tolaria.kernels import Sweep
-from tolaria.paths import CopyPath, prepare
+from tolaria.paths import Choice, CopyPath, Paths, prepare
 
 Flat = Sequence[torch.Tensor]
 ENGINE = (CopyPath.GRAPH, CopyPath.BATCH)
@@ -300,6 +300,16 @@ def test_a_layout_that_is_gone_takes_its_memory_with_it(late: Machine, govern, m
     governor.snapshot()
     late.lag = 0
     assert "measured over" in governor.capabilities().copy_path
+
+
+def test_trials_of_other_devices_and_of_the_present_layout_go_on() -> None:
+    former, present, other = (Choice(CopyPath.FOREACH, CopyPath.FOREACH, "being measured", object()) for _ in range(3))
+    held = Paths()
+    held._tried = {("cuda:0", 1, 1): former, ("cuda:0", 2, 2): present, ("cuda:1", 1, 1): other}
+    held._chosen = {"cuda:0": present, "cuda:1": other}
+    held._drop_former("cuda:0")
+    assert [choice.is_being_measured for choice in (former, present, other)] == [False, True, True]
+    assert (list(held._tried.values()), former.reason) == ([present, other], "not measured")
 
 
 def test_with_a_compiled_kernel_its_reading_copy_is_what_the_others_have_to_beat(

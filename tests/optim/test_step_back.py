@@ -152,6 +152,22 @@ def test_a_loop_that_fetches_ahead(run):
             assert one.state() == after
 
 
+def test_a_later_note_of_the_same_step_takes_the_place_of_the_first(run):
+    """The body of the loop went on after it had gone back."""
+    one = run(steps=3)
+    for number, batch in enumerate(one.governor.watch(range(6))):
+        before = one.state()
+        one.governor.step(loss=one.loss(batch))
+        if number == 1:
+            one.governor.step_back(1)
+        if number == 2:
+            one.governor.step_back(1)
+            assert one.state() == before
+            break
+        with one.governor.using():
+            one.average.update_parameters(one.model)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_before_the_very_first_step(kind, run):
     one = run(kind)
@@ -498,6 +514,25 @@ def test_after_a_capture_no_notes_are_taken(run):
     one.train(3)
     with pytest.raises(NoSnapshot, match=r"captured|notes are held"):
         one.governor.step_back(1)
+
+
+def test_a_parameter_that_no_optimizer_steps_any_more_is_in_the_note(run):
+    """The layout is as it was: what is left to the optimizer is not."""
+    one = run("sgd")
+    one.train(0, 1, 2)
+    left = one.optimizer.param_groups[0]["params"].pop()
+    for number in range(3, 7):
+        one.states[number:] = [one.state()]
+        one.governor.step(loss=one.loss(number))
+        with one.governor.using():
+            left.data.add_(1)  # by nobody that torch knows
+    one.governor._stepping._note()
+    before = one.state()
+    one.governor.step(loss=one.loss(7))
+    with one.governor.using():
+        left.data.add_(1)
+    one.governor.step_back(1)
+    assert one.state() == before
 
 
 def test_parameters_without_a_gradient_now_and_then(run):
