@@ -330,3 +330,20 @@ def test_without_a_compiler_torch_makes_the_step(whole, interpreted, monkeypatch
     assert not ours.kept().compiled
     assert caplog.text.count("optimizer steps use plain torch operators: OSError: no compiler here") == 2
     assert all(torch.equal(p, q) for p, q in zip(mine, others, strict=True))
+
+
+@pytest.mark.parametrize("history", [1, 2, 3])
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+def test_moments_that_stop_alternating(at, history, interpreted, parameters, feed, frozen):
+    """The sets are used in another order from then on: what steps of before have left there is not taken back."""
+    held, states = parameters(), []
+    optimizer = AdamW(held, lr=1.0, fused=True, history=history)
+    for number in range(at + 2):
+        optimizer.param_groups[0]["capturable"] = number >= at
+        states.append(frozen(optimizer))
+        feed(number, held)
+        optimizer.step()
+    assert (optimizer.kept().compiled, optimizer.kept().steps) == (True, min(2, history))
+    while optimizer.kept().steps:
+        optimizer.undo()
+        assert frozen(optimizer) == states.pop()

@@ -141,7 +141,8 @@ class Leaving(Optimizer):
         if capturing and not past.captured:
             past.captured, past.launches_undone = True, _launches(batch for _, batch in work)
         past.graphed += [batch for _, batch in work] if capturing else []
-        before = past.begin([batch for _, batch in work])
+        stays = {id(group): bool(self._reason(group)) for group, _ in work}
+        before = past.begin([batch for _, batch in work], stays)
         past.compiled = len(ready) == len(work)
         try:
             if past.compiled:

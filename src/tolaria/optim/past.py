@@ -132,6 +132,7 @@ class Past:
         made: How many steps were made, undone ones included.
         lost: Number of the last step that cannot be gone behind any more.
         witness: Counts sections of writers that torch's versions may not tell of. None: nobody wants to know.
+        stays: By id of a group, whether its moments kept their place in its last step.
     """
 
     options: Options
@@ -146,10 +147,19 @@ class Past:
     made: int = 0
     lost: int = 0
     witness: Callable[[], int] | None = None
+    stays: dict[int, bool] = field(default_factory=dict)
 
-    def begin(self, batches: Iterable[Batch]) -> Sighting | None:
-        """A step comes: forget what it does not follow on. Answers what is to be told of other writers."""
-        if self.left and (self.captured or not self.left[-1].is_last_word()):
+    def begin(self, batches: Iterable[Batch], stays: dict[int, bool]) -> Sighting | None:
+        """A step comes: forget what it does not follow on. Answers what is to be told of other writers.
+
+        Args:
+            batches: What it will write.
+            stays: By id of a group, whether its moments must not change their place.
+        """
+        # what has alternated and does so no more takes sets in another order, so it may meet one that is still needed
+        has_changed = any(self.stays.get(group, now) != now for group, now in stays.items())
+        self.stays.update(stays)
+        if self.left and (self.captured or has_changed or not self.left[-1].is_last_word()):
             self.forget()
         if self.witness is None:
             return None
