@@ -1,5 +1,7 @@
 """Notes and the way back on a device that is late: call by call, and bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cuda_driver.conftest import Run, freeze
@@ -92,6 +94,47 @@ def test_writers_of_buffers_wait_for_a_note(late, govern, stepped):
     assert late.pending(late.own()) == 1
     stepped.model(stepped.batches[1][0])
     assert late.pending(late.own()) == 0
+
+
+def test_a_stream_that_becomes_known_later_waits_for_a_note(late, govern, stepped):
+    governor = governed(govern, stepped, barrier="streams")
+    stepped.step(governor, stepped.batches[0])
+    late.finish()
+    governor._stepping._note()
+    side = late.side_stream()
+    with late.tape() as calls, governor.using(streams=[SimpleNamespace(device="cpu", cuda_stream=side.handle)]):
+        pass
+    assert [call.split()[:2] for call in calls].count(["cuStreamWaitEvent", "side0.0"]) == 1
+
+
+def test_what_was_found_in_a_snapshot_of_its_future_is_no_news(late, govern, stepped):
+    governor = govern(*stepped.parts(), scheduler=stepped.scheduler, cadence=4, past_steps=6)
+    governor.snapshot()
+    for batch in stepped.batches[:3]:
+        stepped.step(governor, batch)
+    with torch.no_grad():
+        next(stepped.model.buffers()).fill_(float("inf"))
+    stepped.step(governor, stepped.batches[3])
+    late.finish()
+    governor._keeper.arrivals.seal(wait=True)  # as somebody does who waits for a snapshot of his own
+    assert [finding.taken.completed for finding in governor._keeper.arrivals._findings if finding.found.nonfinite] == [
+        4
+    ]
+    governor.step_back(1)
+    for batch in stepped.batches[3:6]:
+        stepped.step(governor, batch)
+    assert (governor.statistics().panics, governor.statistics().rollbacks) == (0, 1)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_what_is_written_outside_of_sections_waits_for_a_note(registered, late, govern, stepped):
+    governor = governed(govern, stepped)
+    if registered:
+        governor.register("average", nn.Linear(2, 2))
+    stepped.step(governor, stepped.batches[0])
+    with late.tape() as calls:
+        governor._stepping._note()
+    assert any(call.startswith("cuCtxWaitEvent") for call in calls) == registered
 
 
 @pytest.mark.parametrize("barrier", ["context", "streams"])

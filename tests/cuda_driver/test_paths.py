@@ -137,6 +137,17 @@ def test_a_snapshot_comes_back_by_the_path_that_was_asked_for(path: str, late: M
     assert used == {commands[path]} - {""}
 
 
+@pytest.mark.parametrize("path", ["kernel", "foreach", "graph", "batch"])
+def test_a_copy_that_does_not_read_is_read_behind(path: str, late: Machine, govern, monkeypatch) -> None:
+    """Where there is a kernel that could do both."""
+    monkeypatch.setattr(Sweep, "is_compiled", True)
+    governor = govern(small(), copy_path=path, slots=2, probation=0)
+    with late.tape() as calls:
+        governor.snapshot()
+    assert calls.count("launch own0 read") == (0 if path == "kernel" else 2)
+    assert governor.execute_rollback().wait().verified
+
+
 @pytest.mark.parametrize("path", ["graph", "batch"])
 def test_a_poisoned_batch_leaves_no_trace(path: str, late: Machine, govern, make_run) -> None:
     late.lag = 2

@@ -282,6 +282,18 @@ def test_snapshots_of_its_future_go_with_it(run):
     assert one.state() == early
 
 
+def test_the_probation_of_candidates_begins_again(run):
+    one = run(cadence=2, probation=5)
+    one.train(*range(6))
+
+    def candidates():
+        return [(slot.completed, slot.healthy) for slot in one.governor._keeper.ring if slot.in_probation]
+
+    assert (4, 2) in candidates()
+    one.governor.step_back(1)
+    assert candidates() == [(2, 0), (4, 0)]
+
+
 def test_an_incident_tells_of_it(run):
     told = []
     one = run(on_incident=told.append)
