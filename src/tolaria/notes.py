@@ -158,6 +158,7 @@ class Notes(Vault):
     def close(self) -> None:
         """Let go of everything. The devices are the vault's."""
         self._notes.clear()
+        self._target = None
         self._imprints.clear()
         self.slots = [self._empty_slot(tier) for tier in self.tiers]
         self._surveyed = self._layout = None
