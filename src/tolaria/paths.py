@@ -163,7 +163,9 @@ class _Trial:
         for name, began, ended in self._spans:
             ms[name] = min(self._port.elapsed_ms(began, ended), ms.get(name, float("inf")))
         copies = {path: ms[path] for path in self._tasks if isinstance(path, CopyPath)}
-        reading = {path: took + ms[_READ] for path, took in copies.items()}
+        if not copies:  # what failed fails here no more: this is asked amid a snapshot or rollback
+            return incumbent, incumbent, "not measured"
+        reading = {path: took + ms.get(_READ, 0.0) for path, took in copies.items()}
         if _BOTH in ms and CopyPath.KERNEL in reading:
             reading[CopyPath.KERNEL] = ms[_BOTH]
         shown = ", ".join(f"{path.value} {took:.3f}" for path, took in copies.items())
@@ -258,8 +260,8 @@ class Paths:
             choice = self._tried[key] = self._made(port, memory.device)
             destinations, sources = _halves(memory, sizes)
             if total >= _SMALLEST_TRIAL_BYTES and len(self._offered[port.name]) > 1 and sources:
-                choice.reason = "being measured"
                 choice._trial = _Trial(port, self._offered[port.name], destinations, sources)
+                choice.reason = "being measured"
         self._chosen[port.name] = choice
         self._drop_former(port.name)
 

@@ -271,6 +271,40 @@ def test_a_path_that_fails_in_the_trial_is_out(broken: str, late: Machine, gover
     assert all(map(torch.equal, model.parameters(), before))
 
 
+@pytest.mark.parametrize("broken", ["the reading", "everything"])
+def test_what_fails_in_the_trial_fails_no_rollback(broken: str, late: Machine, govern, measuring, monkeypatch) -> None:
+    """Its times are asked for where copies are made."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    try_out, run = Paths.try_out, Sweep.run
+
+    def failing(self: Sweep, *arguments: object, copy: bool, **settings: object) -> None:
+        if not copy:
+            raise RuntimeError("out of memory")
+        run(self, *arguments, copy=copy, **settings)
+
+    def fails(*arguments: object) -> Callable[[], None]:
+        raise RuntimeError("out of memory")
+
+    def trying(self: Paths, *arguments: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sweep, "run", failing)
+            if broken == "everything":
+                patch.setattr(paths, "prepare", fails)
+            try_out(self, *arguments)
+
+    monkeypatch.setattr(Paths, "try_out", trying)
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    late.lag = 0
+    governor.snapshot()
+    before = [tensor.clone() for tensor in model.parameters()]
+    write(governor, model, 7.0)
+    governor.execute_rollback()
+    assert all(map(torch.equal, model.parameters(), before))
+    measured = "measured over" in governor.capabilities().copy_path
+    assert measured == (broken == "the reading")
+
+
 def test_a_trial_touches_no_live_byte_and_no_other_slot(late: Machine, govern, measuring) -> None:
     model = small()
     governor = govern(model, slots=2, probation=0)
