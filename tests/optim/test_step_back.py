@@ -788,6 +788,24 @@ def test_after_a_rollback_between_two_bodies_there_is_a_note(run):
     assert number == 1
 
 
+def test_beside_steps_that_are_run_again(run):
+    """Their rollbacks drop the notes, and each is followed by one."""
+    ends = []
+    for every in (0, 2):
+        one = run(cadence=4, reexecute_every=every)
+        for number, batch in enumerate(one.governor.watch(range(12))):
+            before = one.state()
+            one.governor.step(loss=one.loss(batch))
+            if number == 16:
+                one.governor.step_back(1)
+                assert one.state() == before
+                one.governor.step(loss=one.loss(batch))
+        ends.append(one.state())
+    assert ends[0] == ends[1]
+    assert one.governor.statistics().reexecutions >= 2
+    assert one.governor._keeper.notes.newest_before(13) == 12
+
+
 def test_closing_leaves_no_trace(run):
     one = run()
     one.train(0, 1)
