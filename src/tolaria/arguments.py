@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from tolaria.config import GovernorConfig
 from tolaria.errors import UnsupportedState, UsageError
+from tolaria.observe import several_of
 from tolaria.report import SnapshotInfo
 
 When = Literal["boundary"]
@@ -77,6 +78,39 @@ def _whole(doing: str, name: str, value: Any, expected: str) -> int:
         return operator.index(value)
     except TypeError:
         raise _wrong(doing, name, value, expected) from None
+
+
+def require_of_step(
+    doing: str, loss: Any, signs: Mapping[str, Any], *, clip: Any = None, metric: Any = None
+) -> None:
+    """Raise `UsageError` for a loss or a sign that is no number. Tensors are not read, so nothing waits."""
+    _require_loss(doing, loss)
+    for name, value in signs.items():
+        _require(is_number(value), doing, name, value, "a number, or a tensor")
+    for name, value in (("clip", clip), ("metric", metric)):
+        _require(value is None or is_number(value), doing, name, value, "a number")
+
+
+def _require_loss(doing: str, loss: Any) -> None:
+    if loss is None or is_number(loss):
+        return
+    several = several_of(loss)
+    _require(several is not None, doing, "loss", loss, "a number, a tensor, or several of them")
+    for one in () if several is None else several:
+        _require_loss(doing, one)
+
+
+def is_number(value: Any) -> bool:
+    """Whether `float` answers for it, which no text counts for; any tensor does, and is not asked."""
+    if isinstance(value, (float, int, torch.Tensor)):
+        return True
+    if not hasattr(value, "__float__"):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def require_of_rollback(doing: str, optimizer: Any, when: Any, verify: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch.optim import Optimizer
 
 from tolaria import observe, ring, veto
+from tolaria.arguments import require_of_step
 from tolaria.brake import brake_foreign_steps
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
@@ -215,12 +216,13 @@ class FollowingGovernor(TolariaGovernor):
             takes the framework's own counters back.
 
         Raises:
-            RetryBudgetExceeded, NoSnapshot, StateMismatch, UnsupportedState: As for `step`.
+            RetryBudgetExceeded, NoSnapshot, StateMismatch, UnsupportedState, UsageError: As for `step`.
         """
         if self.is_disabled:
             done = self._course.completed
             return StepResult(verdict=Verdict(Health.HEALTHY, done), rolled_back=False, skipped=False, step=done)
         self._require_boundary("judging a step")
+        require_of_step("judging a step", loss, signs)
         sent = self._sent(loss, scaler_skipped, signs)
         self._course.account(sent)
         if is_last:

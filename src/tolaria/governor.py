@@ -174,7 +174,7 @@ class TolariaGovernor:
             The verdict, whether the state was rolled back, whether the optimizer step was not applied.
 
         Raises:
-            PhaseError: Called from inside a section or a backward.
+            PhaseError: Called from inside a section or a backward. UsageError: A loss or a sign that is no number.
             UnsupportedState: Called while this thread captures a graph; nothing was changed.
             RetryBudgetExceeded: The panics do not end; the state is the last good one.
             NoSnapshot, StateMismatch, UnsupportedState: A panic could not be answered; nothing was restored.
@@ -186,6 +186,7 @@ class TolariaGovernor:
             return StepResult(verdict=Verdict(Health.HEALTHY, step), rolled_back=False, skipped=False, step=step)
         self._keeper.sections.require_no_capture("stepping")
         self._require_boundary("stepping")
+        arguments.require_of_step("stepping", loss, signs, clip=clip, metric=metric)
         self._keeper.run_requests(after_step=False)
         acting = self.config.mode == "act"
         if acting and ring.newest_good(self._keeper.ring) is None:
@@ -245,22 +246,22 @@ class TolariaGovernor:
 
     def _observe(self, loss: Loss, signs: Mapping[str, torch.Tensor | float], wait: bool) -> Verdict:
         self._require_boundary("observing")
+        arguments.require_of_step("observing", loss, signs)
         numbers: dict[str, Scalar] = {"loss": observe.mean_loss(loss)}
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        late = self._keeper.reads_late
         looks_at_gradients = "grad_norm" not in signs
         looks_at_weights = (self._course.completed + 1) % self.config.check_weights_every == 0
         if looks_at_gradients or looks_at_weights:  # else nobody need walk through the model
             parameters, trained = self._keeper.state.roster()
             if looks_at_gradients:
-                self._look.at_gradients(parameters, late, numbers, lists)
+                self._look.at_gradients(parameters, self._keeper.reads_late, numbers, lists)
             if looks_at_weights:
-                self._look.at_weights(trained, late, numbers, lists)
+                self._look.at_weights(trained, self._keeper.reads_late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
         reading = self._readings.send({**numbers, **own, **own_signs(others)}, lists)
-        torn = self._keeper.driver.state.torn
-        self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
+        step, torn = self._course.completed + 1, self._keeper.driver.state.torn
+        self._course.account(Sent(step=step, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
 
     def check_vital_signs(self, loss: Loss = None, **signs: torch.Tensor | float) -> bool:

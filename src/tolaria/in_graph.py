@@ -17,6 +17,7 @@ import torch
 from torch.utils import _pytree
 
 from tolaria import arena, observe, ring
+from tolaria.arguments import require_of_step
 from tolaria.coordinate import refuse_several_ranks
 from tolaria.course import Course
 from tolaria.device import QueuedDevice
@@ -255,6 +256,7 @@ class CapturedStep:
         doing = "replaying a captured step"
         keeper.sections.require_no_capture(doing)
         governor._require_boundary(doing)
+        require_of_step(doing, None, signs, metric=metric)
         keeper.run_requests(after_step=False)
         if metric is None and governor._update._wants_metric():
             raise UnsupportedState(

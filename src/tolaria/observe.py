@@ -183,13 +183,25 @@ def mean_loss(loss: Loss) -> Scalar:
         return loss
     if isinstance(loss, torch.Tensor):
         return mean_sign(loss)
-    several = loss.values() if isinstance(loss, Mapping) else loss
+    several = several_of(loss)
+    if several is None:
+        return float(loss)  # type: ignore[arg-type]
     values = [value for value in map(mean_loss, several) if value is not None]
     if not values:
         return None
     home = home_of([value for value in values if isinstance(value, torch.Tensor)])
     values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
     return sum(values[1:], start=values[0]) / len(values)
+
+
+def several_of(loss: Any) -> Iterable[Any] | None:
+    """The members where these are several losses; None of a single one, such as a number of NumPy's."""
+    if isinstance(loss, Mapping):
+        return loss.values()
+    if isinstance(loss, (str, bytes, torch.Tensor)):
+        return None
+    has_members = isinstance(loss, Sequence) or bool(getattr(loss, "shape", ()))
+    return loss if has_members else None
 
 
 def named_losses(loss: Loss) -> dict[str, torch.Tensor | float]:
@@ -219,11 +231,11 @@ def read_loss(loss: Loss) -> float | None:
         return None
     if isinstance(loss, torch.Tensor):
         return float(loss.detach().double().mean())
-    if isinstance(loss, (list, tuple, Mapping)):
-        several = loss.values() if isinstance(loss, Mapping) else loss
-        values = [value for value in map(read_loss, several) if value is not None]
-        return sum(values) / len(values) if values else None
-    return float(loss)  # type: ignore[arg-type]
+    several = several_of(loss)
+    if several is None:
+        return float(loss)  # type: ignore[arg-type]
+    values = [value for value in map(read_loss, several) if value is not None]
+    return sum(values) / len(values) if values else None
 
 
 def read_sign(value: torch.Tensor | float) -> float:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, UsageError
+from tolaria import Detector, GovernorConfig, TolariaGovernor, UsageError
+from tolaria.follow import FollowingGovernor
 from tolaria.judge import non_finite
+from tolaria.judge.detector import healthy
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -126,3 +128,71 @@ def test_sections_may_be_waited_for_as_long_as_it_takes(seconds: float, kit: Any
     assert inside.wait(60)
     assert governor.snapshot().state != "dropped"
     thread.join()
+
+
+NO_NUMBERS = [
+    ({"loss": "x"}, "loss is 'x', expected a number, a tensor, or several of them"),
+    ({"loss": ["0.5", 0.5]}, "loss is '0.5'"),
+    ({"loss": {"value": object()}}, "loss is a object"),
+    ({"kl": "high"}, "kl is 'high', expected a number, or a tensor"),
+    ({"kl": None}, "kl is a NoneType"),
+    ({"kl": [1.0, 2.0]}, "kl is a list"),
+    ({"kl": 1j}, "kl is a complex"),
+    ({"grad_norm": "a"}, "grad_norm is 'a'"),
+    ({"metric": "0.5"}, "metric is '0.5', expected a number"),
+    ({"clip": "1"}, "clip is '1', expected a number"),
+]
+
+
+@pytest.mark.parametrize(("given", "match"), NO_NUMBERS)
+@pytest.mark.parametrize("mode", ["act", "observe"])
+def test_a_sign_that_is_no_number_is_refused_before_the_step(
+    mode: str, given: dict[str, Any], match: str, kit: Any, govern: Govern
+) -> None:
+    """Found out only when it is sent off, it would leave behind a step that nobody has counted."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, config=GovernorConfig(mode=mode))
+    run.step(governor, run.batches[0])
+    loss = run.backward(run.batches[1])
+    before, counted, norm = run.state(), governor.statistics(), float(run.model[0].weight.grad.norm())
+    with pytest.raises(UsageError, match=match):
+        governor.step(**{"loss": loss, **given})
+    assert (run.state(), governor.statistics()) == (before, counted)
+    assert float(run.model[0].weight.grad.norm()) == norm
+    assert governor.step(loss=loss).step == 2
+
+
+@pytest.mark.parametrize(("given", "match"), [case for case in NO_NUMBERS if "clip" not in case[0]])
+def test_nor_is_it_judged(given: dict[str, Any], match: str, kit: Any, govern: Govern) -> None:
+    governor = govern(kit.Run().model)
+    with pytest.raises(UsageError, match=match.split(",")[0]):
+        governor.observe(**given)
+    assert governor.statistics().steps == 0
+
+
+def test_nor_is_a_step_of_somebody_else(kit: Any) -> None:
+    """What was read of its gradients still stands for it when the call is corrected."""
+    run = kit.Run()
+    with FollowingGovernor(run.model, run.optimizer) as governor:
+        governor.begin()
+        loss = run.backward(run.batches[0])
+        governor.gradients_ready()
+        run.optimizer.step()
+        with pytest.raises(UsageError, match="kl is 'high'"):
+            governor.stepped(loss=loss, kl="high")
+        assert governor._gradients
+        assert governor.stepped(loss=loss).step == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_numbers_of_numpy_are_losses(several: bool, kit: Any, govern: Govern) -> None:
+    """A mean over float32 in NumPy is no Python float."""
+    loss: Any = np.array([0.25, 0.75], dtype=np.float32) if several else np.float32(0.5)
+    seen: list[float | None] = []
+    detector = Detector(lambda: 0, lambda state, signs: (state, (seen.append(signs.loss), healthy(signs.step))[1]))
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=detector)
+    governor.observe(loss=loss)
+    run.backward(run.batches[0])
+    governor.step(loss=loss, kl=np.float32(0.125))
+    assert seen == [0.5, 0.5]
