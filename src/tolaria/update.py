@@ -117,7 +117,7 @@ class Update:
         grads = observe.gradients(counted) if closure is None else []
         norm, bad = observe.gradient_norm(grads)
         value = observe.read_loss(loss)
-        flagged = self._flagged() if bad else []
+        flagged = self._flagged() if bad or self._flags_are_here() else []
         by_scaler = bool(flagged) and not (may_veto and self._is_beyond(flagged))
         vetoed = bad > 0 and not by_scaler and may_veto
         if vetoed and self.scaler is not None:
@@ -220,6 +220,13 @@ class Update:
         if not found:
             return 0.0
         return sum((flag.to(found[0].device, non_blocking=True) for flag in found[1:]), start=found[0].clone())
+
+    def _flags_are_here(self) -> bool:
+        """Whether reading what the scaler has found waits for no device. Finite gradients may have been clipped so."""
+        if self.scaler is None:
+            return False
+        states = [self.scaler._per_optimizer_states[id(optimizer)] for optimizer in self.optimizers]
+        return all(flag.device.type == "cpu" for state in states for flag in state["found_inf_per_device"].values())
 
     def _flagged(self) -> list[Optimizer]:
         """The optimizers whose step the scaler will skip. Waits for the device."""
@@ -355,13 +362,18 @@ class Update:
                 guarded and self.scaler is not None and self._means.is_exact(optimizer)
             )
             with veto.predicated(optimizer, refusal) if by_flag else contextlib.nullcontext():
-                if self.scaler is not None:
+                if self.scaler is not None and (closure is not None or _has_gradients(optimizer)):
                     returned = self.scaler.step(optimizer, *arguments)
-                else:
+                else:  # also where a scaler would raise for want of gradients: of two that take turns, one rests
                     returned = optimizer.step(*arguments)
-        if self.scaler is not None:
+        if self.scaler is not None and any(
+            state["found_inf_per_device"] for state in self.scaler._per_optimizer_states.values()
+        ):
             self.scaler.update()
+        elif self.scaler is not None:  # no gradient anywhere: nothing that a scale could follow
+            self.scaler._per_optimizer_states.clear()
         return returned
+
 
     def _step_schedulers(self, metric: float | None) -> None:
         for scheduler in self.schedulers:
@@ -377,6 +389,7 @@ class Update:
             yield
             return
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = [group for group in groups if group.get("lr") is not None]  # else it finds its own, as Adafactor can
         # torch shares one tensor among all groups when the rate is given as a tensor: lower it once
         shared = {id(group["lr"]): group for group in groups if isinstance(group["lr"], torch.Tensor)}
         groups = [group for group in groups if shared.get(id(group["lr"]), group) is group]
@@ -396,6 +409,10 @@ def _single(read: Sequence[_Read]) -> Iterator[torch.Tensor]:
 
 def _parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(parameter.grad is not None for parameter in _parameters(optimizer))
 
 
 def _set_lr(group: dict[str, Any], lr: Any) -> None:

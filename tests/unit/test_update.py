@@ -66,3 +66,63 @@ def test_a_step_that_observe_mode_lets_pass_was_not_skipped() -> None:
     done = pair.step(may_veto=False)
     assert not bool(done.scaler_skipped)
     assert pair.scheduler.last_epoch == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_optimizer_without_gradients_is_not_asked_of_the_scaler(late: bool) -> None:
+    """The scaler would raise, when others have stepped already: a discriminator rests while the generator trains."""
+    pair = Pair(late)
+    for one, other in ((pair.first, pair.second), (pair.second, pair.first)):
+        before = one.detach().clone(), other.detach().clone()
+        one.grad = torch.full((4,), SCALE)
+        done = pair.step()
+        assert not bool(done.scaler_skipped)
+        assert torch.equal(other, before[1])
+        assert not torch.equal(one, before[0])
+    assert pair.scheduler.last_epoch == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_without_any_gradient_leaves_the_scaler_alone(late: bool) -> None:
+    pair = Pair(late)
+    done = pair.step()
+    assert not bool(done.scaler_skipped)
+    assert torch.equal(pair.first, torch.ones(4))
+    assert pair.update.scaler is not None
+    assert pair.update.scaler.get_scale() == SCALE
+    pair.first.grad = torch.full((4,), SCALE)
+    pair.step()
+    assert not torch.equal(pair.first, torch.ones(4))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_scaler_skips_counts_as_skipped_though_its_gradients_were_made_finite(late: bool) -> None:
+    """As `clip_grad_value_` does it with an infinity, behind `unscale_`."""
+    pair = Pair(late, steps=1)
+    assert pair.update.scaler is not None
+    pair.first.grad = torch.full((4,), float("inf"))
+    pair.update.scaler.unscale_(pair.optimizers[0])
+    torch.nn.utils.clip_grad_value_([pair.first], 1.0)
+    done = pair.step()
+    assert torch.equal(pair.first, torch.ones(4))
+    assert bool(done.scaler_skipped)
+    assert not done.vetoed
+    assert late or pair.scheduler.last_epoch == 0
+    assert pair.update.scaler.get_scale() == SCALE / 2
+
+
+class NoRate(torch.optim.SGD):
+    """A group that has no learning rate, and one whose rate is None: the optimizer finds its own."""
+
+    def __init__(self, first: nn.Parameter, second: nn.Parameter, third: nn.Parameter) -> None:
+        super().__init__([{"params": [first]}, {"params": [second]}, {"params": [third]}], lr=0.5)
+        self.param_groups[0]["lr"] = None
+        del self.param_groups[1]["lr"]
+
+
+def test_a_group_without_a_learning_rate_is_not_cooled() -> None:
+    optimizer = NoRate(*(nn.Parameter(torch.ones(2)) for _ in range(3)))
+    update = Update([optimizer], [], None)
+    with update._scaled_learning_rate(0.5):
+        assert [group.get("lr", "none") for group in optimizer.param_groups] == [None, "none", 0.25]
+    assert [group.get("lr", "none") for group in optimizer.param_groups] == [None, "none", 0.5]
