@@ -80,9 +80,7 @@ def _whole(doing: str, name: str, value: Any, expected: str) -> int:
         raise _wrong(doing, name, value, expected) from None
 
 
-def require_of_step(
-    doing: str, loss: Any, signs: Mapping[str, Any], *, clip: Any = None, metric: Any = None
-) -> None:
+def require_of_step(doing: str, loss: Any, signs: Mapping[str, Any], *, clip: Any = None, metric: Any = None) -> None:
     """Raise `UsageError` for a loss or a sign that is no number. Tensors are not read, so nothing waits."""
     _require_loss(doing, loss)
     for name, value in signs.items():

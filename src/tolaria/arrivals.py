@@ -69,9 +69,10 @@ class Arrivals:
         self._driver, self._vault, self._ground = driver, vault, ground
         self._unsealed: deque[tuple[Taken, bool]] = deque()
         self._findings: deque[Finding] = deque()
-        self._restored: deque[RolledBack] = deque()
+        self._restored: RolledBack | None = None  # and not read back yet
         self._newest: RolledBack | None = None  # the only one whose reading is still there
         self._settling = threading.RLock()
+        self._noting = threading.Lock()  # held for no longer than a look: a rollback may come while another is settled
 
     # ------------------------------------------------------------ snapshots
 
@@ -119,29 +120,34 @@ class Arrivals:
 
     def findings(self, serial: int | None = None) -> list[Finding]:
         """What late readings have shown since they were last asked for; with `serial`: of that snapshot only."""
-        taken = [one for one in list(self._findings) if serial is None or one.taken.snapshot == serial]
-        for one in taken:
-            self._findings.remove(one)
-        return taken
+        wanted = [one for one in list(self._findings) if serial is None or one.taken.snapshot == serial]
+        return [one for one in wanted if self._removed(one)]
 
     def forget_after(self, serial: int, step: int = -1) -> None:
         """A rollback to that snapshot: findings about later ones, taken after `step`, belong to an undone future."""
         for finding in list(self._findings):
             if finding.taken.snapshot > serial and finding.taken.completed > step:
-                self._findings.remove(finding)
+                self._removed(finding)
+
+    def _removed(self, finding: Finding) -> bool:
+        """Take it out. False where another thread has: a rollback beside a step that looks what has arrived."""
+        try:
+            self._findings.remove(finding)
+        except ValueError:
+            return False
+        return True
 
     # ------------------------------------------------------------ rollbacks
 
     def expect_read_back(self, done: RolledBack) -> None:
         """A rollback was submitted, and what it restored is being read. Earlier ones do not matter any more."""
-        self._restored.clear()
-        self._restored.append(done)
-        self._newest = done
+        with self._noting:
+            self._restored = self._newest = done
 
     @property
     def is_unverified(self) -> bool:
         """Whether the last rollback has not been read back yet."""
-        return bool(self._restored)
+        return self._restored is not None
 
     def read_back(self, *, wait: bool = False) -> ReadBack | None:
         """What reading the last rollback back has shown, once; None before that has arrived.
@@ -150,15 +156,19 @@ class Arrivals:
             wait: Wait for it.
         """
         with self._settling:
-            if not self._restored:
+            done = self._restored
+            if done is None:
                 return None
-            done = self._restored[0]
             held = ring.by_serial(self._driver.state.ring, done.slot.snapshot) is not None
             postponed = bool(self._driver.state.captures) or not self._vault.is_read_back(done.slot.index)
             if held and not wait and self._ground.barrier.has_events and postponed:
                 return None
-            self._restored.clear()
-            return self.judge(done)
+            with self._noting:
+                is_newest = self._restored is done
+                if is_newest:
+                    self._restored = None
+            # else another thread has rolled back meanwhile, which is what is to be read back now
+            return self.judge(done) if is_newest else self.read_back(wait=wait)
 
     def judge(self, done: RolledBack, shield: Shield | None = None) -> ReadBack | None:
         """Compare what was read back with the snapshot. None when its slot has moved on, so that nobody can tell."""

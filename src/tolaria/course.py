@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tolaria import recover, resume, ring
 from tolaria.config import MOST_OUTSTANDING, GovernorConfig
 from tolaria.coordinate import refuse_several_ranks, world_size
-from tolaria.errors import CaptureInProgress, DeviceLost, SafetyError, SlotsBusy, SnapshotRejected, UnsupportedState
+from tolaria.errors import UNTOUCHED, CaptureInProgress, DeviceLost, SlotsBusy, SnapshotRejected, UnsupportedState
 from tolaria.feed import NO_REWIND, Feed, Rewind
 from tolaria.judge import Detector
 from tolaria.keeper import Keeper
@@ -162,7 +162,8 @@ class Course:
             self._judgement, verdict = self._detector.update(self._judgement, vital)
         if self._skips >= _ROUTINE_SKIPS and not verdict.is_panic:
             reason = "GradScaler skips every step" if by_scaler else "every step is vetoed"
-            verdict = Verdict(Health.PANIC, vital.step, reason, vital.step, {"skips": float(self._skips)})
+            health = Health.PANIC if self._skips == _ROUTINE_SKIPS else Health.SUSPECT
+            verdict = Verdict(health, vital.step, reason, vital.step, {"skips": float(self._skips)})
         verdict = arrived.overrule(verdict)
         self._judged.append((vital.step, self._judgement))
         self.verdict = verdict
@@ -181,7 +182,7 @@ class Course:
         limit = self._outstanding[0].step if self._outstanding else None
         self.keeper.arrivals.seal(wait=wait, before=limit)
         for finding in self.keeper.arrivals.findings():
-            self._pace.took(0.0, finding.device_s)
+            self._pace.copied(finding.device_s)
             if finding.found is None:
                 self.count(snapshots=-1, snapshots_failed=1)
             if finding.found is None or not finding.found.nonfinite:
@@ -373,7 +374,7 @@ class Course:
                     patient=True,
                     read_back=True,
                 )
-            except SafetyError:  # nothing was written; the panic is not over because it could not be answered now
+            except UNTOUCHED:  # the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
                 raise
             rewind = self.rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)

@@ -143,3 +143,7 @@ class TolariaInternalError(TolariaError):
 
     state_intact = False
     _state_sentence = "The train state may be damaged."
+
+
+UNTOUCHED = (SafetyError, UsageError)
+"""After one of these nothing was written, so what was asked for can be asked for again."""

@@ -230,6 +230,7 @@ class Feed:
                     try:
                         batch = self._next_wanted(source)
                     except StopIteration:
+                        source = iter(())  # some begin anew when they are asked once more, as after a replay
                         settle(True)
                         if self._queue:
                             continue

@@ -27,6 +27,7 @@ class Pace:
         self.shortest = shortest
         self._steps: deque[float] = deque(maxlen=_STEPS)
         self._snapshots: deque[float] = deque(maxlen=_SNAPSHOTS)
+        self._copies: deque[float] = deque(maxlen=_SNAPSHOTS)
         self._last: float | None = None
         self._in_between = 0.0
 
@@ -36,10 +37,14 @@ class Pace:
             self._steps.append(max(0.0, now - self._last - self._in_between))
         self._last, self._in_between = now, 0.0
 
-    def took(self, host_s: float, device_s: float = 0.0) -> None:
-        """A snapshot was taken. It held the host, and later the device, for so many seconds."""
-        self._snapshots.append(host_s + device_s)
+    def took(self, host_s: float) -> None:
+        """A snapshot was taken, and held the host for so many seconds."""
+        self._snapshots.append(host_s)
         self._in_between += host_s
+
+    def copied(self, device_s: float) -> None:
+        """One that was taken earlier held the slowest device for so many seconds, which come on top."""
+        self._copies.append(device_s)
 
     def interrupted(self) -> None:
         """Something else took time (a rollback): the step under way says nothing."""
@@ -53,5 +58,6 @@ class Pace:
         step = statistics.median(self._steps)
         if step <= 0.0:
             return LONGEST
-        wanted = math.ceil(statistics.median(self._snapshots) / (SHARE * step))
+        cost = statistics.median(self._snapshots) + (statistics.median(self._copies) if self._copies else 0.0)
+        wanted = math.ceil(cost / (SHARE * step))
         return max(self.shortest, min(LONGEST, wanted))

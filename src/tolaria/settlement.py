@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tolaria import recover, ring
 from tolaria.course import Course
-from tolaria.errors import SafetyError
+from tolaria.errors import UNTOUCHED, SafetyError
 from tolaria.feed import Rewind
 from tolaria.records import Health, Incident, Verdict, VitalSigns
 from tolaria.report import RollbackReport, logger
@@ -86,7 +86,11 @@ class Settlement:
         has_begun = ring.newest_good(course.keeper.ring) is not None  # else whoever broke a step has seen its error
         panic = course.catch_up(wait=True) or (self._left_torn() if has_begun else None)
         if panic is not None:
-            self._go_back(*panic, None)
+            try:
+                self._go_back(*panic, None)
+            except UNTOUCHED:  # it stays open: the next call, or step, tries again
+                course._unanswered = panic
+                raise
         return panic is not None
 
     def tell_what_is_open(self) -> None:

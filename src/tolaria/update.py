@@ -374,7 +374,6 @@ class Update:
             self.scaler._per_optimizer_states.clear()
         return returned
 
-
     def _step_schedulers(self, metric: float | None) -> None:
         for scheduler in self.schedulers:
             if not isinstance(scheduler, ReduceLROnPlateau):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from tolaria import Detector, GovernorConfig, Health, Incident, TolariaGovernor, Verdict, VitalSigns
+from tolaria import (
+    Detector,
+    GovernorConfig,
+    Health,
+    Incident,
+    PhaseError,
+    QuiesceTimeout,
+    TolariaGovernor,
+    Verdict,
+    VitalSigns,
+)
 from tolaria.settlement import STILL_OPEN
 
 Govern = Callable[..., TolariaGovernor]
@@ -263,3 +274,76 @@ def test_finish_reports_what_it_did(govern: Govern, kit: Any) -> None:
     assert not end.governor.finish()
     end.governor.close()
     assert not end.governor.finish()
+
+
+@pytest.mark.parametrize("error", [QuiesceTimeout, PhaseError])
+def test_a_panic_that_finish_could_not_answer_stays_open(error: type[Exception], govern: Govern, kit: Any) -> None:
+    end = End(kit, govern)
+    for number in end.governor.watch(range(30)):
+        end.step(number)
+        if number == 12:
+            break
+    course, keeper = end.governor._course, end.governor._keeper
+    course._unanswered = course._poisoned(VitalSigns(step=13), "4.bias")
+    with refusing(keeper, error), pytest.raises(error):
+        end.governor.finish()
+    assert end.governor.finish()
+    assert end.told == [("non-finite train state", 5, "skip")]
+
+
+@pytest.mark.parametrize("error", [QuiesceTimeout, PhaseError])
+def test_so_does_one_that_no_step_could_answer(error: type[Exception], govern: Govern, kit: Any) -> None:
+    end = End(kit, govern)
+    governor, run = end.governor, end.run
+    run.train(governor, run.batches[:12])
+    course = governor._course
+    course._unanswered = course._poisoned(VitalSigns(step=12), "4.bias")
+    before = course.recovery
+    loss = run.backward(run.batches[12])
+    with refusing(governor._keeper, error), pytest.raises(error):
+        governor.step(loss=loss)
+    assert course.recovery == before
+    result = run.step(governor, run.batches[13])
+    assert result.rolled_back
+    assert [reason for reason, *_ in end.told] == ["non-finite train state"]
+
+
+@contextlib.contextmanager
+def refusing(keeper: Any, error: type[Exception]) -> Iterator[None]:
+    """Rollbacks come to nothing, as beside a section that stays open, or from inside of one."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error("rolling back", "a section is open", "Close it.")
+
+    keeper.restore = refuse
+    try:
+        yield
+    finally:
+        del keeper.restore
+
+
+class Anew:
+    """Numbers from 0 on, and from 0 on again when it is asked after its end, as no iterator ought to."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.next = end, 0
+
+    def __iter__(self) -> Anew:
+        return self
+
+    def __next__(self) -> int:
+        if self.next == self.end:
+            self.next = 0
+            raise StopIteration
+        self.next += 1
+        return self.next - 1
+
+
+def test_a_loader_that_has_ended_is_not_asked_again(govern: Govern, kit: Any) -> None:
+    """The steps that are looked at once more at the end are not followed by a second epoch."""
+    end = End(kit, govern, {28: {1}}, keep_batches=40)
+    for number in end.governor.watch(Anew(30)):
+        end.step(number)
+    assert end.visits[28] == 2
+    assert end.visits[0] == 1
+    assert end.run.state() == undisturbed(kit, range(30))

@@ -325,6 +325,19 @@ def test_twenty_skips_in_a_row_are_a_panic(govern: Govern, kit: Any) -> None:
     assert (run.state(with_rng=False), scaler.get_scale()) == (good, scale)
 
 
+def test_a_row_of_skips_that_nobody_answers_is_one_panic(govern: Govern, kit: Any) -> None:
+    run, scaler = kit.Run(), make_scaler(init_scale=1e4, backoff_factor=0.999)
+    governor = govern(run.model, run.optimizer, scaler=scaler, config=GovernorConfig(mode="observe"))
+    healths = []
+    for batch in run.batches[:30]:
+        scaler.scale(run.loss(batch)).backward()
+        for parameter in run.model.parameters():
+            parameter.grad.fill_(float("inf"))
+        healths.append(governor.step(loss=1.0).verdict.health)
+    assert healths == [Health.HEALTHY] * 19 + [Health.PANIC] + [Health.SUSPECT] * 10
+    assert governor.statistics().panics == 1
+
+
 def test_twenty_vetoes_in_a_row_are_a_panic_also_where_they_are_kept(govern: Govern, kit: Any) -> None:
     run = kit.Run(batches=80)
     governor = govern(run.model, run.optimizer, config=GovernorConfig(on_veto="keep"))

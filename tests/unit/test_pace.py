@@ -10,7 +10,9 @@ def paced(step_s, snapshot_s, *, shortest=2, steps=10, device_s=0.0):
     for _ in range(steps):
         pace.stepped(now)
         now += step_s
-    pace.took(snapshot_s, device_s)
+    pace.took(snapshot_s)
+    if device_s:
+        pace.copied(device_s)
     return pace
 
 
@@ -31,6 +33,17 @@ def test_the_cadence_keeps_to_the_share(step_s, snapshot_s, expected):
 
 def test_device_time_counts_as_well():
     assert paced(1.0, 0.03125, device_s=0.03125).cadence == paced(1.0, 0.0625).cadence == 7
+
+
+def test_device_times_that_come_later_are_no_snapshots_of_their_own():
+    """Half of them would be those of the host alone, and the median half of what a snapshot costs."""
+    pace = paced(1.0, 0.03125, device_s=0.03125)
+    for _ in range(3):
+        pace.took(0.03125)
+        pace.took(0.03125)
+        pace.copied(0.03125)
+        pace.copied(0.03125)
+    assert pace.cadence == 7
 
 
 def test_never_shorter_than_the_slots_allow():
@@ -66,7 +79,8 @@ def test_the_time_of_a_snapshot_is_no_time_of_a_step():
 def test_device_time_does_not_shorten_the_step_it_overlaps():
     pace = Pace(2)
     pace.stepped(0.0)
-    pace.took(0.25, 5.0)
+    pace.took(0.25)
+    pace.copied(5.0)
     pace.stepped(1.0)
     assert list(pace._steps) == [0.75]
 
