@@ -356,7 +356,7 @@ class Course:
             tick=self.tick,
             onset_batch=first,
             panic_batch=last,
-            reach=self.config.probation,
+            reach=self.config.probation * self.history.widest(onset, vital.step),
             can_replay=self.feed.is_used,
             disagreements=disagreements,
         )

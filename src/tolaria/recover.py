@@ -226,3 +226,7 @@ class Consumption:
         """First and last batch of the steps from `onset` to `step`; None where they are not known to have any."""
         taken = [batch for at, batches in self._taken if onset <= at <= step for batch in batches]
         return (min(taken), max(taken)) if taken else None
+
+    def widest(self, onset: int, step: int) -> int:
+        """Most batches that one of these steps has taken (accumulation); 1 where none is known to have any."""
+        return max((len(batches) for at, batches in self._taken if onset <= at <= step), default=1) or 1

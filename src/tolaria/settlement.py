@@ -154,7 +154,8 @@ class Settlement:
                     logger.warning("step %d: %s, and not run again: %s", verdict.step, found.reason, error)
                 return None
         batches = course.history.of(onset, verdict.step)
-        if batches and recover.is_known(course.recovery, batches[0], course.config.probation):
+        reach = course.config.probation * course.history.widest(onset, verdict.step)
+        if batches and recover.is_known(course.recovery, batches[0], reach):
             course.count(panics=1)
             return VitalSigns(step=verdict.step), replace(found, health=Health.PANIC)
         logger.warning("step %d: %s (since step %d); the state is kept", verdict.step, found.reason, onset)

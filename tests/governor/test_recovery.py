@@ -9,7 +9,17 @@ import pytest
 import torch
 from governor.story import Story
 
-from tolaria import GovernorConfig, Recovery, RetryBudgetExceeded, StateMismatch, TolariaGovernor
+from tolaria import (
+    Detector,
+    GovernorConfig,
+    Health,
+    Recovery,
+    RetryBudgetExceeded,
+    StateMismatch,
+    TolariaGovernor,
+    Verdict,
+    VitalSigns,
+)
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -101,6 +111,29 @@ def test_trouble_that_stays_reaches_further_back(govern: Govern, kit: Any) -> No
     assert steps[0] == steps[1] == steps[2]
     assert steps[3] < steps[2]
     assert all(incident.certified for incident in story.incidents)
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize(("later", "attempts"), [(12, [1, 2]), (15, [1, 1])])
+def test_the_same_trouble_is_a_matter_of_steps(
+    later: int, attempts: list[int], micro: int, govern: Govern, kit: Any
+) -> None:
+    """However many batches each of them accumulates. Twelve is within the four steps of probation behind nine."""
+    left = {9, later}
+
+    def update(state: int, signs: VitalSigns) -> tuple[int, Verdict]:
+        bad = signs.step in left
+        left.discard(signs.step)
+        return state, Verdict(Health.PANIC if bad else Health.HEALTHY, signs.step, "scripted" if bad else "")
+
+    story = Story(kit, govern, Detector(lambda: 0, update), probation=4, recovery=EXACT)
+    losses: list[Any] = []
+    for number in story.governor.watch(range(20 * micro)):
+        losses.append(story.run.backward(story.run.batches[number % 40]))
+        if len(losses) == micro:
+            story.governor.step(loss=losses)
+            losses = []
+    assert [incident.attempt for incident in story.incidents] == attempts
 
 
 def test_the_retry_budget_ends_the_run_at_the_last_good_state(govern: Govern, kit: Any) -> None:

@@ -163,3 +163,10 @@ def test_what_is_not_the_datas_fault_is_always_replayed_and_still_counted():
     assert plan.action is Action.STOP
     _, plan = panic(after, 30, 30, 33, disagreements=1, can_replay=False)
     assert (plan.action, plan.first_skipped) == (Action.SKIP, None)
+
+
+def test_the_widest_step_of_an_episode():
+    taken = Consumption(10)
+    for step, batches in ((1, (0, 1, 2)), (2, (3,)), (3, (4, 5)), (4, ())):
+        taken.note(step, batches)
+    assert [taken.widest(*steps) for steps in ((1, 4), (2, 3), (2, 2), (4, 4), (5, 9))] == [3, 2, 1, 1, 1]
