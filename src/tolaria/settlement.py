@@ -59,6 +59,8 @@ class Settlement:
         self.between()
         if not course.feed.has_open and course.again.is_due(course.completed, at_the_end or course.due is not None):
             self._reexecute(at_the_end)
+        if course.verdict.health is not Health.HEALTHY:
+            course.due = None  # steps that were judged only now, here or by whoever asked (`state_dict`)
         panic = None
         if course.due is not None and not course.feed.has_open:
             panic = course.snapshot_or_panic(course.due)

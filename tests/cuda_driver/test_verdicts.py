@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import QuiesceTimeout, Recovery
+from tolaria import Detector, Health, QuiesceTimeout, Recovery, Verdict
 from tolaria.snapshot import Vault
 
 
@@ -237,3 +237,28 @@ def test_a_report_that_is_waited_for_after_close(late, govern, make_run):
     report = governor.execute_rollback()
     governor.close()
     assert (report.wait().status, report.verified) == ("done", None)
+
+
+@pytest.mark.parametrize("asks", ["state_dict", "re-execution"])
+def test_no_snapshot_is_taken_of_what_has_turned_out_suspect_meanwhile(asks, late, govern, make_run):
+    """It was due by the verdicts that had arrived when its step was made."""
+    late.lag = 2
+    run, judged = make_run(), []
+
+    def update(state, signs):
+        judged.append(signs.step)
+        health = Health.SUSPECT if signs.step == 8 else Health.HEALTHY
+        return state, Verdict(health, signs.step, "scripted" if signs.step == 8 else "")
+
+    settings = {"cadence": 4, "probation": 4, "reexecute_every": 4 if asks == "re-execution" else 0}
+    with govern(run.model, run.optimizer, detector=Detector(lambda: 0, update), **settings) as governor:
+        for batch in governor.watch(run.batches[:20]):
+            step = run.step(governor, batch).step
+            if step == 8 and asks == "state_dict":
+                assert 8 not in judged
+                governor.state_dict()
+            if step == 9 and 9 not in judged:
+                assert 8 in judged
+                assert 8 not in {slot.completed for slot in governor._keeper.ring}
+                break
+        assert step == 9
