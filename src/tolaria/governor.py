@@ -228,6 +228,7 @@ class TolariaGovernor:
             torn=self._keeper.driver.state.torn,
             vetoed=done.vetoed,
             keeps_vetoes=keeps,
+            stale=done.stale,
         )
 
     def observe(self, *, loss: Loss = None, **signs: torch.Tensor | float) -> Verdict:
@@ -249,19 +250,18 @@ class TolariaGovernor:
         arguments.require_of_step("observing", loss, signs)
         numbers: dict[str, Scalar] = {"loss": observe.mean_loss(loss)}
         lists: dict[str, Sequence[torch.Tensor]] = {}
-        looks_at_gradients = "grad_norm" not in signs
         looks_at_weights = (self._course.completed + 1) % self.config.check_weights_every == 0
-        if looks_at_gradients or looks_at_weights:  # else nobody need walk through the model
+        if "grad_norm" not in signs or looks_at_weights:  # else nobody need walk through the model
             parameters, trained = self._keeper.state.roster()
-            if looks_at_gradients:
+            if "grad_norm" not in signs:
                 self._look.at_gradients(parameters, self._keeper.reads_late, numbers, lists)
             if looks_at_weights:
                 self._look.at_weights(trained, self._keeper.reads_late, numbers, lists)
         own = {name: observe.mean_sign(value) for name, value in signs.items() if name in ("grad_norm", "metric")}
         others = {**observe.named_losses(loss), **{name: signs[name] for name in signs if name not in own}}
         reading = self._readings.send({**numbers, **own, **own_signs(others)}, lists)
-        step, torn = self._course.completed + 1, self._keeper.driver.state.torn
-        self._course.account(Sent(step=step, reading=reading, torn=torn))
+        torn = self._keeper.driver.state.torn
+        self._course.account(Sent(step=self._course.completed + 1, reading=reading, torn=torn))
         return self._course.watch_only(wait=wait)
 
     def check_vital_signs(self, loss: Loss = None, **signs: torch.Tensor | float) -> bool:

@@ -117,14 +117,16 @@ class Update:
         grads = observe.gradients(counted) if closure is None else []
         norm, bad = observe.gradient_norm(grads)
         value = observe.read_loss(loss)
-        flagged = self._flagged() if bad or self._flags_are_here() else []
+        flagged = self._flagged() if not is_stale and (bad or self._flags_are_here()) else []
         by_scaler = bool(flagged) and not (may_veto and self._is_beyond(flagged))
-        vetoed = bad > 0 and not by_scaler and may_veto
-        if vetoed and self.scaler is not None:
+        vetoed = bad > 0 and not by_scaler and may_veto and not is_stale
+        if (vetoed or is_stale) and self.scaler is not None:
             self.scaler._per_optimizer_states.clear()  # as its `update` leaves it, but for the scale
         if not vetoed:
             # what only observe mode lets pass is clipped as it would be anyway
             self._clip(counted, clip, norm, flagged if by_scaler else [])
+            if is_stale and closure is None:  # else a scaler that skips would keep the section from refusing them
+                self._clear(parameters, is_static)
             unwritten = [(each, veto.unwritten_momenta(each)) for each in flagged] if may_veto else []
             with self._scaled_learning_rate(lr_factor):
                 returned = self._step(closure, guarded=may_veto)

@@ -59,6 +59,7 @@ class Sent:
         torn: The train state was known to be half written.
         vetoed: The host has refused it because of its gradients.
         keeps_vetoes: Go on after a veto: the refused gradients are nobody's business any more.
+        stale: Its backward straddled a rollback: what it tells is about weights that are gone.
     """
 
     step: int
@@ -67,11 +68,15 @@ class Sent:
     torn: bool = False
     vetoed: bool = False
     keeps_vetoes: bool = False
+    stale: bool = False
 
     def read(self) -> Arrived:
         """What there is to judge. Waits for what has not arrived."""
         self.reading.wait()
         numbers, lists = self.reading.numbers, self.reading.lists
+        if self.stale:  # only the weights are those of now
+            numbers = {name: numbers[name] for name in ("nonfinite_weights",) if name in numbers}
+            lists = {name: values for name, values in lists.items() if not name.startswith("gradients")}
         vetoed = self.vetoed or bool(numbers.get("vetoed"))
         by_scaler = bool(numbers.get("scaler_skipped")) and not vetoed
         kept = vetoed and self.keeps_vetoes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, PhaseError, StaleGradients, TolariaGovernor
+from tolaria import GovernorConfig, Health, PhaseError, StaleGradients, TolariaGovernor
 from tolaria.operations import Op, RestoreHost
 
 Govern = Callable[..., TolariaGovernor]
@@ -114,6 +114,36 @@ def test_a_governed_step_reports_the_veto_and_leaves_the_scheduler(govern: Gover
     assert governor.statistics().stale_vetoes == 1
     assert not run.healthy_step(governor).skipped
     assert run.scheduler.last_epoch == steps + 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_a_stale_step_tells_is_not_judged(scaled: bool, govern: Govern, run: Shallow) -> None:
+    """Its loss and gradients are those of weights that the rollback has mended: they would panic once more."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+    governor = govern(run.model, run.optimizer, scaler=scaler)
+    loss = run.loss()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    governor.step(loss=loss)
+    governor.snapshot()
+    good = run.state()
+    with torch.no_grad(), governor.using():
+        run.model.weight.fill_(float("nan"))
+    out = run.model(run.x)
+    out.register_hook(lambda _: run.kit.Worker(governor.execute_rollback).join() and None)
+    loss = out.square().mean()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    result = governor.step(loss=loss, kl=float("nan"), metric=float("nan"))
+    assert result.skipped
+    assert not result.rolled_back
+    assert result.verdict.health is Health.HEALTHY
+    assert run.state() == good
+    counted = governor.statistics()
+    assert (counted.vetoes, counted.panics, counted.rollbacks) == (0, 0, 1)
+    assert counted.stale_vetoes == 1
+    loss = run.loss()  # the next one is a step like any other
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    assert not governor.step(loss=loss).skipped
+    assert run.state() != good
 
 
 def test_a_finished_backward_is_dropped_and_vetoes_nothing(govern: Govern, run: Shallow) -> None:
