@@ -139,6 +139,7 @@ class Feed:
         self._delivering = 0
         self.passes = self.first_of_pass = 0
         self._taken: list[int] = []  # batches consumed by the first step of this pass, and by the last two
+        self._left_over = 0  # open ones of a body that broke off: they do not count there
         self._last_draw_not_kept = -1  # index of the latest delivery that drew and is not kept any more
         self._exact_before = 0  # deliveries again below this index find the random state they found before
         self._stale: set[int] = (
@@ -181,7 +182,8 @@ class Feed:
         with self._lock:
             taken = tuple(self._open)
             self._open.clear()
-            self._taken = [*self._taken[:1], *self._taken[1:][-1:], len(taken)]
+            count, self._left_over = len(taken) - self._left_over, 0
+            self._taken = [*self._taken[:1], *self._taken[1:][-1:], count]
             return taken
 
     @property
@@ -218,7 +220,7 @@ class Feed:
         with self._lock:
             self._delivering += 1
             self.first_of_pass = self._next
-            self._taken = []
+            self._taken, self._left_over = [], len(self._open)
         try:
             source: Iterator[Any] | None = None
             while True:
@@ -322,6 +324,7 @@ class Feed:
         due = [delivery for delivery in self._kept if delivery.index >= position]
         upcoming = self.upcoming
         self._open.clear()
+        self._left_over = 0
         delivered = [d for d in due if d.index < upcoming]
         dropped = delivered if skip is None else [d for d in due if d.index in skip]
         note = self._obstacle(position, due, dropped) if skip is not None else ""

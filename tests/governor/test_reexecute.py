@@ -457,6 +457,21 @@ def test_a_loop_that_fetches_ahead_is_left_alone(govern: Govern, kit: Any, caplo
     assert fit.run.state() == undisturbed(kit)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_pass_after_one_that_broke_off_inside_its_body_is_compared_too(stays: bool, govern: Govern, kit: Any) -> None:
+    """The first step takes the batch that was left over as well, and so says nothing of how its own loop fetches."""
+    fit = Fit(kit, govern)
+    for number, batch in fit.governor.watch(list(enumerate(fit.run.batches))):
+        if number == 8:
+            break  # before its step
+        fit.step(batch)
+    if not stays:
+        fit.governor.execute_rollback()
+    before = fit.governor.statistics().reexecutions
+    fit.train()
+    assert fit.governor.statistics().reexecutions - before >= 4
+
+
 def test_two_loops_at_once_are_left_alone(govern: Govern, kit: Any) -> None:
     fit = Fit(kit, govern)
     other = fit.governor.watch(range(100))
