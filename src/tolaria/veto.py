@@ -227,10 +227,17 @@ def unwritten_momenta(optimizer: Optimizer) -> list[torch.Tensor]:
         if not (group["fused"] or isinstance(optimizer, Leaving)) or not group["momentum"]:
             continue
         having = (parameter for parameter in group["params"] if parameter.grad is not None)
+        if isinstance(optimizer, Leaving) and group["dampening"]:  # ours go on where some have none yet
+            lacking += [parameter for parameter in having if _has_no_momentum(optimizer, parameter)]
+            continue
         first = next(having, None)  # torch makes all buffers of a group at once
-        if first is not None and optimizer.state.get(first, {}).get("momentum_buffer") is None:
+        if first is not None and _has_no_momentum(optimizer, first):
             lacking += [first, *having]
     return lacking
+
+
+def _has_no_momentum(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+    return optimizer.state.get(parameter, {}).get("momentum_buffer") is None
 
 
 def forget_momenta(optimizer: Optimizer, parameters: Sequence[torch.Tensor]) -> None:

@@ -256,3 +256,20 @@ def test_sgd_that_is_not_fused_leaves_nothing_unwritten():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     assert veto.unwritten_momenta(torch.optim.SGD([parameter], momentum=0.9)) == []
+
+
+def test_a_gradient_that_comes_later_has_a_first_step_of_its_own():
+    """A layer that is unfrozen: the momenta of the others have long been written."""
+    first, later = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizer = FUSED["our momentum"]([first, later])
+    first.grad = torch.ones(2)
+    optimizer.step()
+    later.grad = torch.ones(2)
+    found = veto.unwritten_momenta(optimizer)
+    assert [id(parameter) for parameter in found] == [id(later)]
+    with veto.predicated(optimizer, ONE):
+        optimizer.step()
+    veto.forget_momenta(optimizer, found)
+    assert later not in optimizer.state
+    optimizer.step()
+    assert bits(optimizer.state[later]["momentum_buffer"]) == bits(torch.ones(2))
