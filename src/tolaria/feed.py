@@ -220,7 +220,8 @@ class Feed:
         with self._lock:
             self._delivering += 1
             self.first_of_pass = self._next
-            self._taken, self._left_over = [], len(self._open)
+            self._taken = []
+            self._left_over = len(self._open)
         try:
             source: Iterator[Any] | None = None
             while True:

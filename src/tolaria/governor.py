@@ -208,14 +208,13 @@ class TolariaGovernor:
         acting = self.config.mode == "act"
         factor = self._course.learning_rate_factor() if acting else 1.0
         stale = acting and self._keeper.sections.are_stale()
-        update, is_static = self._update, self._keeper.state.is_static
+        update, step = self._update, self._course.completed + 1
         parameters, trained = self._keeper.state.roster()
-        step = self._course.completed + 1
         self._gauge.note(step, scaler=update.scaler, gradients=closure is None)
         keeps = self.config.on_veto == "keep"
         late = self._keeper.reads_late and update.can_read_late(may_veto=acting, keeps=keeps)
         run = update.run_late if late else update.run
-        done = run(parameters, loss, clip, metric, closure, factor, acting, is_static, stale)
+        done = run(parameters, loss, clip, metric, closure, factor, acting, self._keeper.state.is_static, stale)
         numbers = facts.numbers(done, loss, metric, signs, self._gauge.read(step))
         lists: dict[str, Sequence[torch.Tensor]] = {}
         done.norms.add_to(lists, "gradients")
