@@ -111,10 +111,11 @@ class Driver:
             shield: The caller's, when signals are to be held back for longer than the submission.
             instead: Calls in the place of the vault's, for a protocol over other memory.
         """
+        perform = self.perform if instead is None else functools.partial(self.perform, instead=instead)
         if shield is not None:
-            return drive(protocol, functools.partial(self.perform, shield=shield, instead=instead))
+            return drive(protocol, functools.partial(perform, shield=shield))
         with Shield() as own:
-            return drive(protocol, functools.partial(self.perform, shield=own, instead=instead))
+            return drive(protocol, functools.partial(perform, shield=own))
 
     def change(self, function: Callable[[HostState], tuple[HostState, Any]]) -> Any:
         """Apply one atomic change outside of a protocol."""

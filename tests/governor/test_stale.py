@@ -453,8 +453,8 @@ def test_a_backward_that_ends_after_its_gradients_would_have_been_dropped_is_sta
     driver = governor._keeper.driver
     perform = driver.perform
 
-    def meeting(op: Op, shield: Any = None, instead: Any = None) -> Any:
-        result = perform(op, shield, instead)
+    def meeting(op: Op, shield: Any = None) -> Any:
+        result = perform(op, shield)
         if isinstance(op, RestoreHost):
             may_end.set()
             backward.join()
