@@ -175,6 +175,19 @@ def test_what_stable_baselines_logs_of_a_round_is_judged() -> None:
     assert logged_signs({}, model) == {"metric": 15.0}
 
 
+def test_the_reward_is_the_metric_of_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rl_collapse` reads it there, and every other sign by its name."""
+    monkeypatch.setattr(sb3, "logged_signs", lambda *_: {"metric": 3.0, "entropy": 0.5})
+    seen: list[tuple[float | None, float | None, bool]] = []
+
+    def update(state: None, signs: VitalSigns) -> tuple[None, Verdict]:
+        seen.append((signs.metric, signs.extra.get("entropy"), "metric" in signs.extra))
+        return state, Verdict(Health.HEALTHY, signs.step)
+
+    learn(build("PPO"), timesteps("PPO"), TolariaCallback(detector=Detector(lambda: None, update)))
+    assert seen == [(3.0, 0.5, False)] * ROUNDS
+
+
 def test_what_was_logged_before_a_dropped_round_stands() -> None:
     model, callback = build("PPO"), TolariaCallback(snapshot_every=1)
     each = steps_per_round("PPO")
