@@ -335,11 +335,12 @@ def _plain(work: Workload, clock: Clock, steps: int, rounds: int) -> list[float]
 
 def _with_snapshots(work: Workload, clock: Clock, cadence: int, steps: int, rounds: int) -> tuple[float, list[float]]:
     """Snapshots per step, and milliseconds per step of each block."""
-    config = GovernorConfig(cadence=cadence, probation=0, slots=2, host_slots=0)
+    # as many slots as the cadence needs: with fewer, some are left out while verdicts of earlier ones are on their way
+    config = GovernorConfig(cadence=cadence, probation=0, host_slots=0)
     # one that takes no offence at new made-up tokens after others were learnt by heart, which is a collapse
     detector = judge.non_finite()
     with quiet(), TolariaGovernor(work.model, work.optimizer, config=config, detector=detector) as governor:
-        for _ in range(3):  # each slot has its memory
+        for _ in range(governor.capabilities().slots + 1):  # each slot has its memory
             governor.snapshot().wait("sealed")
         block_ms(work, clock, 3, governor)
         before = governor.statistics().snapshots
