@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tolaria import launch
+from tolaria.config import MOST_OUTSTANDING
 from tolaria.launch import Sender, Ticket
 from tolaria.state.wrappers import inner_tensors, is_wrapper
 
@@ -26,6 +27,8 @@ Scalar = torch.Tensor | float | None
 _NONE: Mapping[str, Sequence[torch.Tensor]] = {}
 _ROW_NUMBERS = 1024
 _ROWS_AT_ONCE = 64
+_ROWS_OF_A_DEVICE = 2 * (MOST_OUTSTANDING + 1)
+"""As many steps as there may be on their way, and as many again that a rollback has forgotten right before."""
 
 
 class Clock(Protocol):
@@ -113,7 +116,8 @@ class Readings:
     def __init__(self, clocks: Mapping[str, Clock], expected: int = 0) -> None:
         self._clocks = {torch.device(name): clock for name, clock in clocks.items()}
         # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
-        self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, expected)) if clocks else ())
+        self._at_once = max(_ROWS_AT_ONCE, _ROWS_OF_A_DEVICE * len(clocks))
+        self._rows = deque(_page_locked(self._at_once, max(_ROW_NUMBERS, expected)) if clocks else ())
         self._senders = {device: made for device in self._clocks if (made := self._sender(device)) is not None}
         self._abandoned: deque[_Transfer] = deque()
 
@@ -168,7 +172,7 @@ class Readings:
             transfer = self._abandoned.popleft()
             transfer.give_back(transfer.row)
         if not self._rows or self._rows[0].numel() < needed:
-            self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, needed)))
+            self._rows = deque(_page_locked(self._at_once, max(_ROW_NUMBERS, needed)))
         return self._rows.popleft()
 
 
@@ -189,8 +193,11 @@ def mean_loss(loss: Loss) -> Scalar:
     values = [value for value in map(mean_loss, several) if value is not None]
     if not values:
         return None
-    home = home_of([value for value in values if isinstance(value, torch.Tensor)])
-    values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
+    if len(values) == 1:
+        return values[0]
+    home, wide = home_of([value for value in values if isinstance(value, torch.Tensor)]), torch.float64
+    # added up as `read_loss` does it: two losses of float16 may be finite, and their sum in that type is not
+    values = [value.to(home, wide, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
     return sum(values[1:], start=values[0]) / len(values)
 
 
