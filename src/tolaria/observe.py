@@ -69,15 +69,21 @@ class Reading:
         self._transfers.clear()
 
     def wait(self) -> None:
-        """Complete `numbers` and `lists`; waits for what has not arrived."""
-        while self._transfers:
-            transfer = self._transfers.pop()
+        """Complete `numbers` and `lists`; waits for what has not arrived. Interrupted, it can be called again."""
+        if not self._transfers:
+            return
+        numbers, lists = dict(self.numbers), {name: list(found) for name, found in self.lists.items()}
+        for transfer in reversed(self._transfers):
             values = iter(transfer.values())
             for name, length in transfer.lengths:
                 if length is None:
-                    self.numbers[name] = next(values)
+                    numbers[name] = next(values)
                 else:
-                    self.lists.setdefault(name, []).extend(itertools.islice(values, length))
+                    lists.setdefault(name, []).extend(itertools.islice(values, length))
+        # put there at once: an interrupt finds all of them on their way still, or all there
+        arrived, left = self._transfers, list[_Transfer]()
+        self.numbers, self.lists, self._transfers = numbers, lists, left
+        for transfer in arrived:
             transfer.give_back(transfer.row)
 
 
