@@ -267,26 +267,42 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
     The second number costs a pass of its own, taken only when the norm is not finite. A norm that overflows although
     every gradient is finite is computed again in float64, scaled by the largest element.
     """
+    norm, bad, _ = norm_beside(grads, ())
+    return norm, bad
+
+
+def norm_beside(grads: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> tuple[float | None, int, list[float]]:
+    """`gradient_norm`, and numbers of shape [] that travel with the norm: where there is one, no wait is added."""
     if not grads:
-        return None, 0
+        return None, 0, list(map(float, others))
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     # torch takes no list of plain tensors and shards; where there are only plain ones, its norm is the one of clipping
     wrapped = any(map(is_wrapper, dense))
     if wrapped:
         parts = norms(dense)
-        norm = float(total_norm(parts)) if parts else 0.0
+        total = total_norm(parts) if parts else None
     else:
-        norm = float(torch.nn.utils.get_total_norm(dense))
+        total = torch.nn.utils.get_total_norm(dense)
+    norm, *beside = (0.0, *map(float, others)) if total is None else _read_together([total, *others])
     if math.isfinite(norm):
-        return norm, 0
+        return norm, 0, beside
     bad = num_nonfinite(dense)
     if bad:
-        return norm, bad
+        return norm, bad, beside
     if wrapped:
-        return norm, 0  # of shards, no rank has the largest element
+        return norm, 0, beside  # of shards, no rank has the largest element
     largest = max(float(grad.abs().max()) for grad in dense if grad.numel())
     squares = sum(float((grad.double() / largest).square().sum()) for grad in dense)
-    return largest * math.sqrt(squares), 0
+    return largest * math.sqrt(squares), 0, beside
+
+
+def _read_together(numbers: Sequence[torch.Tensor]) -> list[float]:
+    if len(numbers) == 1:
+        return [float(numbers[0])]
+    home = home_of(numbers)  # a device: what is brought to the host without waiting is not there yet
+    there = [one.detach().reshape(()).to(home, torch.float64, non_blocking=True) for one in numbers]
+    found: list[float] = torch.stack(there).tolist()
+    return found
 
 
 def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:

@@ -56,6 +56,13 @@ def test_a_norm_that_overflows_is_computed_again():
     assert norm == pytest.approx(math.sqrt(2) * 3e38)
 
 
+@pytest.mark.parametrize("grads", [[], [torch.zeros(0)], [torch.tensor([3.0, 4.0])], [torch.tensor([float("nan")])]])
+def test_numbers_beside_the_norm_change_nothing_about_it(grads):
+    norm, bad, beside = observe.norm_beside(grads, [torch.tensor(1.0), torch.tensor([0.0])[0].half()])
+    assert repr((norm, bad)) == repr(observe.gradient_norm(grads))
+    assert beside == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("gaps", [1, 2])
 def test_norms_that_lie_side_by_side_are_taken_as_they_lie(gaps, monkeypatch):
     """As CUDA leaves them; and those with something in between are gathered."""
