@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tolaria import protocol, ring
@@ -118,10 +119,40 @@ class Arrivals:
             if found is not None:
                 self._findings.append(Finding(taken, manual, found, self._vault.duration_s(taken.began, taken.done)))
 
+    @property
+    def have_findings(self) -> bool:
+        """Whether there are any to ask for."""
+        return bool(self._findings)
+
     def findings(self, serial: int | None = None) -> list[Finding]:
         """What late readings have shown since they were last asked for; with `serial`: of that snapshot only."""
         wanted = [one for one in list(self._findings) if serial is None or one.taken.snapshot == serial]
         return [one for one in wanted if self._removed(one)]
+
+    def poisoned(self, copied: Callable[[float], None], count: Callable[..., None]) -> tuple[int, str] | None:
+        """The first automatic snapshot among the findings, which are taken out, that is not finite.
+
+        Args:
+            copied: Called with the time that the device has copied for each of them, in seconds.
+            count: Called with what changes in the statistics.
+
+        Returns:
+            The step that it was taken after, and names.
+        """
+        first = None
+        for finding in self.findings():
+            copied(finding.device_s)
+            if finding.found is None:
+                count(snapshots=-1, snapshots_failed=1)
+            if finding.found is None or not finding.found.nonfinite:
+                continue
+            step, names = finding.taken.completed, ", ".join(finding.found.nonfinite[:8])
+            if finding.manual:
+                logger.warning("step %s: a manual snapshot is not finite: %s", step, names)
+                continue
+            count(snapshots=-1, snapshots_rejected=1)
+            first = first or (step, names)
+        return first
 
     def forget_after(self, serial: int, step: int = -1) -> None:
         """A rollback to that snapshot: findings about later ones, taken after `step`, belong to an undone future."""
@@ -149,11 +180,12 @@ class Arrivals:
         """Whether the last rollback has not been read back yet."""
         return self._restored is not None
 
-    def read_back(self, *, wait: bool = False) -> ReadBack | None:
+    def read_back(self, *, wait: bool = False, shield: Shield | None = None) -> ReadBack | None:
         """What reading the last rollback back has shown, once; None before that has arrived.
 
         Args:
             wait: Wait for it.
+            shield: The caller's, when what was shown is to be noted before signals are let in.
         """
         with self._settling:
             done = self._restored
@@ -168,7 +200,14 @@ class Arrivals:
                 if is_newest:
                     self._restored = None
             # else another thread has rolled back meanwhile, which is what is to be read back now
-            return self.judge(done) if is_newest else self.read_back(wait=wait)
+            if not is_newest:
+                return self.read_back(wait=wait, shield=shield)
+            try:
+                return self.judge(done, shield)
+            except KeyboardInterrupt:  # nobody was told yet
+                with self._noting:
+                    self._restored = self._restored or done
+                raise
 
     def judge(self, done: RolledBack, shield: Shield | None = None) -> ReadBack | None:
         """Compare what was read back with the snapshot. None when its slot has moved on, so that nobody can tell."""

@@ -69,7 +69,8 @@ class Course:
         self.history = recover.Consumption(_HISTORY_STEPS)
         self._judged: deque[tuple[int, Any]] = deque(maxlen=_HISTORY_STEPS)  # (step, state of the detector after it)
         self._outstanding: deque[Sent] = deque()  # completed, not judged yet
-        self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic whose rollback could not be made yet
+        self._begun: tuple[Sent | None, Any, int] = (None, None, 0)  # being judged; detectors and skips before it
+        self._unanswered: tuple[VitalSigns, Verdict] | None = None  # a panic, until its rollback is made
         self._judge_lock = threading.RLock()
         self._skips = 0  # in a row
         self.verdict = Verdict(Health.HEALTHY, 0)
@@ -136,26 +137,32 @@ class Course:
             wait: Wait for all of them.
 
         Returns:
-            The first panic, with the steps after it not judged; None when there was none.
+            The first panic, with the steps after it not judged, again and again until a rollback answers it; or None.
         """
         with self._judge_lock:
-            panic, self._unanswered = self._unanswered, None
-            while panic is None and self._outstanding:
-                must = wait or len(self._outstanding) > MOST_OUTSTANDING
-                if not must and not self._outstanding[0].reading.has_arrived():
+            while self._unanswered is None and self._outstanding:
+                must, sent = wait or len(self._outstanding) > MOST_OUTSTANDING, self._outstanding[0]
+                if not must and not sent.reading.has_arrived():
                     break
-                vital, verdict = self._judge(self._outstanding.popleft())
-                if verdict.is_panic:
-                    panic = vital, verdict
-            return panic or self._seal_arrived(wait)
+                try:
+                    self._judge(sent)
+                except Exception:  # it would raise for ever
+                    if sent in self._outstanding:
+                        self._outstanding.remove(sent)
+                    raise
+            return self._unanswered or self._seal_arrived(wait)
 
-    def _judge(self, sent: Sent) -> tuple[VitalSigns, Verdict]:
+    def _judge(self, sent: Sent) -> None:
         """Ask the detectors, unless the state is known to be half written or a veto says enough; move probation on.
 
-        A step that was not applied (a veto, a scaler that skipped) shows nothing, so it counts for no probation.
+        A step that was not applied (a veto, a scaler that skipped) shows nothing, so it counts for no probation. The
+        step is taken from those that are outstanding when all is noted: interrupted before that, it is judged anew.
         """
         vital, by_scaler, vetoed, keeps = arrived = sent.read()
-        self._skips = self._skips + 1 if by_scaler or (vetoed and keeps) else 0
+        if self._begun[0] is not sent:
+            self._begun = sent, self._judgement, self._skips
+        _, self._judgement, skips = self._begun
+        self._skips = skips + 1 if by_scaler or (vetoed and keeps) else 0
         if sent.torn:
             verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
         else:
@@ -165,39 +172,31 @@ class Course:
             health = Health.PANIC if self._skips == _ROUTINE_SKIPS else Health.SUSPECT
             verdict = Verdict(health, vital.step, reason, vital.step, {"skips": float(self._skips)})
         verdict = arrived.overrule(verdict)
-        self._judged.append((vital.step, self._judgement))
-        self.verdict = verdict
-        self.count(panics=int(verdict.is_panic), vetoes=int(vetoed))
-        self._ledger.watch(vital, verdict, self._tally.read)
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
-        elif not (sent.skipped or by_scaler or vetoed):
+        self._judged.append((vital.step, self._judgement))
+        self.verdict, self._unanswered = verdict, (vital, verdict) if verdict.is_panic else None
+        self._outstanding.popleft()
+        self.count(panics=int(verdict.is_panic), vetoes=int(vetoed))
+        self._ledger.watch(vital, verdict, self._tally.read)
+        if verdict.health is Health.HEALTHY and not (sent.skipped or by_scaler or vetoed):
             self.keeper.advance(vital.step)
-        return vital, verdict
 
     def _seal_arrived(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
         """Seal the snapshots that have been read; one that is not finite is a panic of the step it was taken after."""
-        panic = None
         # a snapshot is not read before the step it was taken after is judged, or that one's damage would be its own
-        limit = self._outstanding[0].step if self._outstanding else None
-        self.keeper.arrivals.seal(wait=wait, before=limit)
-        for finding in self.keeper.arrivals.findings():
-            self._pace.copied(finding.device_s)
-            if finding.found is None:
-                self.count(snapshots=-1, snapshots_failed=1)
-            if finding.found is None or not finding.found.nonfinite:
-                continue
-            step, names = finding.taken.completed, ", ".join(finding.found.nonfinite[:8])
-            if finding.manual:
-                logger.warning("step %s: a manual snapshot is not finite: %s", step, names)
-                continue
-            self.count(snapshots=-1, snapshots_rejected=1)
-            panic = panic or self._poisoned(VitalSigns(step=step), names)
-        return panic or self._read_back(wait)
+        limit, arrivals = self._outstanding[0].step if self._outstanding else None, self.keeper.arrivals
+        arrivals.seal(wait=wait, before=limit)
+        if arrivals.have_findings or arrivals.is_unverified:
+            with Shield() as shield:  # they tell it once
+                found = arrivals.poisoned(self._pace.copied, self.count)
+                poisoned = self._poisoned(VitalSigns(step=found[0]), found[1]) if found else None
+                self._unanswered = poisoned or self._read_back(wait, shield)
+        return self._unanswered
 
-    def _read_back(self, wait: bool) -> tuple[VitalSigns, Verdict] | None:
+    def _read_back(self, wait: bool, shield: Shield) -> tuple[VitalSigns, Verdict] | None:
         """Whether the last rollback reads back as its snapshot, once that is known. If not, it is a panic again."""
-        seen = self.keeper.arrivals.read_back(wait=wait)
+        seen = self.keeper.arrivals.read_back(wait=wait, shield=shield)
         if seen is None or seen.intact:
             return None
         self.count(panics=1, snapshots_corrupted=int(seen.corrupted), rollbacks_disturbed=int(not seen.corrupted))
@@ -213,8 +212,7 @@ class Course:
 
     def judge_all(self) -> None:
         """Judge every step so far; waits. What follows a panic is left to the next step."""
-        with self._judge_lock:
-            self._unanswered = self.catch_up(wait=True)
+        self.catch_up(wait=True)
 
     def unsettled(self) -> tuple[int, Verdict | None]:
         """Steps that are not judged yet, and a panic that is not answered yet."""
@@ -223,9 +221,10 @@ class Course:
     def watch_only(self, *, wait: bool = False) -> Verdict:
         """Judge what has arrived and report every panic, without acting. Answers the gravest verdict, or the newest."""
         gravest = None
-        while (panic := self.catch_up(wait=wait)) is not None:
-            self.report(*panic, "observe", None)
-            gravest = panic[1]
+        with self._judge_lock:  # one thread reports a panic
+            while (panic := self.catch_up(wait=wait)) is not None:
+                self.report(*panic, "observe", None)
+                gravest, self._unanswered = panic[1], None
         return gravest or self.verdict
 
     def conclude(self, sent: Sent) -> StepResult:
@@ -343,6 +342,7 @@ class Course:
         """
         if world_size() > 1:
             self.report(vital, verdict, "observe", None, note="several ranks: not rolled back")
+            self._unanswered = None
             refuse_several_ranks(vital.step)
         if not disagreements and (answered := self.from_past(vital, verdict)) is not None:
             return answered
@@ -350,18 +350,18 @@ class Course:
         before = self.recovery
         batches = self.history.of(onset, vital.step)
         first, last = batches or self._blamed(onset, vital.step)
-        self.recovery, plan = recover.decide(
-            before,
-            policy=self.config.recovery,
-            tick=self.tick,
-            onset_batch=first,
-            panic_batch=last,
-            reach=self.config.probation * self.history.widest(onset, vital.step),
-            can_replay=self.feed.is_used,
-            disagreements=disagreements,
-        )
         report = RollbackReport(success=False, status="failed", env_id=self.config.env_id, reason=verdict.reason)
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the batches
+            self.recovery, plan = recover.decide(
+                before,
+                policy=self.config.recovery,
+                tick=self.tick,
+                onset_batch=first,
+                panic_batch=last,
+                reach=self.config.probation * self.history.widest(onset, vital.step),
+                can_replay=self.feed.is_used,
+                disagreements=disagreements,
+            )
             try:
                 self.keeper.restore(
                     shield,
@@ -374,7 +374,7 @@ class Course:
                     patient=True,
                     read_back=True,
                 )
-            except UNTOUCHED:  # the panic is not over because it could not be answered now
+            except (*UNTOUCHED, KeyboardInterrupt):  # the panic is not over because it could not be answered now
                 self.recovery, self._unanswered = before, (vital, verdict)
                 raise
             rewind = self.rewind(plan.skipped, further=plan.further if batches else 0, rekeys=plan.rekeys)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tolaria import launch
+from tolaria.config import MOST_OUTSTANDING
 from tolaria.launch import Sender, Ticket
 from tolaria.state.wrappers import inner_tensors, is_wrapper
 
@@ -26,6 +27,8 @@ Scalar = torch.Tensor | float | None
 _NONE: Mapping[str, Sequence[torch.Tensor]] = {}
 _ROW_NUMBERS = 1024
 _ROWS_AT_ONCE = 64
+_ROWS_OF_A_DEVICE = 2 * (MOST_OUTSTANDING + 1)
+"""As many steps as there may be on their way, and as many again that a rollback has forgotten right before."""
 
 
 class Clock(Protocol):
@@ -66,15 +69,21 @@ class Reading:
         self._transfers.clear()
 
     def wait(self) -> None:
-        """Complete `numbers` and `lists`; waits for what has not arrived."""
-        while self._transfers:
-            transfer = self._transfers.pop()
+        """Complete `numbers` and `lists`; waits for what has not arrived. Interrupted, it can be called again."""
+        if not self._transfers:
+            return
+        numbers, lists = dict(self.numbers), {name: list(found) for name, found in self.lists.items()}
+        for transfer in reversed(self._transfers):
             values = iter(transfer.values())
             for name, length in transfer.lengths:
                 if length is None:
-                    self.numbers[name] = next(values)
+                    numbers[name] = next(values)
                 else:
-                    self.lists.setdefault(name, []).extend(itertools.islice(values, length))
+                    lists.setdefault(name, []).extend(itertools.islice(values, length))
+        # put there at once: an interrupt finds all of them on their way still, or all there
+        arrived, left = self._transfers, list[_Transfer]()
+        self.numbers, self.lists, self._transfers = numbers, lists, left
+        for transfer in arrived:
             transfer.give_back(transfer.row)
 
 
@@ -113,7 +122,8 @@ class Readings:
     def __init__(self, clocks: Mapping[str, Clock], expected: int = 0) -> None:
         self._clocks = {torch.device(name): clock for name, clock in clocks.items()}
         # taken now: page-locked memory that is taken later may invalidate a graph capture of another thread
-        self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, expected)) if clocks else ())
+        self._at_once = max(_ROWS_AT_ONCE, _ROWS_OF_A_DEVICE * len(clocks))
+        self._rows = deque(_page_locked(self._at_once, max(_ROW_NUMBERS, expected)) if clocks else ())
         self._senders = {device: made for device in self._clocks if (made := self._sender(device)) is not None}
         self._abandoned: deque[_Transfer] = deque()
 
@@ -168,7 +178,7 @@ class Readings:
             transfer = self._abandoned.popleft()
             transfer.give_back(transfer.row)
         if not self._rows or self._rows[0].numel() < needed:
-            self._rows = deque(_page_locked(_ROWS_AT_ONCE, max(_ROW_NUMBERS, needed)))
+            self._rows = deque(_page_locked(self._at_once, max(_ROW_NUMBERS, needed)))
         return self._rows.popleft()
 
 
@@ -189,8 +199,11 @@ def mean_loss(loss: Loss) -> Scalar:
     values = [value for value in map(mean_loss, several) if value is not None]
     if not values:
         return None
-    home = home_of([value for value in values if isinstance(value, torch.Tensor)])
-    values = [value.to(home, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
+    if len(values) == 1:
+        return values[0]
+    home, wide = home_of([value for value in values if isinstance(value, torch.Tensor)]), torch.float64
+    # added up as `read_loss` does it: two losses of float16 may be finite, and their sum in that type is not
+    values = [value.to(home, wide, non_blocking=True) if isinstance(value, torch.Tensor) else value for value in values]
     return sum(values[1:], start=values[0]) / len(values)
 
 
@@ -254,26 +267,42 @@ def gradient_norm(grads: Sequence[torch.Tensor]) -> tuple[float | None, int]:
     The second number costs a pass of its own, taken only when the norm is not finite. A norm that overflows although
     every gradient is finite is computed again in float64, scaled by the largest element.
     """
+    norm, bad, _ = norm_beside(grads, ())
+    return norm, bad
+
+
+def norm_beside(grads: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> tuple[float | None, int, list[float]]:
+    """`gradient_norm`, and numbers of shape [] that travel with the norm: where there is one, no wait is added."""
     if not grads:
-        return None, 0
+        return None, 0, list(map(float, others))
     dense = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
     # torch takes no list of plain tensors and shards; where there are only plain ones, its norm is the one of clipping
     wrapped = any(map(is_wrapper, dense))
     if wrapped:
         parts = norms(dense)
-        norm = float(total_norm(parts)) if parts else 0.0
+        total = total_norm(parts) if parts else None
     else:
-        norm = float(torch.nn.utils.get_total_norm(dense))
+        total = torch.nn.utils.get_total_norm(dense)
+    norm, *beside = (0.0, *map(float, others)) if total is None else _read_together([total, *others])
     if math.isfinite(norm):
-        return norm, 0
+        return norm, 0, beside
     bad = num_nonfinite(dense)
     if bad:
-        return norm, bad
+        return norm, bad, beside
     if wrapped:
-        return norm, 0  # of shards, no rank has the largest element
+        return norm, 0, beside  # of shards, no rank has the largest element
     largest = max(float(grad.abs().max()) for grad in dense if grad.numel())
     squares = sum(float((grad.double() / largest).square().sum()) for grad in dense)
-    return largest * math.sqrt(squares), 0
+    return largest * math.sqrt(squares), 0, beside
+
+
+def _read_together(numbers: Sequence[torch.Tensor]) -> list[float]:
+    if len(numbers) == 1:
+        return [float(numbers[0])]
+    home = home_of(numbers)  # a device: what is brought to the host without waiting is not there yet
+    there = [one.detach().reshape(()).to(home, torch.float64, non_blocking=True) for one in numbers]
+    found: list[float] = torch.stack(there).tolist()
+    return found
 
 
 def num_nonfinite(tensors: Iterable[torch.Tensor]) -> int:

@@ -17,7 +17,15 @@ from tolaria import observe, recover, ring
 from tolaria.brake import brake_foreign_steps
 from tolaria.coordinate import world_size
 from tolaria.course import Course
-from tolaria.errors import RetryBudgetExceeded, SafetyError, SnapshotRejected, UnsupportedState, UsageError
+from tolaria.errors import (
+    UNTOUCHED,
+    NoSnapshot,
+    RetryBudgetExceeded,
+    SafetyError,
+    SnapshotRejected,
+    UnsupportedState,
+    UsageError,
+)
 from tolaria.feed import NO_REWIND
 from tolaria.governor import TolariaGovernor
 from tolaria.keeper import Keeper
@@ -55,6 +63,9 @@ class Rounds:
     The first panic of a round makes it again: what did that was a fault in the machine, and the second attempt equals
     the undisturbed run bit for bit (under ``rng="restore"``). If it panics again the experience is to blame: the round
     is dropped, and the run goes on as one that never made it. A panic in the round after a dropped one drops that too.
+
+    A panic whose rollback cannot be made (`SafetyError`) stays open. The next call rolls back before anything else: a
+    round is not learnt then, because its experience comes from the state that has panicked.
 
     Args:
         governor: Of the policy, with all its optimizers; `round_detector()` suits as its detector. Its cadence and
@@ -97,6 +108,7 @@ class Rounds:
 
         Raises:
             RetryBudgetExceeded: The panics do not end; the state is the last good one.
+            SafetyError: A panic could not be answered; nothing was restored, and it stays open.
             UnsupportedState: A panic in a run of several ranks; nothing was restored.
             Exception: Whatever `learn` raised, where the state shows no damage. Where it does, the error is taken for
                 its effect and logged.
@@ -108,6 +120,8 @@ class Rounds:
         self._number += 1
         if self.governor.config.mode == "observe":
             return self._only_watch(learn, signs)
+        if (answered := self._answer_open()) is not None:
+            return RoundResult(learnt=False, verdict=answered[0], reports=(answered[1],))
         reports: list[RollbackReport] = []
         try:
             is_fresh = self._snapshot_before_round()
@@ -133,9 +147,15 @@ class Rounds:
         beginning), it goes back to the newest snapshot taken before a round.
 
         Returns:
-            Whether one was taken: not if there is one of this state.
+            Whether one was taken: not if there is one of this state, as after a rollback that was still to be made.
+
+        Raises:
+            RetryBudgetExceeded, SafetyError: As `run`, where a panic was still open.
         """
-        if not self.is_acting or (self._since is not None and (self.snapshot_every > 1 or self._since == 0)):
+        if not self.is_acting:
+            return False
+        self._answer_open()
+        if self._since is not None and (self.snapshot_every > 1 or self._since == 0):
             return False
         return self._take()
 
@@ -147,13 +167,20 @@ class Rounds:
 
         Raises:
             RetryBudgetExceeded: It happened too often; the state is the last good one.
+            SafetyError: Nothing was restored, and it stays open, unless there is no snapshot at all.
         """
         if not self.is_acting:
             return self.governor.execute_rollback(reason=reason)  # does nothing, and says so
         self.governor._require_boundary("rejecting experience")
+        if (answered := self._answer_open()) is not None:
+            return answered[1]
         step = self._course.completed
         panic = (VitalSigns(step=step), Verdict(Health.PANIC, step, reason, step))
-        return self._answer(panic, can_replay=False, to_newest=True)[1]
+        try:
+            return self._answer(panic, can_replay=False, to_newest=True)[1]
+        except NoSnapshot:  # the next round takes the first one
+            self._course._unanswered = None
+            raise
 
     # ------------------------------------------------------------ snapshots
 
@@ -252,10 +279,19 @@ class Rounds:
         panic = self._judge(signs, error)
         if panic is not None:
             self._course.report(*panic, "observe", None)
+            self._course._unanswered = None
         if error is not None:
             raise error
         self._reference = self._copied_weights()
         return RoundResult(learnt=True, verdict=panic[1] if panic else self._course.verdict)
+
+    def _answer_open(self) -> tuple[Verdict, RollbackReport] | None:
+        """Answer the panic, if any, that could not be answered when it was found: nothing may be built on its state."""
+        panic = self._course._unanswered
+        if panic is None:
+            return None
+        self.governor._require_boundary("rolling back")
+        return panic[1], self._answer(panic, can_replay=False)[1]
 
     def _answer(
         self, panic: Panic, *, can_replay: bool, error: Exception | None = None, to_newest: bool = False
@@ -268,23 +304,24 @@ class Rounds:
         vital, verdict = panic
         course, config = self._course, self.governor.config
         if world_size() > 1:
+            course._unanswered = None
             raise UnsupportedState(
                 f"rolling back round {self._number}",
                 "this process is one of several ranks, and a rollback on one of them alone would ruin the others",
                 'Use mode="observe", and restart all ranks from a checkpoint.',
             ) from error
         before, draws = course.recovery, None if can_replay else rng.read(self._keeper.accelerators)
-        course.recovery, plan = recover.decide(
-            before,
-            tick=course.tick,
-            onset_batch=self._number,
-            panic_batch=self._number,
-            reach=_REACH,
-            can_replay=can_replay,
-            policy=config.recovery,
-        )
         report = RollbackReport(success=False, status="failed", env_id=config.env_id, reason=verdict.reason)
         with Shield() as shield:  # an interrupt between the rollback and its bookkeeping would lose the count
+            course.recovery, plan = recover.decide(
+                before,
+                tick=course.tick,
+                onset_batch=self._number,
+                panic_batch=self._number,
+                reach=_REACH,
+                can_replay=can_replay,
+                policy=config.recovery,
+            )
             try:
                 self._keeper.restore(
                     shield,
@@ -294,8 +331,8 @@ class Rounds:
                     verify_before=True,
                     patient=True,
                 )
-            except SafetyError:
-                course.recovery = before
+            except (*UNTOUCHED, KeyboardInterrupt):  # the panic is not over because it could not be answered now
+                course.recovery, course._unanswered = before, panic
                 raise
             course.treat(plan)
             course.after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)

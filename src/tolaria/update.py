@@ -115,9 +115,10 @@ class Update:
         self._unscale()
         counted = self._counted(parameters)
         grads = observe.gradients(counted) if closure is None else []
-        norm, bad = observe.gradient_norm(grads)
+        flags = () if is_stale else self._scaler_flags()
+        norm, bad, found = observe.norm_beside(grads, [flag for _, flag in flags])
         value = observe.read_loss(loss)
-        flagged = self._flagged() if not is_stale and (bad or self._flags_are_here()) else []
+        flagged = [optimizer for (optimizer, _), is_found in zip(flags, found, strict=True) if is_found]
         by_scaler = bool(flagged) and not (may_veto and self._is_beyond(flagged))
         vetoed = bad > 0 and not by_scaler and may_veto and not is_stale
         if (vetoed or is_stale) and self.scaler is not None:
@@ -223,16 +224,10 @@ class Update:
             return 0.0
         return sum((flag.to(found[0].device, non_blocking=True) for flag in found[1:]), start=found[0].clone())
 
-    def _flags_are_here(self) -> bool:
-        """Whether reading what the scaler has found waits for no device. Finite gradients may have been clipped so."""
-        if self.scaler is None:
-            return False
-        states = [self.scaler._per_optimizer_states[id(optimizer)] for optimizer in self.optimizers]
-        return all(flag.device.type == "cpu" for state in states for flag in state["found_inf_per_device"].values())
-
-    def _flagged(self) -> list[Optimizer]:
-        """The optimizers whose step the scaler will skip. Waits for the device."""
-        return [optimizer for optimizer in self.optimizers if bool(self.skipped_by_scaler(optimizer))]
+    def _scaler_flags(self) -> list[tuple[Optimizer, torch.Tensor]]:
+        """By optimizer: not 0 where the scaler will skip it, even if its gradients were clipped to finite ones."""
+        flags = ((optimizer, self.skipped_by_scaler(optimizer)) for optimizer in self.optimizers)
+        return [(optimizer, flag) for optimizer, flag in flags if isinstance(flag, torch.Tensor)]
 
     def _is_beyond(self, flagged: Sequence[Optimizer]) -> bool:
         """Whether an optimizer is about to apply what is not finite and the scaler has not seen. Waits."""

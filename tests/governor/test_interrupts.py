@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tolaria import GovernorConfig, TolariaGovernor
+from tolaria import Detector, GovernorConfig, Health, TolariaGovernor, Verdict
 from tolaria.operations import (
     Await,
     CaptureHost,
@@ -239,3 +239,46 @@ def test_ctrl_c_ends_a_wait_for_open_sections(govern: Govern, kit: Any) -> None:
     holder.join()
     assert run.state() == before
     assert governor.execute_rollback().success
+
+
+def test_numbers_whose_judgement_was_interrupted_are_judged_again(govern: Govern, kit: Any) -> None:
+    """As often as it takes, with the memory that the detectors had before them."""
+    judged: list[tuple[tuple[int, ...], int]] = []
+
+    def update(seen: tuple[int, ...], signs: Any) -> Any:
+        judged.append((seen, signs.step))
+        times = sum(step == 4 for _, step in judged) * (signs.step == 4)
+        if times in (1, 2):
+            interrupt()
+        health = Health.PANIC if times == 3 else Health.HEALTHY
+        return (*seen, signs.step), Verdict(health, signs.step, "", signs.step)
+
+    run = kit.Run()
+    detector = Detector(tuple, update)
+    config = GovernorConfig(cadence=100, probation=2)
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler, detector=detector, config=config)
+    for batch in governor.watch(run.batches):
+        loss = run.backward(batch)
+        try:
+            governor.step(loss=loss)
+        except KeyboardInterrupt:
+            run.optimizer.zero_grad()
+            assert governor.rollbacks == 0
+            assert governor._course.unsettled()[0] > 0
+    assert governor.rollbacks == 1
+    assert governor.statistics().panics == 1
+    assert [one for one in judged if one[1] == 4][:3] == [((1, 2, 3), 4)] * 3
+
+
+def test_a_panic_that_an_interrupt_has_kept_from_being_answered_is_answered(govern: Govern, kit: Any) -> None:
+    scene = Scene(kit, govern, "step with a rollback")
+    course = scene.governor._course
+    answer, course.answer = course.answer, lambda *_: interrupt()  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        scene.act()
+    course.answer = answer  # type: ignore[method-assign]
+    assert course.unsettled()[1] is not None
+    assert scene.governor.finish()
+    assert scene.run.state() == scene.good
+    assert course.unsettled() == (0, None)
+    assert scene.governor.statistics().panics == 1

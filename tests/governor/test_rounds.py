@@ -13,7 +13,17 @@ from torch import nn
 
 from tolaria import TolariaGovernor
 from tolaria.config import GovernorConfig, Recovery
-from tolaria.errors import PhaseError, RetryBudgetExceeded, SnapshotRejected, UnsupportedState, UsageError
+from tolaria.errors import (
+    NoSnapshot,
+    PhaseError,
+    QuiesceTimeout,
+    RetryBudgetExceeded,
+    SafetyError,
+    SnapshotRejected,
+    StateMismatch,
+    UnsupportedState,
+    UsageError,
+)
 from tolaria.records import Health
 from tolaria.rounds import Rounds, drift
 from tolaria.surge import round_detector
@@ -290,6 +300,107 @@ def test_rounds_between_snapshots_are_lost_and_their_draws_are_not_repeated() ->
     for a, b in zip(learner.model.parameters(), reference.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(torch.get_rng_state(), drawn[0])
+
+
+def hinder(learner: Learner, times: int = 1, error: type[Exception] = QuiesceTimeout) -> None:
+    """Rollbacks cannot be made, that many times."""
+    left = [times]
+    restore = learner.governor._keeper.restore
+
+    def hindered(*args: Any, **settings: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise error("rolling back", "not possible now, expected it to be", "Do it again.")
+        return restore(*args, **settings)
+
+    learner.governor._keeper.restore = hindered  # type: ignore[method-assign]
+
+
+def spoil_moments(learner: Learner) -> None:
+    learner.optimizer.state[learner.model.net[0].weight]["exp_avg"][0, 0] = float("inf")
+
+
+@pytest.mark.parametrize("error", [QuiesceTimeout, StateMismatch, UsageError])
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("then", ["run", "snapshot", "reject"])
+def test_a_panic_that_could_not_be_answered_is_answered_by_the_next_call(then: str, times: int, error: Any) -> None:
+    learner = Learner()
+    go(learner, 2)
+    learner.guard.snapshot()
+    good = weights(learner)
+    learner.faults[3, 1] = scale
+    hinder(learner, times, error)
+    for _ in range(times):
+        with pytest.raises(error):
+            call(learner, "run" if learner.rounds == 2 else then)
+        assert learner.rounds == 3
+        assert weights(learner) != good
+        assert learner.governor._course.unsettled()[1] is not None
+    taken = learner.governor.statistics().snapshots
+    result = call(learner, then)
+    assert learner.rounds == 3  # what was drawn from the damaged policy teaches nothing
+    assert weights(learner) == good
+    assert learner.counter == [2]
+    assert (learner.governor.rollbacks, learner.governor.statistics().snapshots) == (1, taken)
+    assert learner.governor.statistics().panics == 1
+    assert learner.governor._course.unsettled()[1] is None
+    if then == "run":
+        assert not result.learnt
+        assert result.verdict.reason == "surge of drift"
+        assert [report.success for report in result.reports] == [True]
+    elif then == "snapshot":
+        assert result is False
+    else:
+        assert result.success
+        assert result.reason == "surge of drift"
+    assert learner.guard.run(learner.learn).learnt
+    assert learner.counter == [3]
+
+
+def weights(learner: Learner) -> list[Any]:
+    return [parameter.tolist() for parameter in learner.model.parameters()]
+
+
+def call(learner: Learner, what: str) -> Any:
+    if what == "run":
+        return learner.guard.run(learner.learn)
+    return learner.guard.snapshot() if what == "snapshot" else learner.guard.reject("bad experience")
+
+
+def test_moments_whose_panic_could_not_be_answered_are_in_no_snapshot() -> None:
+    """No weight shows them, so nothing would keep the next round from beginning with one."""
+    learner = Learner()
+    go(learner, 2)
+    spoil_moments(learner)
+    hinder(learner)
+    with pytest.raises(SafetyError):
+        learner.guard.run(learner.learn)
+    assert learner.governor._course.unsettled()[1] is not None
+    assert not learner.guard.snapshot()
+    assert learner.governor.rollbacks == 1
+    assert bool(learner.optimizer.state[learner.model.net[0].weight]["exp_avg"].isfinite().all())
+    assert learner.guard.run(learner.learn).learnt
+
+
+def test_experience_that_could_not_be_rejected_is_rejected_by_the_next_call() -> None:
+    learner = Learner()
+    go(learner, 2)
+    learner.guard.snapshot()
+    learner.counter[0] = 77
+    hinder(learner)
+    with pytest.raises(QuiesceTimeout):
+        learner.guard.reject("non-finite observation")
+    result = learner.guard.run(learner.learn)
+    assert not result.learnt
+    assert result.verdict.reason == "non-finite observation"
+    assert learner.counter == [2]
+
+
+def test_without_any_snapshot_nothing_stays_open() -> None:
+    learner = Learner()
+    with pytest.raises(NoSnapshot):
+        learner.guard.reject("non-finite observation")
+    assert learner.guard.run(learner.learn).learnt
 
 
 def test_the_panics_of_a_hopeless_run_end_it() -> None:

@@ -79,3 +79,22 @@ def test_a_rollback_made_while_an_earlier_one_is_looked_at_is_read_back_itself(w
     assert (seen.slot, seen.intact) == (slots[1], True)
     assert not late.is_unverified
     assert late.read_back() is None
+
+
+def test_a_reading_back_that_is_interrupted_is_told_the_next_time() -> None:
+    late = arrivals((Slot(0, SlotPhase.CERTIFIED, snapshot=0),))
+    submit = late._driver.submit
+
+    def interrupted(*_: Any) -> Any:
+        late._driver.submit = submit
+        raise KeyboardInterrupt
+
+    late._driver.submit = interrupted
+    late.expect_read_back(SimpleNamespace(slot=Slot(0, SlotPhase.CERTIFIED, snapshot=0)))
+    with pytest.raises(KeyboardInterrupt):
+        late.read_back()
+    assert late.is_unverified
+    seen = late.read_back()
+    assert seen is not None
+    assert seen.intact
+    assert late.read_back() is None

@@ -1,11 +1,13 @@
 """Losses, gradient norms and non-finite counts as host numbers."""
 
 import math
+from collections import deque
 
 import pytest
 import torch
 
 from tolaria import observe
+from tolaria.config import MOST_OUTSTANDING
 from tolaria.measure import Look
 
 
@@ -52,6 +54,13 @@ def test_a_norm_that_overflows_is_computed_again():
     norm, count = observe.gradient_norm([torch.full((2,), 3e38), torch.zeros(3)])
     assert count == 0
     assert norm == pytest.approx(math.sqrt(2) * 3e38)
+
+
+@pytest.mark.parametrize("grads", [[], [torch.zeros(0)], [torch.tensor([3.0, 4.0])], [torch.tensor([float("nan")])]])
+def test_numbers_beside_the_norm_change_nothing_about_it(grads):
+    norm, bad, beside = observe.norm_beside(grads, [torch.tensor(1.0), torch.tensor([0.0])[0].half()])
+    assert repr((norm, bad)) == repr(observe.gradient_norm(grads))
+    assert beside == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("gaps", [1, 2])
@@ -118,3 +127,103 @@ def test_weights_are_judged_alike_whether_read_late_or_not(late):
 
 def test_finite_values_whose_sum_overflows_are_no_alarm():
     assert observe.num_nonfinite([torch.full((8,), 6e4, dtype=torch.float16), torch.full((4,), 3e38)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "high"), [(torch.float16, 6e4), (torch.bfloat16, 2.0**127), (torch.float32, 3e38)])
+def test_the_mean_of_finite_losses_is_finite(dtype, high):
+    losses = [torch.tensor(high, dtype=dtype), torch.tensor([high], dtype=dtype)]
+    expected = float(losses[0])
+    assert float(observe.mean_loss(losses)) == expected
+    assert float(observe.mean_loss({"policy": losses, "value": losses[0]})) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_small_losses_is_the_one_that_is_read_at_once(dtype):
+    losses = [torch.tensor(value, dtype=dtype) for value in (256.0, *[0.0625] * 16, 1.0)]
+    assert float(observe.mean_loss(losses)) == observe.read_loss(losses) == 258.0 / 18
+    assert float(observe.mean_loss([losses[0], 1.5, torch.tensor(3)])) == observe.read_loss([losses[0], 1.5, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_loss_stays_what_it_is(dtype):
+    loss = torch.tensor(2.5, dtype=dtype)
+    for given in (loss, [loss], {"loss": loss}, [None, loss]):
+        taken = observe.mean_loss(given)
+        assert taken.dtype == dtype
+        assert taken.data_ptr() == loss.data_ptr()
+
+
+class Row:
+    """Page-locked memory that nothing arrives in."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def numel(self):
+        return self.width
+
+    def tolist(self):
+        return [0.0] * self.width
+
+    def __getitem__(self, where):
+        return Row(where.stop)
+
+    def copy_(self, source, non_blocking):
+        assert source.numel() == self.width
+
+
+class Elsewhere(torch.Tensor):
+    """In main memory, and says that it is on a device."""
+
+    @classmethod
+    def on(cls, name):
+        made = torch.Tensor._make_subclass(cls, torch.zeros(()))
+        made.home = torch.device(name)
+        return made
+
+    @property
+    def device(self):
+        return self.home
+
+
+class Device:
+    """Events are numbers, and have passed up to `reached`."""
+
+    def __init__(self):
+        self.marked = self.reached = 0
+
+    def mark(self):
+        self.marked += 1
+        return self.marked
+
+    def has_passed(self, event):
+        return event <= self.reached
+
+    def host_wait(self, event):
+        self.reached = max(self.reached, event)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 8])
+def test_no_row_is_page_locked_after_the_first_steps(num_devices, monkeypatch):
+    """With as many steps on their way as there may be, and a rollback that forgets them all."""
+    taken = []
+
+    def page_locked(count, width):
+        taken.append(count)
+        return [Row(width) for _ in range(count)]
+
+    monkeypatch.setattr(observe, "_page_locked", page_locked)
+    devices = {f"xpu:{index}": Device() for index in range(num_devices)}
+    readings = observe.Readings(devices)
+    assert len(taken) == 1
+    signs = {name: Elsewhere.on(name) for name in devices}
+    on_their_way = deque()
+    for step in range(1, 8 * MOST_OUTSTANDING):
+        on_their_way.append(readings.send(signs))
+        if len(on_their_way) > MOST_OUTSTANDING:
+            if step % 40 == 0:
+                while on_their_way:
+                    on_their_way.popleft().forget()
+            else:
+                on_their_way.popleft().wait()
+    assert len(taken) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from tolaria import observe
 from tolaria.update import Outcome, Update
 
 SCALE = 65536.0
@@ -109,6 +112,82 @@ def test_what_a_scaler_skips_counts_as_skipped_though_its_gradients_were_made_fi
     assert not done.vetoed
     assert late or pair.scheduler.last_epoch == 0
     assert pair.update.scaler.get_scale() == SCALE / 2
+
+
+class Elsewhere(torch.Tensor):
+    """In main memory, and says that it is on a device: whoever reads it by itself would wait there."""
+
+    device = torch.device("xpu:0")  # type: ignore[assignment]
+
+    def to(self, *_: Any, **__: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.tensor(self.tolist(), dtype=torch.float64)
+
+    def __bool__(self) -> bool:
+        raise AssertionError("waits for the device")
+
+    __float__ = __bool__  # type: ignore[assignment]
+
+
+class Schedule:
+    """Counts its steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+def move_away(monkeypatch: pytest.MonkeyPatch, pair: Pair) -> None:
+    """What the scaler has found is on a device. It reads that itself where an optimizer cannot skip by itself."""
+    assert pair.update.scaler is not None
+    monkeypatch.setattr(observe, "home_of", lambda tensors: torch.device("cpu"))
+    for state in pair.update.scaler._per_optimizer_states.values():
+        found = state["found_inf_per_device"]
+        for device, flag in found.items():
+            found[device] = flag.as_subclass(Elsewhere)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_a_scaler_has_found_on_a_device_is_read_beside_the_norm(
+    spoilt: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind `clip_grad_value_` nothing else tells; and where nothing is wrong no number more is waited for."""
+    pair = Pair(late=False, steps=1)
+    if not fused:
+        pair.optimizers[:] = [torch.optim.AdamW([pair.first], lr=0.1)]
+        pair.update.optimizers[:] = pair.optimizers
+    scaler = pair.update.scaler
+    assert scaler is not None
+    pair.first.grad = torch.full((4,), float("inf") if spoilt else SCALE)
+    scaler.unscale_(pair.optimizers[0])
+    torch.nn.utils.clip_grad_value_([pair.first], 1.0)
+    move_away(monkeypatch, pair)
+    monkeypatch.setattr(pair.update, "_step", lambda *_, **__: None)  # what a fused one does with a flag is torch's
+    pair.update.schedulers[:] = [schedule := Schedule()]
+    done = pair.step()
+    assert bool(done.scaler_skipped) == spoilt
+    assert done.nonfinite_gradients == 0
+    assert done.grad_norm == 2.0
+    assert schedule.steps == (0 if spoilt else 1)
+
+
+def test_of_two_optimizers_the_one_that_a_scaler_skips_is_told_from_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the gradients of the other are clipped by their own norm, on a device as well."""
+    pair = Pair(late=False)
+    scaler = pair.update.scaler
+    assert scaler is not None
+    pair.first.grad, pair.second.grad = torch.full((4,), float("inf")), torch.full((4,), 100 * SCALE)
+    for optimizer in pair.optimizers:
+        scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_value_([pair.first], 1e6)
+    move_away(monkeypatch, pair)
+    pair.update.schedulers.clear()
+    seen = []
+    monkeypatch.setattr(pair.update, "_step", lambda *_, **__: seen.append(pair.second.grad.clone()))
+    assert bool(pair.step().scaler_skipped)
+    assert float(seen[0].norm()) == pytest.approx(1.0)
 
 
 class NoRate(torch.optim.SGD):
