@@ -16,6 +16,7 @@ from torch import nn
 
 from tolaria import TolariaGovernor, UnsupportedState, engine, paths
 from tolaria.cuda import ContextDevice
+from tolaria.errors import DeviceLost
 from tolaria.kernels import Sweep
 from tolaria.paths import Choice, CopyPath, Paths, prepare
 
@@ -160,6 +161,75 @@ def test_a_poisoned_batch_leaves_no_trace(path: str, late: Machine, govern, make
         run.train(governor, run.poisoned(17))
         late.finish()
     assert all(map(torch.equal, run.model.parameters(), clean.model.parameters()))
+
+
+def out_of_memory(*_: object) -> Callable[[], None]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("path", ["graph", "batch"])
+@pytest.mark.parametrize("where", ["preparing", "asking for it"])
+def test_a_rollback_does_not_fail_for_its_path(
+    path: str, where: str, late: Machine, govern, monkeypatch, caplog
+) -> None:
+    """Memory has run out since the snapshot: what was asked for cannot be had, and the bytes come back all the same."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    model = small()
+    governor = govern(model, copy_path=path, slots=2, probation=0)
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    governor.snapshot()
+    late.finish()
+    with monkeypatch.context() as patch:
+        if where == "preparing":
+            patch.setattr(ContextDevice, path, out_of_memory)
+        else:
+            patch.setitem(late.fails, "cuGraphLaunch" if path == "graph" else "cuMemcpyBatchAsync", 2)
+        for poison in (7.0, 9.0):
+            write(governor, model, poison)
+            assert governor.execute_rollback().wait().verified
+            late.finish()
+            assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    assert f"not made by {CopyPath(path)}" in caplog.text
+    governor.snapshot()
+    write(governor, model, 3.0)
+    assert governor.execute_rollback().wait().verified
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch"])
+def test_a_lost_device_is_told_of_and_not_made_up_for(call: str, late: Machine, govern, monkeypatch) -> None:
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    model = small()
+    governor = govern(model, copy_path="graph", slots=2, probation=0)
+    governor.snapshot()
+    late.fails[call] = 700
+    with pytest.raises(DeviceLost):
+        governor.execute_rollback()
+    late.fails.clear()
+
+
+@pytest.mark.parametrize("wanted", ["graph", None])
+def test_a_snapshot_by_a_path_that_was_measured_is_taken_by_another(
+    wanted: str | None, late: Machine, govern, measuring, monkeypatch
+) -> None:
+    """One that was asked for is not replaced."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    timed(monkeypatch, {CopyPath.GRAPH: 0.1})
+    model = small()
+    governor = govern(model, slots=2, probation=0, copy_path=wanted)
+    late.lag = 0
+    governor.snapshot()
+    assert "one graph" in governor.capabilities().copy_path
+    write(governor, model, 7.0)
+    monkeypatch.setattr(ContextDevice, "graph", out_of_memory)
+    if wanted is None:
+        governor.snapshot()
+        write(governor, model, 9.0)
+        governor.execute_rollback()
+        late.finish()
+        assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            governor.snapshot()
 
 
 def test_a_path_that_does_not_work_here_is_refused_at_once(late: Machine, govern) -> None:
