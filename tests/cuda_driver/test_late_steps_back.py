@@ -1,5 +1,6 @@
 """Notes and the way back on a device that is late: call by call, and bit for bit."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from cuda_driver.conftest import Run, freeze
 from torch import nn
 
-from tolaria import noting
+from tolaria import memory, noting
 from tolaria.barriers import record
 from tolaria.errors import NoSnapshot
 from tolaria.optim import AdamW
+from tolaria.ring import Tier
 
 NOTE = [
     # everything launched so far, then what the optimizer does not leave behind
@@ -192,3 +194,37 @@ def test_two_models_on_one_device_do_not_meet(late, govern, stepped):
     governor.step_back(1)
     with pytest.raises(NoSnapshot):
         governor.step_back(4)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_device_budget_holds_the_notes_as_well(missing, late, govern, stepped):
+    """They stay beside the train state, so it is the slots that go to main memory."""
+    loose = governed(govern, stepped, slots=3)
+    for batch in stepped.batches[:8]:
+        stepped.step(loose, batch)
+    survey, held = loose._keeper.state.survey(), loose._keeper.notes.held_bytes()
+    needed = 3 * sum(-(-storage.key[2] // 64) * 64 for storage in survey.leaves.storages) + held["cpu"]
+    assert (loose.capabilities().tier, loose.capabilities().tier_reason) == ("device", "")
+    loose.close()
+    governor = governed(govern, stepped, slots=3, device_budget=needed - missing)
+    assert governor.capabilities().tier == ("host" if missing else "device")
+    assert ("of notes" in governor.capabilities().tier_reason) == bool(missing)
+
+
+def test_what_notes_have_taken_of_a_device_is_counted_once(late, govern, stepped, monkeypatch):
+    """It is in the peak of what is in use already."""
+    governor = governed(govern, stepped, slots=3)
+    governor.snapshot()
+    for batch in stepped.batches[:8]:
+        stepped.step(governor, batch)
+    governor.snapshot()
+    vault, held = governor._keeper.vault, governor._keeper.notes.held_bytes()["cpu"]
+    survey, others = governor._keeper.state.survey(), 1000
+    used = others + held + vault.held_bytes()["cpu"]
+    slots = 3 * sum(-(-storage.key[2] // 64) * 64 for storage in survey.leaves.storages)
+    for missing in (0, 20):
+        total = math.ceil((others + held + slots - missing) / 0.85)
+        monkeypatch.setattr(memory, "device_memory", lambda device, total=total: (total, used))
+        vault._planned = None
+        vault.lay_plan(survey)
+        assert vault.plan.tier is (Tier.HOST if missing else Tier.DEVICE)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge, notes
+from tolaria import GovernorConfig, TolariaGovernor, judge, memory, notes
 from tolaria.errors import (
+    BudgetExceeded,
     InvalidConfig,
     NoSnapshot,
     PhaseError,
@@ -190,6 +191,54 @@ def test_what_optimizers_leave_behind_is_not_copied(run):
     buffers = sum(b.nbytes for b in one.model.buffers())
     average = sum(t.nbytes for t in (*one.average.parameters(), *one.average.buffers()))
     assert held.num_bytes_held() == 3 * (buffers + average)
+
+
+def aligned(*tensors):
+    return sum(-(-tensor.nbytes // 64) * 64 for tensor in tensors)
+
+
+def test_a_budget_counts_notes_before_there_are_any(alone):
+    """What no optimizer steps, in each of them: a large frozen parameter is in three here, and a small one in none."""
+    model = nn.Linear(8, 8)
+    model.register_parameter("frozen", nn.Parameter(torch.ones(4096), requires_grad=False))
+    slots, notes_of = 3 * aligned(*model.parameters()), 3 * aligned(model.frozen)
+    for budget in (slots + notes_of - 1, slots + notes_of):
+        optimizer = AdamW([model.weight, model.bias], history=2)
+        config = GovernorConfig(past_steps=2, slots=3, host_budget=budget)
+        if budget < slots + notes_of:
+            with pytest.raises(BudgetExceeded, match="of notes"):
+                TolariaGovernor(model, optimizer, config=config, detector=judge.non_finite())
+            assert "forward" not in vars(model)
+        else:
+            with TolariaGovernor(model, optimizer, config=config, detector=judge.non_finite()) as governor:
+                assert governor.capabilities().notes_bytes == 0
+
+
+def test_what_is_counted_is_what_they_take(run):
+    one = run(steps=2)
+    survey, held = one.governor._keeper.state.survey, one.governor._keeper.notes
+    for number in range(5):
+        one.train(number)
+        assert held.needed_bytes(survey())["host"] >= held.held_bytes()["host"]
+        assert one.governor.capabilities().notes_bytes == held.num_bytes_held() > 0
+    assert held.needed_bytes(survey()) == held.held_bytes()
+    one.loss(5)
+    assert held.needed_bytes(survey(gradients=True)) == held.held_bytes()  # notes hold none
+
+
+def test_what_notes_have_taken_is_not_missed_for_slots(run, monkeypatch):
+    """What is available does not include it any more."""
+    one = run(steps=2, slots=3)
+    one.train(0, 1, 2)
+    vault, notes_of = one.governor._keeper.vault, one.governor._keeper.notes
+    survey = one.governor._keeper.state.survey()
+    needed = 3 * aligned(*(storage.bytes for storage in survey.leaves.storages)) + notes_of.held_bytes()["host"]
+    for missing in (0, 1):
+        left = needed - vault.held_bytes()["host"] - notes_of.held_bytes()["host"] - missing
+        monkeypatch.setattr(memory, "available_host_bytes", lambda left=left: left)
+        vault._planned = None
+        with pytest.raises(BudgetExceeded, match="are available") if missing else contextlib.nullcontext():
+            vault.lay_plan(survey)
 
 
 def test_without_a_note_of_the_rest_it_is_half_of_two_states(run, monkeypatch):
