@@ -137,6 +137,11 @@ def test_what_is_written_outside_of_sections_waits_for_a_note(registered, late, 
     with late.tape() as calls:
         governor._stepping._note()
     assert any(call.startswith("cuCtxWaitEvent") for call in calls) == registered
+    state = governor._keeper.driver.state
+    assert (state.all_done == (), state.latest) == (registered, ())
+    with late.tape() as calls:  # everything waits by itself already
+        stepped.model(stepped.batches[1][0])
+    assert any(call.startswith("cuStreamWaitEvent") for call in calls) != registered
 
 
 @pytest.mark.parametrize("barrier", ["context", "streams"])

@@ -651,6 +651,50 @@ def test_a_parameter_that_two_optimizers_step(alone):
         assert governor.digest() == seen[3]
 
 
+def test_gradients_that_cannot_be_dropped_are_of_the_present(run):
+    """Views of one bucket stay, as zeros; what somebody adds there is as young as the state."""
+    one = run()
+    one.train(0, 1)
+    parameters = list(one.model.parameters())
+    bucket = torch.zeros(sum(p.numel() for p in parameters))
+    for parameter, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    one.loss(2)
+    one.governor.step_back(1)
+    assert not bucket.any()
+    state = one.governor._keeper.driver.state
+    assert state.grad_epoch == state.epoch
+    bucket.fill_(1.0)
+    with pytest.raises(PhaseError, match="gradients are alive"):
+        one.governor.snapshot()
+    assert not one.governor._keeper.sections.are_stale()
+
+
+def test_gradients_that_came_meanwhile_are_of_the_past(run, monkeypatch):
+    """A backward of before has ended amid the step back: what it has left may not be stepped with."""
+    restore_host = notes.Notes.restore_host
+
+    def then_a_backward_ends(self, op):
+        alive = restore_host(self, op)
+        self._driver.change(lambda s: (replace(s, grad_epoch=0), None))
+        return alive or True
+
+    monkeypatch.setattr(notes.Notes, "restore_host", then_a_backward_ends)
+    one = run()
+    one.train(0, 1)
+    one.governor.step_back(1)
+    assert one.governor._keeper.sections.are_stale()
+
+
+def test_a_step_back_leaves_no_gradients(run):
+    one = run()
+    one.train(0, 1)
+    one.loss(2)
+    one.governor.step_back(1)
+    assert one.governor._keeper.driver.state.grad_epoch is None
+    assert all(parameter.grad is None for parameter in one.model.parameters())
+
+
 def test_a_refused_step_is_a_step(run):
     one = run(on_veto="keep")
     one.train(0, 1)

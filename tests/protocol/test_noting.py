@@ -5,8 +5,20 @@ import functools
 import pytest
 from protocol.outcomes import BARRIERS, assert_caught, assert_sound
 
+from tolaria import gate
+from tolaria.errors import CaptureInProgress, PhaseError
 from tolaria.noting import Place, note, step_back
-from tolaria.operations import Await, Barrier, CallerWait, Change, ContextRecord, ContextWait, Synchronize
+from tolaria.operations import (
+    Await,
+    Barrier,
+    CallerWait,
+    Change,
+    ContextRecord,
+    ContextWait,
+    HostState,
+    StreamRecord,
+    Synchronize,
+)
 from tolaria.ring import SlotPhase
 from tolaria.testing import explorer
 from tolaria.testing.programs import (
@@ -125,6 +137,27 @@ def test_snapshots_of_its_future_are_dropped(serial, step):
         return first.phase is SlotPhase.CERTIFIED and (second.phase is not SlotPhase.FREE) == stays
 
     assert_sound(explorer.explore(machine, is_good), 3)
+
+
+@pytest.mark.parametrize("protocol", [back, noting])
+def test_it_announces_itself(protocol):
+    """Steps of other threads queue behind it, and who would wait for himself is told so at once."""
+    first = next(protocol(1, HOST)())
+    after, _ = first.function(HostState())
+    assert gate.enter_section(after.gate, 2, False) is None
+    inside = HostState(gate=gate.enter_section(gate.GateState(), 1, False))
+    with pytest.raises(PhaseError):
+        first.function(inside)
+    with pytest.raises(CaptureInProgress):
+        first.function(HostState(captures=((1, 2),)))
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
+def test_only_where_there_are_events_the_way_back_records_any(barrier):
+    recorded = []
+    machine = Machine([back(0, barrier)], homes(barrier, ""), drop=lambda op: recorded.append(type(op)) or False)
+    assert_sound(explorer.explore(machine, uniform("S")), 1)
+    assert (StreamRecord in recorded) == barrier.has_events
 
 
 def test_what_a_broken_step_has_left_is_not_gone_back_to():
