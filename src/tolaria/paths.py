@@ -252,7 +252,6 @@ class Paths:
             memory: Of a slot, of which nothing is needed: shape [bytes], uint8. It is written.
             sizes: Bytes of its blocks.
         """
-        self.of(port, memory.device)
         if self.wanted is not None or not isinstance(port, ContextDevice):
             return
         total = sum(sizes)

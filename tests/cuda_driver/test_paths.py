@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import nn
 
 from tolaria import TolariaGovernor, UnsupportedState, engine, paths
 from tolaria.cuda import ContextDevice
+from tolaria.device import BlockingDevice
 from tolaria.errors import DeviceLost
 from tolaria.kernels import Sweep
 from tolaria.paths import Choice, CopyPath, Paths, prepare
@@ -341,6 +343,39 @@ def test_a_layout_that_comes_again_is_not_measured_again(late: Machine, govern, 
         governor.snapshot()  # one of the slots takes memory for it anew
     assert governor.capabilities().copy_path == measured
     assert len(made) == 2
+
+
+def test_what_was_asked_for_is_not_measured(late: Machine, govern, measuring) -> None:
+    late.lag = 0
+    governor = govern(small(), slots=2, probation=0, copy_path="batch")
+    for _ in range(2):
+        governor.snapshot()
+    assert governor.capabilities().copy_path == "one batch for the copy engines (asked for)"
+    assert late.graphs == []
+
+
+def test_where_there_is_one_path_nothing_is_measured(late: Machine, govern, measuring, monkeypatch) -> None:
+    monkeypatch.setattr(paths, "offered", lambda *_: (CopyPath.FOREACH,))
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
+
+
+def test_a_slot_that_has_no_two_halves_is_not_measured(late: Machine, govern, measuring) -> None:
+    governor = govern(nn.Linear(1, 1, bias=False), slots=2, probation=0)
+    governor.snapshot()
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
+
+
+def test_a_device_without_a_clock_measures_nothing(measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is waited for at both ends, say: it has no events to take the time with."""
+    port = BlockingDevice("cpu")
+    monkeypatch.setattr(port, "on_stream", contextlib.nullcontext)
+    monkeypatch.setattr(paths, "offered", lambda *_: (CopyPath.KERNEL, CopyPath.FOREACH))
+    held = Paths()
+    held.try_out(port, torch.zeros(1 << 12, dtype=torch.uint8), [1 << 12])
+    assert held._tried == {}
+    assert str(held.of(port, torch.device("cpu"))) == "one compiled kernel for all storages (not measured)"
 
 
 def test_what_was_measured_is_known_after_closing(late: Machine, govern, measuring) -> None:
