@@ -361,6 +361,13 @@ def test_where_there_is_one_path_nothing_is_measured(late: Machine, govern, meas
     assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
 
 
+def test_the_blocks_of_a_trial_lie_apart() -> None:
+    memory = torch.zeros(1 << 10, dtype=torch.uint8)
+    destinations, sources = paths._halves(memory, [100, 3, 64, 65])
+    taken = sorted((block.data_ptr() - memory.data_ptr(), block.numel()) for block in (*sources, *destinations))
+    assert taken == [(0, 100), (128, 3), (192, 64), (256, 65), (512, 100), (640, 3), (704, 64), (768, 65)]
+
+
 def test_a_slot_that_has_no_two_halves_is_not_measured(late: Machine, govern, measuring) -> None:
     governor = govern(nn.Linear(1, 1, bias=False), slots=2, probation=0)
     governor.snapshot()
