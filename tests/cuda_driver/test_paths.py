@@ -378,6 +378,7 @@ def test_a_device_without_a_clock_measures_nothing(measuring, monkeypatch: pytes
     """One that is waited for at both ends, say: it has no events to take the time with."""
     port = BlockingDevice("cpu")
     monkeypatch.setattr(port, "on_stream", contextlib.nullcontext)
+    assert paths.offered(port, torch.device("cpu")) == (CopyPath.FOREACH,)
     monkeypatch.setattr(paths, "offered", lambda *_: (CopyPath.KERNEL, CopyPath.FOREACH))
     held = Paths()
     held.try_out(port, torch.zeros(1 << 12, dtype=torch.uint8), [1 << 12])
