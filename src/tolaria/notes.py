@@ -310,6 +310,20 @@ class Notes(Vault):
                 self._notes.pop(index, None)
 
 
+def lay_first_plan(vault: Vault, notes: Notes | None, surveyed: SurveyResult) -> None:
+    """Lay the first plan of a vault, which from now on leaves room for notes.
+
+    Raises:
+        BudgetExceeded: It fits nowhere. The vault is closed.
+    """
+    vault.beside = notes
+    try:
+        vault.lay_plan(surveyed)
+    except BaseException:
+        vault.close()
+        raise
+
+
 def _leaving(optimizer: Optimizer, steps: int) -> Leaving:
     if not isinstance(optimizer, Leaving):
         raise _unsupported(f"{type(optimizer).__module__}.{type(optimizer).__qualname__} leaves nothing behind")

@@ -1,5 +1,6 @@
 """Notes and the way back on a device that is late: call by call, and bit for bit."""
 
+import gc
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from torch import nn
 
 from tolaria import memory, noting
 from tolaria.barriers import record
-from tolaria.errors import NoSnapshot
+from tolaria.cuda import ContextDevice
+from tolaria.errors import BudgetExceeded, NoSnapshot
 from tolaria.optim import AdamW
 from tolaria.ring import Tier
 
@@ -214,6 +216,19 @@ def test_a_device_budget_holds_the_notes_as_well(missing, late, govern, stepped)
     governor = governed(govern, stepped, slots=3, device_budget=needed - missing)
     assert governor.capabilities().tier == ("host" if missing else "device")
     assert ("of notes" in governor.capabilities().tier_reason) == bool(missing)
+
+
+def test_a_governor_that_found_no_room_holds_no_device(late, govern, stepped, monkeypatch):
+    """At once, and not when the collector comes by."""
+    opened, open_port = [], ContextDevice.__init__
+    monkeypatch.setattr(ContextDevice, "__init__", lambda self, *args: opened.append(self) or open_port(self, *args))
+    gc.disable()
+    try:
+        with pytest.raises(BudgetExceeded):
+            governed(govern, stepped, tier="device", device_budget=1)
+        assert [port._stream for port in opened] == [None]
+    finally:
+        gc.enable()
 
 
 def test_what_notes_have_taken_of_a_device_is_counted_once(late, govern, stepped, monkeypatch):
