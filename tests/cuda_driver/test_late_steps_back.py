@@ -141,6 +141,7 @@ def test_what_is_written_outside_of_sections_waits_for_a_note(registered, late, 
     assert any(call.startswith("cuCtxWaitEvent") for call in calls) == registered
     state = governor._keeper.driver.state
     assert (state.all_done == (), state.latest) == (registered, ())
+    assert (state.buffers_done == state.all_done) == registered  # else whoever only reads the rest waits for less
     with late.tape() as calls:  # everything waits by itself already
         stepped.model(stepped.batches[1][0])
     assert any(call.startswith("cuStreamWaitEvent") for call in calls) != registered

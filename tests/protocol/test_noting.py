@@ -146,7 +146,8 @@ def test_snapshots_of_its_future_are_dropped(serial, step):
 @pytest.mark.parametrize("protocol", [back, noting])
 def test_it_announces_itself(protocol):
     """Steps of other threads queue behind it, and who would wait for himself is told so at once."""
-    first = next(protocol(1, HOST)())
+    run = protocol(1, HOST)()
+    first = next(run)
     after, _ = first.function(HostState())
     assert gate.enter_section(after.gate, 2, False) is None
     inside = HostState(gate=gate.enter_section(gate.GateState(), 1, False))
@@ -154,6 +155,10 @@ def test_it_announces_itself(protocol):
         first.function(inside)
     with pytest.raises(CaptureInProgress):
         first.function(HostState(captures=((1, 2),)))
+    second = run.send(None)
+    with pytest.raises(CaptureInProgress):  # one that began inside a section that was open then
+        second.function(HostState(gate=after.gate, captures=((1, 2),)))
+    dispose(run)
 
 
 @pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
@@ -169,8 +174,8 @@ def test_what_stays_of_the_ring():
     sealed, filling = SlotPhase.SEALED, SlotPhase.FILLING
     slots = (
         Slot(0, sealed, snapshot=4, completed=4),
-        Slot(1, sealed, snapshot=5, completed=3),
-        Slot(2, sealed, snapshot=6, completed=4),
+        Slot(1, sealed, snapshot=6, completed=3),
+        Slot(2, sealed, snapshot=5, completed=4),
         Slot(3, filling, snapshot=6, completed=4, tier=Tier.HOST),
         Slot(4),
     )
