@@ -113,8 +113,9 @@ class GovernorConfig:
         reach: How many steps back the ring shall reach where it has slots to spare: they thin out with age.
         tier: ``"device"`` or ``"host"``: where snapshots of a train state on a device are held. None: on the device if
             that leaves 15 % of it free above the peak so far, else in page-locked main memory.
-        device_budget: Bytes that all slots on one device may take together, instead of that rule.
-        host_budget: Bytes that all slots in main memory may take together; None: what is available.
+        device_budget: Bytes that all slots on one device may take together, instead of that rule. Notes (`past_steps`)
+            count as well, and are there whatever the budget: slots have what they leave.
+        host_budget: The same in main memory; None: what is available.
         scrub_every: Steps from one idle slot that is read again, and compared with its digest, to the next; 0: never.
         keep_batches: Delivered batches that `watch` keeps for a replay. None: those of `num_kept_steps` steps.
         rng: Global random state (Python, NumPy, torch): ``"restore"`` it with the rest, ``"fork"`` it (re-key, so that

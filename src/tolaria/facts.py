@@ -32,6 +32,7 @@ def capabilities(config: GovernorConfig, keeper: Keeper, course: Course) -> Capa
         cadence_stretched=config.cadence not in ("auto", course.cadence),
         rng=living.rng_policy(config),
         reexecution=course.again.in_force,
+        notes_bytes=0 if keeper.notes is None else keeper.notes.num_bytes_held(),
     )
 
 

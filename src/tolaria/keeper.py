@@ -28,7 +28,7 @@ from tolaria.config import GovernorConfig, Moments
 from tolaria.device import DeviceSet, QueuedDevice
 from tolaria.driver import Driver
 from tolaria.errors import BudgetExceeded, PhaseError, SlotsBusy, SnapshotRejected
-from tolaria.notes import Notes
+from tolaria.notes import Notes, lay_first_plan
 from tolaria.observe import Clock
 from tolaria.operations import Barrier, Events, HostState, Inspection, Protocol, SectionKind
 from tolaria.paths import Paths
@@ -101,7 +101,6 @@ class Keeper:
         slots, room = _layout(config, self.lag, bool(self.accelerators))
         paths = Paths(config.copy_path)
         self.vault = Vault(state, [s.tier for s in slots], devices, room, with_rng, read_journal, write_journal, paths)
-        self.vault.lay_plan(survey)  # an estimate: optimizer state does not exist yet, and comes on top
         known = () if devices.barrier is Barrier.STREAMS else None
         self.driver = Driver(HostState(ring=slots, streams=known), self.vault, devices)
         self.arrivals = Arrivals(self.driver, self.vault, self.ground)
@@ -119,6 +118,9 @@ class Keeper:
         if config.past_steps and config.mode == "act":
             optimizers = [part.optimizer for part in state.optimizers]
             self.notes = Notes(self.vault, self.driver, optimizers, config.past_steps, self.sections.count_foreign)
+        lay_first_plan(
+            self.vault, self.notes, survey
+        )  # an estimate: optimizer state does not exist yet, and comes on top
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
         self.before_manual: Callable[[], None] = lambda: None  # may wait, and may raise: then nothing is taken

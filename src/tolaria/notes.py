@@ -155,6 +155,20 @@ class Notes(Vault):
         """Memory that the notes take."""
         return sum(self.num_bytes(index) for index in range(len(self.slots)))
 
+    def needed_bytes(self, surveyed: SurveyResult) -> Counter[str]:
+        """Memory that all notes take once they are there, by device, or `budget.MAIN_MEMORY`: for a budget.
+
+        Args:
+            surveyed: For a snapshot: notes hold no gradients.
+        """
+        leaves, found = surveyed.leaves, Counter[str]()
+        gradients = {leaves.leaves[ref.index].storage for _, ref in surveyed.gradients if not ref.wrapped}
+        left_out, signature = self._of_the_optimizers(surveyed) | gradients, arena.signature_of(leaves.storages)
+        sizes = arena.num_bytes(_of(signature, _kept(signature, left_out)))
+        for device, size in sizes.items():
+            found[self._place(str(device), self.tiers[0])] += size * len(self.tiers)
+        return found
+
     def close(self) -> None:
         """Let go of everything. The devices are the vault's."""
         self._notes.clear()
@@ -296,6 +310,20 @@ class Notes(Vault):
                 self._notes.pop(index, None)
 
 
+def lay_first_plan(vault: Vault, notes: Notes | None, surveyed: SurveyResult) -> None:
+    """Lay the first plan of a vault, which from now on leaves room for notes.
+
+    Raises:
+        BudgetExceeded: It fits nowhere. The vault is closed.
+    """
+    vault.beside = notes
+    try:
+        vault.lay_plan(surveyed)
+    except BaseException:
+        vault.close()
+        raise
+
+
 def _leaving(optimizer: Optimizer, steps: int) -> Leaving:
     if not isinstance(optimizer, Leaving):
         raise _unsupported(f"{type(optimizer).__module__}.{type(optimizer).__qualname__} leaves nothing behind")
@@ -334,10 +362,18 @@ def _unsupported(seen: str) -> UnsupportedState:
     )
 
 
+def _kept(signature: Signature, left_out: frozenset[int]) -> list[int]:
+    return [index for index in range(len(signature)) if index not in left_out]
+
+
+def _of(signature: Signature, kept: Sequence[int]) -> Signature:
+    return tuple(signature[index] for index in kept)
+
+
 def _without(left_out: frozenset[int], signature: Signature, tier: Tier) -> Arena:
     """Memory for a layout without some of its storages. Indices stay those of the survey."""
-    kept = [index for index in range(len(signature)) if index not in left_out]
-    held = arena.allocate(tuple(signature[index] for index in kept), tier, "keeping notes of single steps")
+    kept = _kept(signature, left_out)
+    held = arena.allocate(_of(signature, kept), tier, "keeping notes of single steps")
     views = [torch.empty(0, dtype=torch.uint8)] * len(signature)
     for place, index in enumerate(kept):
         views[index] = held.views[place]

@@ -134,13 +134,12 @@ def step_back(thread: ThreadId, ground: Ground, choose: Callable[[], Place], doi
         yield from pre_barrier(ground, places)
         began: Events = () if not ground.barrier.has_events else (yield from record(places))
         wrote = True
-        alive = False
         try:
             for part in Part:
                 yield from copies(place.index, places, part, Direction.RESTORE)
             copied: Events = () if not ground.barrier.has_events else (yield from record(places))
             yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))
-            alive = yield RestoreHost(place.index)
+            alive: bool = yield RestoreHost(place.index)
         finally:
             # and the next step writes over it: behind them
             done: Events = yield from post_barrier(ground, places)

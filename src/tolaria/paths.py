@@ -84,12 +84,14 @@ class Choice:
         capture: Into a slot.
         restore: Out of one.
         reason: Why these.
+        is_wanted: They were asked for. A snapshot is taken by no other.
     """
 
     capture: CopyPath
     restore: CopyPath
     reason: str
     _trial: _Trial | None = None
+    is_wanted: bool = False
 
     def settle(self) -> None:
         """Take over what a trial has found, if it has ended. Waits for nothing."""
@@ -238,7 +240,7 @@ class Paths:
                 f"{', '.join(path.value for path in paths)}",
                 "Leave copy_path to the governor, or choose one of these.",
             )
-        return Choice(wanted, wanted, "asked for")
+        return Choice(wanted, wanted, "asked for", is_wanted=True)
 
     def try_out(self, port: Device, memory: torch.Tensor, sizes: Sequence[int]) -> None:
         """Measure the paths for a layout, unless that was done for one like it. Enqueues, and waits for nothing.
@@ -250,7 +252,6 @@ class Paths:
             memory: Of a slot, of which nothing is needed: shape [bytes], uint8. It is written.
             sizes: Bytes of its blocks.
         """
-        self.of(port, memory.device)
         if self.wanted is not None or not isinstance(port, ContextDevice):
             return
         total = sum(sizes)

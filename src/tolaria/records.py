@@ -128,6 +128,7 @@ class Capabilities:
         cadence_stretched: True when the ring was too small for the cadence that was asked for.
         rng: RNG policy in force: ``"restore"``, ``"fork"`` or ``"keep"``.
         reexecution: ``"on"``, or ``"off: "`` and the reason.
+        notes_bytes: Bytes that the notes of single steps (`past_steps`) take now; 0 before the first one.
     """
 
     barrier: str
@@ -143,6 +144,7 @@ class Capabilities:
     tier_reason: str = ""
     host_slots: int = 0
     reexecution: str = "off: not asked for"
+    notes_bytes: int = 0
 
 
 NO_CAPABILITIES = Capabilities(

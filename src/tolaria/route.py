@@ -6,6 +6,7 @@ main memory.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
@@ -13,11 +14,13 @@ from typing import Protocol, cast
 import torch
 
 from tolaria.device import Device, HostDevice
-from tolaria.errors import TolariaInternalError
+from tolaria.errors import DeviceLost, TolariaInternalError
 from tolaria.kernels import Finite, Side, Sweep, Tally, addresses_of
 from tolaria.operations import Barrier
 from tolaria.paths import Choice, CopyPath, Paths, prepare
 from tolaria.state.leaves import finiteness
+
+logger = logging.getLogger("tolaria")
 
 
 class Route(Protocol):
@@ -139,10 +142,16 @@ class DeviceRoute:
 
     def _prepared(self, path: CopyPath, source: Side) -> Callable[[], None]:
         sweep = self._sweep
+
+        def plain() -> None:
+            sweep.run(source, copy=True)
+
         if path is CopyPath.KERNEL:
-            return lambda: sweep.run(source, copy=True)
+            return plain
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
-        return prepare(path, self._port, target, origin)
+        if source is Side.LIVE and self._choice.is_wanted:  # a snapshot fails by itself: nothing is damaged
+            return prepare(path, self._port, target, origin)
+        return _or_else(plain, path, lambda: prepare(path, self._port, target, origin))
 
     def restore(self) -> None:
         self._choice.settle()
@@ -210,6 +219,35 @@ class TransferRoute(DeviceRoute):
             port.move(live, held)
 
         self._port.enqueue(copy)
+
+
+def _or_else(plain: Callable[[], None], path: CopyPath, make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """A copy by a path, and by `plain` where that path cannot be had now: the device may be out of memory.
+
+    `plain` takes no memory. What a copy has written before it failed is written once more, with the same bytes.
+    """
+
+    def instead(error: Exception) -> None:
+        logger.warning("a copy was not made by %s, but plainly: %s: %s", path, type(error).__name__, error)
+
+    try:
+        copy = make()
+    except DeviceLost:
+        raise
+    except Exception as error:
+        instead(error)
+        return plain
+
+    def copied() -> None:
+        try:
+            copy()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            instead(error)
+            plain()
+
+    return copied
 
 
 def lay(

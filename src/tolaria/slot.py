@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tolaria import arena
 from tolaria.arena import Arena
@@ -59,6 +61,18 @@ class SlotMemory:
         self.at_rest.clear()
         self.nonfinite = ()
         self.first.under_way = self.restored.under_way = False
+
+
+class Beside(Protocol):
+    """Memory of ours besides slots, for which a budget has to leave room. By device, or `budget.MAIN_MEMORY`."""
+
+    def held_bytes(self) -> Counter[str]:
+        """What it takes now."""
+        ...
+
+    def needed_bytes(self, surveyed: SurveyResult) -> Counter[str]:
+        """What it takes at most, for that layout."""
+        ...
 
 
 class Layout:

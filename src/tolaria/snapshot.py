@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -43,7 +44,7 @@ from tolaria.paths import Paths
 from tolaria.records import Journal
 from tolaria.ring import Tier
 from tolaria.route import lay, transferring
-from tolaria.slot import Layout, SlotMemory
+from tolaria.slot import Beside, Layout, SlotMemory
 from tolaria.state.digest import host_digest, host_digest_of
 from tolaria.state.leaves import Leaves, any_page_locked
 from tolaria.state.train_state import HostValues, SurveyResult, TrainState
@@ -69,6 +70,7 @@ class Vault:
 
     Attributes:
         plan: Which tier snapshots are taken into, for the present layout.
+        beside: What else of ours takes memory.
 
     Threads: every method except `inspect` and `transfer` is called by the holder of the exclusive gate; so is
     `reserve`, except for draining. Each leaves the caller's inference mode: what is allocated under it could not be
@@ -85,6 +87,7 @@ class Vault:
     paths: Paths = field(default_factory=Paths)
     slots: list[SlotMemory] = field(init=False)
     plan: Plan = field(init=False)
+    beside: Beside | None = field(default=None, init=False)
     _planned: arena.Signature | None = field(default=None, init=False)
     _surveyed: SurveyResult | None = field(default=None, init=False)
     _layout: Layout | None = field(default=None, init=False)
@@ -141,34 +144,31 @@ class Vault:
             return
         sizes = arena.num_bytes(signature)
         accelerators = {str(d): n for d, n in sizes.items() if self.devices[str(d)].barrier is not Barrier.HOST}
-        request = replace(self.room, device_bytes=accelerators, host_bytes=sum(sizes.values()))
-        rooms = {name: room for name in accelerators if (room := self._room(name)) is not None}
+        held, beside = self.held_bytes(), Counter[str]()
+        if self.beside is not None:
+            held, beside = held + self.beside.held_bytes(), self.beside.needed_bytes(surveyed)
+        request = replace(self.room, device_bytes=accelerators, host_bytes=sum(sizes.values()), beside=beside)
+        known = {name: found for name in accelerators if (found := memory.device_memory(torch.device(name)))}
+        rooms = {name: budget.Room(total, max(0, used - held[name])) for name, (total, used) in known.items()}
         available = memory.available_host_bytes()
         if available is not None:
-            available += self._held_bytes("host")
+            available += held[budget.MAIN_MEMORY]
         plan = budget.plan(request, rooms, available)
         if accelerators and plan.tier is Tier.HOST and self.plan.tier is not Tier.HOST:
             logger.info("snapshots are held in main memory: %s", plan.reason)
         self.plan, self._planned = plan, signature
 
-    def _room(self, name: str) -> budget.Room | None:
-        found = memory.device_memory(torch.device(name))
-        if found is None:
-            return None
-        total, used = found
-        return budget.Room(total, max(0, used - self._held_bytes(name)))
+    def held_bytes(self) -> Counter[str]:
+        """Memory of the slots by device, or `budget.MAIN_MEMORY`."""
+        found = Counter[str]()
+        for slot in self.slots:
+            for device, flat in () if slot.arena is None else slot.arena.flat.items():
+                found[self._place(str(device), slot.tier)] += flat.numel()
+        return found
 
-    def _held_bytes(self, where: str) -> int:
-        """Bytes of our slots on a device, or with ``"host"`` in main memory."""
-        flats = [
-            (flat, slot.tier is Tier.HOST or self.devices[str(device)].barrier is Barrier.HOST)
-            for slot in self.slots
-            if slot.arena is not None
-            for device, flat in slot.arena.flat.items()
-        ]
-        return sum(
-            flat.numel() for flat, on_host in flats if (on_host if where == "host" else str(flat.device) == where)
-        )
+    def _place(self, device: str, tier: Tier) -> str:
+        on_host = tier is Tier.HOST or self.devices[device].barrier is Barrier.HOST
+        return budget.MAIN_MEMORY if on_host else device
 
     def _places(self, survey: SurveyResult) -> Places:
         layout = self._layout_of(survey.leaves)

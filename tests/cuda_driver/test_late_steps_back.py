@@ -1,5 +1,7 @@
 """Notes and the way back on a device that is late: call by call, and bit for bit."""
 
+import gc
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +9,12 @@ import torch
 from cuda_driver.conftest import Run, freeze
 from torch import nn
 
-from tolaria import noting
+from tolaria import memory, noting
 from tolaria.barriers import record
-from tolaria.errors import NoSnapshot
+from tolaria.cuda import ContextDevice
+from tolaria.errors import BudgetExceeded, NoSnapshot
 from tolaria.optim import AdamW
+from tolaria.ring import Tier
 
 NOTE = [
     # everything launched so far, then what the optimizer does not leave behind
@@ -135,6 +139,12 @@ def test_what_is_written_outside_of_sections_waits_for_a_note(registered, late, 
     with late.tape() as calls:
         governor._stepping._note()
     assert any(call.startswith("cuCtxWaitEvent") for call in calls) == registered
+    state = governor._keeper.driver.state
+    assert (state.all_done == (), state.latest) == (registered, ())
+    assert (state.buffers_done == state.all_done) == registered  # else whoever only reads the rest waits for less
+    with late.tape() as calls:  # everything waits by itself already
+        stepped.model(stepped.batches[1][0])
+    assert any(call.startswith("cuStreamWaitEvent") for call in calls) != registered
 
 
 @pytest.mark.parametrize("barrier", ["context", "streams"])
@@ -192,3 +202,50 @@ def test_two_models_on_one_device_do_not_meet(late, govern, stepped):
     governor.step_back(1)
     with pytest.raises(NoSnapshot):
         governor.step_back(4)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_device_budget_holds_the_notes_as_well(missing, late, govern, stepped):
+    """They stay beside the train state, so it is the slots that go to main memory."""
+    loose = governed(govern, stepped, slots=3)
+    for batch in stepped.batches[:8]:
+        stepped.step(loose, batch)
+    survey, held = loose._keeper.state.survey(), loose._keeper.notes.held_bytes()
+    needed = 3 * sum(-(-storage.key[2] // 64) * 64 for storage in survey.leaves.storages) + held["cpu"]
+    assert (loose.capabilities().tier, loose.capabilities().tier_reason) == ("device", "")
+    loose.close()
+    governor = governed(govern, stepped, slots=3, device_budget=needed - missing)
+    assert governor.capabilities().tier == ("host" if missing else "device")
+    assert ("of notes" in governor.capabilities().tier_reason) == bool(missing)
+
+
+def test_a_governor_that_found_no_room_holds_no_device(late, govern, stepped, monkeypatch):
+    """At once, and not when the collector comes by."""
+    opened, open_port = [], ContextDevice.__init__
+    monkeypatch.setattr(ContextDevice, "__init__", lambda self, *args: opened.append(self) or open_port(self, *args))
+    gc.disable()
+    try:
+        with pytest.raises(BudgetExceeded):
+            governed(govern, stepped, tier="device", device_budget=1)
+        assert [port._stream for port in opened] == [None]
+    finally:
+        gc.enable()
+
+
+def test_what_notes_have_taken_of_a_device_is_counted_once(late, govern, stepped, monkeypatch):
+    """It is in the peak of what is in use already."""
+    governor = governed(govern, stepped, slots=3)
+    governor.snapshot()
+    for batch in stepped.batches[:8]:
+        stepped.step(governor, batch)
+    governor.snapshot()
+    vault, held = governor._keeper.vault, governor._keeper.notes.held_bytes()["cpu"]
+    survey, others = governor._keeper.state.survey(), 1000
+    used = others + held + vault.held_bytes()["cpu"]
+    slots = 3 * sum(-(-storage.key[2] // 64) * 64 for storage in survey.leaves.storages)
+    for missing in (0, 20):
+        total = math.ceil((others + held + slots - missing) / 0.85)
+        monkeypatch.setattr(memory, "device_memory", lambda device, total=total: (total, used))
+        vault._planned = None
+        vault.lay_plan(survey)
+        assert vault.plan.tier is (Tier.HOST if missing else Tier.DEVICE)

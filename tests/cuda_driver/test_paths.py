@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from torch import nn
 
 from tolaria import TolariaGovernor, UnsupportedState, engine, paths
 from tolaria.cuda import ContextDevice
+from tolaria.device import BlockingDevice
+from tolaria.errors import DeviceLost
 from tolaria.kernels import Sweep
 from tolaria.paths import Choice, CopyPath, Paths, prepare
 
@@ -162,12 +165,87 @@ def test_a_poisoned_batch_leaves_no_trace(path: str, late: Machine, govern, make
     assert all(map(torch.equal, run.model.parameters(), clean.model.parameters()))
 
 
+def out_of_memory(*_: object) -> Callable[[], None]:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("path", ["graph", "batch"])
+@pytest.mark.parametrize("where", ["preparing", "asking for it"])
+def test_a_rollback_does_not_fail_for_its_path(
+    path: str, where: str, late: Machine, govern, monkeypatch, caplog
+) -> None:
+    """Memory has run out since the snapshot: what was asked for cannot be had, and the bytes come back all the same."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    model = small()
+    governor = govern(model, copy_path=path, slots=2, probation=0)
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    governor.snapshot()
+    late.finish()
+    with monkeypatch.context() as patch:
+        if where == "preparing":
+            patch.setattr(ContextDevice, path, out_of_memory)
+        else:
+            patch.setitem(late.fails, "cuGraphLaunch" if path == "graph" else "cuMemcpyBatchAsync", 2)
+        for poison in (7.0, 9.0):
+            write(governor, model, poison)
+            assert governor.execute_rollback().wait().verified
+            late.finish()
+            assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
+    assert f"not made by {CopyPath(path)}" in caplog.text
+    governor.snapshot()
+    write(governor, model, 3.0)
+    assert governor.execute_rollback().wait().verified
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch"])
+def test_a_lost_device_is_told_of_and_not_made_up_for(call: str, late: Machine, govern, monkeypatch) -> None:
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    model = small()
+    governor = govern(model, copy_path="graph", slots=2, probation=0)
+    governor.snapshot()
+    late.fails[call] = 700
+    with pytest.raises(DeviceLost):
+        governor.execute_rollback()
+    late.fails.clear()
+
+
+@pytest.mark.parametrize("wanted", ["graph", None])
+def test_a_snapshot_by_a_path_that_was_measured_is_taken_by_another(
+    wanted: str | None, late: Machine, govern, measuring, monkeypatch
+) -> None:
+    """One that was asked for is not replaced."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    timed(monkeypatch, {CopyPath.GRAPH: 0.1})
+    model = small()
+    governor = govern(model, slots=2, probation=0, copy_path=wanted)
+    late.lag = 0
+    governor.snapshot()
+    assert "one graph" in governor.capabilities().copy_path
+    write(governor, model, 7.0)
+    monkeypatch.setattr(ContextDevice, "graph", out_of_memory)
+    if wanted is None:
+        governor.snapshot()
+        write(governor, model, 9.0)
+        governor.execute_rollback()
+        late.finish()
+        assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            governor.snapshot()
+
+
 def test_a_path_that_does_not_work_here_is_refused_at_once(late: Machine, govern) -> None:
     late.driver.version = 12090
     with pytest.raises(UnsupportedState, match="offers only foreach, graph"):
         govern(small(), copy_path="batch")
     with pytest.raises(UnsupportedState, match="kernel"):
         govern(small(), copy_path="kernel")  # tensors on a CPU stand for the device's
+
+
+def test_a_driver_without_graphs_offers_none(late: Machine, govern, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_GRAPH_CALLS", (*engine._GRAPH_CALLS, "cuGraphOfTomorrow"))
+    with pytest.raises(UnsupportedState, match="offers only foreach, batch"):
+        govern(small(), copy_path="graph")
 
 
 # ------------------------------------------------------------ the choice
@@ -245,6 +323,103 @@ def test_a_layout_is_measured_once(late: Machine, govern, measuring, monkeypatch
     assert len(made) == 2
 
 
+def test_a_layout_that_comes_again_is_not_measured_again(late: Machine, govern, measuring, monkeypatch) -> None:
+    made = []
+    original = paths._Trial.__init__
+    monkeypatch.setattr(
+        paths._Trial, "__init__", lambda self, *arguments: made.append(self) or original(self, *arguments)
+    )
+    late.lag = 0
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    governor.snapshot()
+    measured = governor.capabilities().copy_path
+    assert "measured over" in measured
+    model.register_buffer("late", torch.zeros(1 << 20))
+    governor.snapshot()
+    assert "measured over 2 MB" in governor.capabilities().copy_path
+    del model.late
+    for _ in range(2):
+        governor.snapshot()  # one of the slots takes memory for it anew
+    assert governor.capabilities().copy_path == measured
+    assert len(made) == 2
+
+
+def test_what_was_asked_for_is_not_measured(late: Machine, govern, measuring) -> None:
+    late.lag = 0
+    governor = govern(small(), slots=2, probation=0, copy_path="batch")
+    for _ in range(2):
+        governor.snapshot()
+    assert governor.capabilities().copy_path == "one batch for the copy engines (asked for)"
+    assert late.graphs == []
+
+
+def test_where_there_is_one_path_nothing_is_measured(late: Machine, govern, measuring, monkeypatch) -> None:
+    monkeypatch.setattr(paths, "offered", lambda *_: (CopyPath.FOREACH,))
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
+
+
+def test_the_blocks_of_a_trial_lie_apart() -> None:
+    memory = torch.zeros(1 << 10, dtype=torch.uint8)
+    destinations, sources = paths._halves(memory, [100, 3, 64, 65])
+    taken = sorted((block.data_ptr() - memory.data_ptr(), block.numel()) for block in (*sources, *destinations))
+    assert taken == [(0, 100), (128, 3), (192, 64), (256, 65), (512, 100), (640, 3), (704, 64), (768, 65)]
+
+
+def test_a_slot_that_has_no_two_halves_is_not_measured(late: Machine, govern, measuring) -> None:
+    governor = govern(nn.Linear(1, 1, bias=False), slots=2, probation=0)
+    governor.snapshot()
+    assert governor.capabilities().copy_path == "foreach copy of whole storages (not measured)"
+
+
+def test_a_device_without_a_clock_measures_nothing(measuring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is waited for at both ends, say: it has no events to take the time with."""
+    port = BlockingDevice("cpu")
+    monkeypatch.setattr(port, "on_stream", contextlib.nullcontext)
+    assert paths.offered(port, torch.device("cpu")) == (CopyPath.FOREACH,)
+    monkeypatch.setattr(paths, "offered", lambda *_: (CopyPath.KERNEL, CopyPath.FOREACH))
+    held = Paths()
+    held.try_out(port, torch.zeros(1 << 12, dtype=torch.uint8), [1 << 12])
+    assert held._tried == {}
+    assert str(held.of(port, torch.device("cpu"))) == "one compiled kernel for all storages (not measured)"
+
+
+def test_what_was_measured_is_known_after_closing(late: Machine, govern, measuring) -> None:
+    late.lag = 0
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    measured = governor.capabilities().copy_path
+    governor.close()
+    assert governor.capabilities().copy_path == measured
+    assert "measured over" in measured
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch"])
+def test_a_device_that_is_lost_in_the_trial_is_told_of(
+    call: str, late: Machine, govern, measuring, monkeypatch
+) -> None:
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    late.fails[call] = 700
+    governor = govern(small(), slots=2, probation=0)
+    with pytest.raises(DeviceLost):
+        governor.snapshot()
+    late.fails.clear()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_only_a_kernel_reads_and_copies_at_once(compiled: bool, late: Machine, govern, measuring, monkeypatch) -> None:
+    monkeypatch.setattr(Sweep, "is_compiled", compiled)
+    timed(monkeypatch, {})
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    trial = next(iter(governor._keeper.vault.paths._chosen.values()))._trial
+    names = [name for name, *_ in trial._spans]
+    assert (CopyPath.KERNEL in names, paths._BOTH in names) == (compiled, compiled)
+    assert len(names) == len(set(names)) * paths._ROUNDS
+
+
 def test_small_states_and_those_of_a_known_path_are_not_measured(late: Machine, govern) -> None:
     governor = govern(small(), slots=2, probation=0)
     governor.snapshot()
@@ -253,7 +428,10 @@ def test_small_states_and_those_of_a_known_path_are_not_measured(late: Machine, 
 
 
 @pytest.mark.parametrize("broken", ["cuGraphInstantiate", "cuGraphLaunch", "cuMemcpyBatchAsync"])
-def test_a_path_that_fails_in_the_trial_is_out(broken: str, late: Machine, govern, measuring, monkeypatch) -> None:
+def test_a_path_that_fails_in_the_trial_is_out(
+    broken: str, late: Machine, govern, measuring, monkeypatch, caplog
+) -> None:
+    caplog.set_level("INFO", "tolaria")
     # at once, so that what fails fails where it is asked for
     monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
     late.fails[broken] = 1
@@ -265,6 +443,7 @@ def test_a_path_that_fails_in_the_trial_is_out(broken: str, late: Machine, gover
     late.lag = 0
     other = "batch" if "Graph" in broken else "graph"
     assert f"one {other}" in governor.capabilities().copy_path
+    assert caplog.text.count(f"copies are not made by {CopyPath.GRAPH if 'Graph' in broken else CopyPath.BATCH}") == 1
     before = [tensor.clone() for tensor in model.parameters()]
     write(governor, model, 7.0)
     governor.execute_rollback()
@@ -367,3 +546,52 @@ def test_with_a_compiled_kernel_its_reading_copy_is_what_the_others_have_to_beat
     late.lag = 0
     shown = governor.capabilities().copy_path
     assert shown.startswith("one compiled kernel for all storages into slots, one batch for the copy engines out of")
+
+
+def failing_where(monkeypatch: pytest.MonkeyPatch, is_out: Callable[[bool, bool], bool]) -> None:
+    """Sweeps raise, told whether they copy and whether they read."""
+    run = Sweep.run
+
+    def failing(self: Sweep, *arguments: object, copy: bool, answer: torch.Tensor | None = None) -> None:
+        if is_out(copy, answer is not None):
+            raise RuntimeError("out of memory")
+        run(self, *arguments, copy=copy, answer=answer)
+
+    monkeypatch.setattr(Sweep, "run", failing)
+
+
+def test_a_kernel_that_only_copies_is_read_behind(late: Machine, govern, measuring, monkeypatch) -> None:
+    """Then its reading counts as that of any other path."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    monkeypatch.setattr(Sweep, "is_compiled", True)
+    timed(monkeypatch, {CopyPath.KERNEL: 1.0, CopyPath.BATCH: 0.5})
+    governor = govern(small(), slots=2, probation=0)
+    with monkeypatch.context() as patch:
+        failing_where(patch, lambda copies, reads: copies and reads)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            governor.snapshot()  # the kernel copies and reads until the times are there
+    late.lag = 0
+    assert governor.capabilities().copy_path.startswith("one batch for the copy engines (measured over")
+
+
+def test_a_kernel_that_does_not_copy_is_not_taken_for_reading(late: Machine, govern, measuring, monkeypatch) -> None:
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    monkeypatch.setattr(Sweep, "is_compiled", True)
+    timed(monkeypatch, {CopyPath.FOREACH: 2.0, CopyPath.GRAPH: 3.0, CopyPath.BATCH: 3.0})
+    failing_where(monkeypatch, lambda copies, reads: copies and not reads)
+    governor = govern(small(), slots=2, probation=0)
+    governor.snapshot()
+    late.lag = 0
+    assert governor.capabilities().copy_path.startswith("foreach copy of whole storages (measured over")
+
+
+def test_what_fails_later_in_the_trial_has_no_time(late: Machine, govern, measuring, monkeypatch) -> None:
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    readings = []
+    timed(monkeypatch, {})
+    with monkeypatch.context() as patch:
+        failing_where(patch, lambda copies, reads: not copies and (readings.append(1) or len(readings) == 2))
+        governor = govern(small(), slots=2, probation=0)
+        governor.snapshot()
+    trial = next(iter(governor._keeper.vault.paths._chosen.values()))._trial
+    assert paths._READ not in [name for name, *_ in trial._spans]

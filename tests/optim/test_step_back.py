@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from tolaria import GovernorConfig, TolariaGovernor, judge, notes
+from tolaria import GovernorConfig, TolariaGovernor, judge, memory, notes
 from tolaria.errors import (
+    BudgetExceeded,
     InvalidConfig,
     NoSnapshot,
     PhaseError,
@@ -190,6 +191,54 @@ def test_what_optimizers_leave_behind_is_not_copied(run):
     buffers = sum(b.nbytes for b in one.model.buffers())
     average = sum(t.nbytes for t in (*one.average.parameters(), *one.average.buffers()))
     assert held.num_bytes_held() == 3 * (buffers + average)
+
+
+def aligned(*tensors):
+    return sum(-(-tensor.nbytes // 64) * 64 for tensor in tensors)
+
+
+def test_a_budget_counts_notes_before_there_are_any(alone):
+    """What no optimizer steps, in each of them: a large frozen parameter is in three here, and a small one in none."""
+    model = nn.Linear(8, 8)
+    model.register_parameter("frozen", nn.Parameter(torch.ones(4096), requires_grad=False))
+    slots, notes_of = 3 * aligned(*model.parameters()), 3 * aligned(model.frozen)
+    for budget in (slots + notes_of - 1, slots + notes_of):
+        optimizer = AdamW([model.weight, model.bias], history=2)
+        config = GovernorConfig(past_steps=2, slots=3, host_budget=budget)
+        if budget < slots + notes_of:
+            with pytest.raises(BudgetExceeded, match="of notes"):
+                TolariaGovernor(model, optimizer, config=config, detector=judge.non_finite())
+            assert "forward" not in vars(model)
+        else:
+            with TolariaGovernor(model, optimizer, config=config, detector=judge.non_finite()) as governor:
+                assert governor.capabilities().notes_bytes == 0
+
+
+def test_what_is_counted_is_what_they_take(run):
+    one = run(steps=2)
+    survey, held = one.governor._keeper.state.survey, one.governor._keeper.notes
+    for number in range(5):
+        one.train(number)
+        assert held.needed_bytes(survey())["host"] >= held.held_bytes()["host"]
+        assert one.governor.capabilities().notes_bytes == held.num_bytes_held() > 0
+    assert held.needed_bytes(survey()) == held.held_bytes()
+    one.loss(5)
+    assert held.needed_bytes(survey(gradients=True)) == held.held_bytes()  # notes hold none
+
+
+def test_what_notes_have_taken_is_not_missed_for_slots(run, monkeypatch):
+    """What is available does not include it any more."""
+    one = run(steps=2, slots=3)
+    one.train(0, 1, 2)
+    vault, notes_of = one.governor._keeper.vault, one.governor._keeper.notes
+    survey = one.governor._keeper.state.survey()
+    needed = 3 * aligned(*(storage.bytes for storage in survey.leaves.storages)) + notes_of.held_bytes()["host"]
+    for missing in (0, 1):
+        left = needed - vault.held_bytes()["host"] - notes_of.held_bytes()["host"] - missing
+        monkeypatch.setattr(memory, "available_host_bytes", lambda left=left: left)
+        vault._planned = None
+        with pytest.raises(BudgetExceeded, match="are available") if missing else contextlib.nullcontext():
+            vault.lay_plan(survey)
 
 
 def test_without_a_note_of_the_rest_it_is_half_of_two_states(run, monkeypatch):
@@ -600,6 +649,50 @@ def test_a_parameter_that_two_optimizers_step(alone):
             governor.step_back(2)  # of each step the other optimizer has written as well
         governor.step_back(1)
         assert governor.digest() == seen[3]
+
+
+def test_gradients_that_cannot_be_dropped_are_of_the_present(run):
+    """Views of one bucket stay, as zeros; what somebody adds there is as young as the state."""
+    one = run()
+    one.train(0, 1)
+    parameters = list(one.model.parameters())
+    bucket = torch.zeros(sum(p.numel() for p in parameters))
+    for parameter, part in zip(parameters, bucket.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    one.loss(2)
+    one.governor.step_back(1)
+    assert not bucket.any()
+    state = one.governor._keeper.driver.state
+    assert state.grad_epoch == state.epoch
+    bucket.fill_(1.0)
+    with pytest.raises(PhaseError, match="gradients are alive"):
+        one.governor.snapshot()
+    assert not one.governor._keeper.sections.are_stale()
+
+
+def test_gradients_that_came_meanwhile_are_of_the_past(run, monkeypatch):
+    """A backward of before has ended amid the step back: what it has left may not be stepped with."""
+    restore_host = notes.Notes.restore_host
+
+    def then_a_backward_ends(self, op):
+        alive = restore_host(self, op)
+        self._driver.change(lambda s: (replace(s, grad_epoch=0), None))
+        return alive or True
+
+    monkeypatch.setattr(notes.Notes, "restore_host", then_a_backward_ends)
+    one = run()
+    one.train(0, 1)
+    one.governor.step_back(1)
+    assert one.governor._keeper.sections.are_stale()
+
+
+def test_a_step_back_leaves_no_gradients(run):
+    one = run()
+    one.train(0, 1)
+    one.loss(2)
+    one.governor.step_back(1)
+    assert one.governor._keeper.driver.state.grad_epoch is None
+    assert all(parameter.grad is None for parameter in one.model.parameters())
 
 
 def test_a_refused_step_is_a_step(run):

@@ -5,9 +5,25 @@ import functools
 import pytest
 from protocol.outcomes import BARRIERS, assert_caught, assert_sound
 
+from tolaria import gate
+from tolaria import noting as noting_module
+from tolaria.errors import CaptureInProgress, PhaseError
 from tolaria.noting import Place, note, step_back
-from tolaria.operations import Await, Barrier, CallerWait, Change, ContextRecord, ContextWait, Synchronize
-from tolaria.ring import SlotPhase
+from tolaria.operations import (
+    Await,
+    Barrier,
+    CallerWait,
+    Change,
+    Check,
+    ContextRecord,
+    ContextWait,
+    Copy,
+    HostState,
+    Places,
+    StreamRecord,
+    Synchronize,
+)
+from tolaria.ring import Slot, SlotPhase, Tier
 from tolaria.testing import explorer
 from tolaria.testing.programs import (
     failing_step,
@@ -22,7 +38,7 @@ from tolaria.testing.programs import (
     uniform,
     writer,
 )
-from tolaria.testing.simulator import Machine
+from tolaria.testing.simulator import Machine, dispose
 
 HOST, BLOCKING, CONTEXT = Barrier.HOST, Barrier.BLOCKING, Barrier.CONTEXT
 
@@ -125,6 +141,57 @@ def test_snapshots_of_its_future_are_dropped(serial, step):
         return first.phase is SlotPhase.CERTIFIED and (second.phase is not SlotPhase.FREE) == stays
 
     assert_sound(explorer.explore(machine, is_good), 3)
+
+
+@pytest.mark.parametrize("protocol", [back, noting])
+def test_it_announces_itself(protocol):
+    """Steps of other threads queue behind it, and who would wait for himself is told so at once."""
+    run = protocol(1, HOST)()
+    first = next(run)
+    after, _ = first.function(HostState())
+    assert gate.enter_section(after.gate, 2, False) is None
+    inside = HostState(gate=gate.enter_section(gate.GateState(), 1, False))
+    with pytest.raises(PhaseError):
+        first.function(inside)
+    with pytest.raises(CaptureInProgress):
+        first.function(HostState(captures=((1, 2),)))
+    second = run.send(None)
+    with pytest.raises(CaptureInProgress):  # one that began inside a section that was open then
+        second.function(HostState(gate=after.gate, captures=((1, 2),)))
+    dispose(run)
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=lambda b: b.value)
+def test_only_where_there_are_events_the_way_back_records_any(barrier):
+    recorded = []
+    machine = Machine([back(0, barrier)], homes(barrier, ""), drop=lambda op: recorded.append(type(op)) or False)
+    assert_sound(explorer.explore(machine, uniform("S")), 1)
+    assert (StreamRecord in recorded) == barrier.has_events
+
+
+def test_what_stays_of_the_ring():
+    """Of what is later than step 3: snapshots from before the note, and a slot that somebody else is filling."""
+    sealed, filling = SlotPhase.SEALED, SlotPhase.FILLING
+    slots = (
+        Slot(0, sealed, snapshot=4, completed=4),
+        Slot(1, sealed, snapshot=6, completed=3),
+        Slot(2, sealed, snapshot=5, completed=4),
+        Slot(3, filling, snapshot=6, completed=4, tier=Tier.HOST),
+        Slot(4),
+    )
+    left = noting_module._without_future(slots, Place(0, 3, 5))
+    assert left == (*slots[:2], Slot(2), *slots[3:])
+
+
+def test_a_run_that_is_let_go_of_has_not_failed():
+    """Only an error marks the train state as torn."""
+    protocol = back(1, HOST)()
+    answers = {Await: (None, 0.0), Change: Place(0, 0, 1), Check: Places((), ("cpu",))}
+    op = next(protocol)
+    while not isinstance(op, Copy):
+        op = protocol.send(answers[type(op)])
+    assert protocol.throw(GeneratorExit()).label == "leave"
+    dispose(protocol)
 
 
 def test_what_a_broken_step_has_left_is_not_gone_back_to():

@@ -100,6 +100,41 @@ def test_the_device_tier_asked_for_is_not_replaced_by_another():
     assert "main memory" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("budget", "tier"), [(35 * MIB, Tier.DEVICE), (35 * MIB - 1, Tier.HOST)])
+def test_slots_have_what_notes_leave_of_a_device_budget(budget, tier):
+    found = plan(asked(device_budget=budget, beside={"cuda:0": 5 * MIB}), {}, 10**12)
+    assert found.tier is tier
+    if tier is Tier.HOST:
+        assert (
+            found.reason
+            == "3 slots x 10.0 MiB + 5.0 MiB of notes = 35.0 MiB on cuda:0, where device_budget allows 35.0 MiB"
+        )
+
+
+@pytest.mark.parametrize(("used", "tier"), [(50, Tier.DEVICE), (50 + 1 / MIB, Tier.HOST)])
+def test_and_of_a_device(used, tier):
+    found = plan(asked(beside={"cuda:0": 5 * MIB}), {"cuda:0": Room(100 * MIB, int(used * MIB))}, 10**12)
+    assert found.tier is tier
+
+
+@pytest.mark.parametrize(
+    ("available", "budget", "host_slots"),
+    [(125 * MIB, None, 3), (125 * MIB - 4, None, 2), (3 * MIB, None, 0), (0, 25 * MIB, 2), (0, 25 * MIB - 1, 1)],
+)
+def test_and_drained_snapshots_what_they_leave_of_main_memory(available, budget, host_slots):
+    """A quarter of the rest, or the rest of what the user allows."""
+    found = plan(asked(host_budget=budget, beside={"host": 5 * MIB}), {}, available)
+    assert found == Plan(Tier.DEVICE, host_slots)
+
+
+@pytest.mark.parametrize(("available", "budget"), [(35 * MIB, None), (0, 35 * MIB)])
+def test_and_a_train_state_in_main_memory_as_well(available, budget):
+    wanted = dataclasses.replace(HOST, host_budget=budget, beside={"host": 5 * MIB})
+    assert plan(wanted, {}, available).tier is Tier.HOST
+    with pytest.raises(BudgetExceeded, match=r"10\.0 MiB \+ 5\.0 MiB of notes = 35\.0 MiB in main memory"):
+        plan(dataclasses.replace(wanted, beside={"host": 5 * MIB + 1}), {}, available)
+
+
 def test_what_fits_nowhere_says_why_of_both():
     with pytest.raises(BudgetExceeded) as caught:
         plan(GPU, {"cuda:0": Room(MIB, MIB)}, MIB)
