@@ -118,9 +118,8 @@ class Keeper:
         if config.past_steps and config.mode == "act":
             optimizers = [part.optimizer for part in state.optimizers]
             self.notes = Notes(self.vault, self.driver, optimizers, config.past_steps, self.sections.count_foreign)
-        lay_first_plan(
-            self.vault, self.notes, survey
-        )  # an estimate: optimizer state does not exist yet, and comes on top
+        # an estimate: optimizer state does not exist yet, and comes on top
+        lay_first_plan(self.vault, self.notes, survey)
         self._requests: deque[Request] = deque()
         self._stepping: set[int] = set()
         self.before_manual: Callable[[], None] = lambda: None  # may wait, and may raise: then nothing is taken
