@@ -83,7 +83,7 @@ PANELS = (
     Panel("tensors", "tensors", "tensors"),
     Panel("cadence", "cadence", "steps per snapshot", "a step slower by, %", is_log=False),
     Panel("streams", "streams", "busy streams"),
-    Panel("models", "models", "governed models on the device", "ms of the host"),
+    Panel("models", "models", "governed models", "ms of the host"),
 )
 
 
@@ -119,7 +119,8 @@ def _series(panel: Panel, found: Mapping[str, Sequence[Point]], explained: Mappi
             number = len(made)
             places = [(point.at[panel.along], point.ms) for point in here]
             line = _line(panel, here, explained[name]) if name in explained else []
-            made.append(Series(name, f"s{number % 8}", _SHAPES[number % len(_SHAPES)], places, line))
+            shown = name.removeprefix(f"{panel.curve}, ")  # the title says it
+            made.append(Series(shown, f"s{number % 8}", _SHAPES[number % len(_SHAPES)], places, line))
     return _as_slowdown(made) if panel.curve == "cadence" else made
 
 

@@ -256,3 +256,19 @@ def test_every_series_of_a_panel_looks_different() -> None:
 @pytest.mark.parametrize(("span", "stride"), [(10.0, 2.0), (4.0, 1.0), (0.9, 0.2), (23.0, 5.0)])
 def test_grid_lines_are_round(span: float, stride: float) -> None:
     assert math.isclose(scale_picture._stride(span), stride)
+
+
+def test_nothing_is_written_below_the_page() -> None:
+    names = [
+        f"models, {what}, {barrier}"
+        for barrier in ("context", "streams")
+        for what in ("adding", "step", "snapshot", "rollback")
+    ]
+    along = [Point("models", {"models": count}, spread(1.0)) for count in (1.0, 4.0)]
+    tree = drawn(dict.fromkeys(names, along), {})
+    lowest = 0.0
+    for panel in tree.iter("{http://www.w3.org/2000/svg}g"):
+        move = re.match(r"translate\(([-\d.]+) ([-\d.]+)\)", panel.attrib["transform"])
+        texts = panel.findall("{http://www.w3.org/2000/svg}text")
+        lowest = max([lowest, *(float(move[2]) + float(text.attrib["y"]) for text in texts)] if move else [lowest])
+    assert 0.0 < lowest < float(tree.attrib["height"])
