@@ -35,6 +35,7 @@ from tolaria.cuda import ContextDevice, find_driver
 
 OLD, NEW = 1.0, 2.0
 HELD_BACK_S = 0.020
+_LAUNCHES = 400  # some two milliseconds of the host
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def race(ordering: str, count: int, num_bytes: int, trials: int) -> tuple[int, i
                 _write(governor, model, writers, word)
                 opener = threading.Timer(HELD_BACK_S, lambda word=word: word.fill_(1))
                 opener.start()
+                _train_awhile(reader)
                 called = time.perf_counter()
                 governor.execute_rollback()
                 returned = time.perf_counter()
@@ -100,6 +102,14 @@ def race(ordering: str, count: int, num_bytes: int, trials: int) -> tuple[int, i
                         parameter.fill_(OLD)
                 torch.cuda.synchronize()
     return lost, torn, host_ms
+
+
+def _train_awhile(stream: torch.cuda.Stream) -> None:
+    """Launch, as a training loop does until it panics: a host that has slept takes twice as long for each line."""
+    with torch.cuda.stream(stream):
+        numbers = torch.zeros(1, device="cuda")
+        for _ in range(_LAUNCHES):
+            numbers.add_(1.0)
 
 
 @contextlib.contextmanager
