@@ -204,7 +204,7 @@ class Arrivals:
                 return self.read_back(wait=wait, shield=shield)
             try:
                 return self.judge(done, shield)
-            except KeyboardInterrupt:  # nobody was told yet
+            except BaseException:  # nobody was told yet
                 with self._noting:
                     self._restored = self._restored or done
                 raise

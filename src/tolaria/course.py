@@ -32,7 +32,6 @@ from tolaria.values import replace
 from tolaria.vitals import Sent
 
 _HISTORY_STEPS = 4096
-_ROUTINE_SKIPS = 20
 
 
 class Course:
@@ -102,7 +101,6 @@ class Course:
         self.completed, judgement, self._position = journal
         with self._judge_lock:
             self._forget_outstanding(self.completed)
-            self._unanswered = None
             self.verdict = Verdict(Health.HEALTHY, self.completed)
             while self._judged and self._judged[-1][0] > self.completed:
                 self._judged.pop()
@@ -111,11 +109,12 @@ class Course:
                 self._judgement = self._judged[-1][1]
             elif not self._outstanding:
                 self._judgement = judgement
-            self._skips = 0  # a run of skips belongs to the abandoned future
         self._last_automatic, self.due = self.completed, None
         self.history.undo(self.completed)
 
     def _forget_outstanding(self, after: int) -> None:
+        """Steps after that one are gone, and with them a panic that is open and a run of skips."""
+        self._unanswered, self._skips = None, 0
         for sent in self._outstanding:
             if sent.step > after:
                 sent.reading.forget()
@@ -158,20 +157,18 @@ class Course:
         A step that was not applied (a veto, a scaler that skipped) shows nothing, so it counts for no probation. The
         step is taken from those that are outstanding when all is noted: interrupted before that, it is judged anew.
         """
-        vital, by_scaler, vetoed, keeps = arrived = sent.read()
+        vital, by_scaler, vetoed, _ = arrived = sent.read()
         if self._begun[0] is not sent:
             self._begun = sent, self._judgement, self._skips
-        _, self._judgement, skips = self._begun
-        self._skips = skips + 1 if by_scaler or (vetoed and keeps) else 0
+        judgement, skips = self._begun[1], arrived.skips(self._begun[2])
         if sent.torn:
             verdict = Verdict(Health.PANIC, vital.step, "a write raised half-way", vital.step)
         else:
-            self._judgement, verdict = self._detector.update(self._judgement, vital)
-        if self._skips >= _ROUTINE_SKIPS and not verdict.is_panic:
-            reason = "GradScaler skips every step" if by_scaler else "every step is vetoed"
-            health = Health.PANIC if self._skips == _ROUTINE_SKIPS else Health.SUSPECT
-            verdict = Verdict(health, vital.step, reason, vital.step, {"skips": float(self._skips)})
-        verdict = arrived.overrule(verdict)
+            judgement, verdict = self._detector.update(judgement, vital)
+        verdict = arrived.overrule(verdict, skips)
+        if not self._outstanding or self._outstanding[0] is not sent:
+            return  # a signal handler of this thread has judged it meanwhile (`state_dict`), or undone it (a rollback)
+        self._judgement, self._skips = judgement, skips
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
         self._judged.append((vital.step, self._judgement))
@@ -221,10 +218,13 @@ class Course:
     def watch_only(self, *, wait: bool = False) -> Verdict:
         """Judge what has arrived and report every panic, without acting. Answers the gravest verdict, or the newest."""
         gravest = None
-        with self._judge_lock:  # one thread reports a panic
-            while (panic := self.catch_up(wait=wait)) is not None:
-                self.report(*panic, "observe", None)
-                gravest, self._unanswered = panic[1], None
+        while self.catch_up(wait=wait) is not None:
+            with Shield():  # it is told once, and without the lock: whoever is told may roll back, or ask for more
+                with self._judge_lock:
+                    panic, self._unanswered = self._unanswered, None
+                if panic is not None:  # else another thread tells it
+                    self.report(*panic, "observe", None)
+                    gravest = panic[1]
         return gravest or self.verdict
 
     def conclude(self, sent: Sent) -> StepResult:
@@ -479,10 +479,8 @@ class Course:
         """A new episode: detectors and the retry budget start afresh."""
         with self._judge_lock:
             self._forget_outstanding(-1)
-            self._unanswered = None
             self._judgement = self._detector.init()
             self._judged.clear()
-            self._skips = 0
         self.recovery = recover.RecoveryState()
 
     def state_dict(self) -> dict[str, Any]:
@@ -496,5 +494,7 @@ class Course:
         self.completed = self._last_automatic = books.completed
         self.tick, self._judgement, self.recovery = books.tick, books.judgement, books.recovery
         self._tally.set(books.statistics)
-        self._forget_outstanding(-1)
-        self._judged.clear()
+        with self._judge_lock:
+            self._forget_outstanding(-1)
+            self._judged.clear()
+            self.verdict = Verdict(Health.HEALTHY, self.completed)

@@ -331,8 +331,10 @@ class Rounds:
                     verify_before=True,
                     patient=True,
                 )
-            except (*UNTOUCHED, KeyboardInterrupt):  # the panic is not over because it could not be answered now
-                course.recovery, course._unanswered = before, panic
+            except BaseException as error:  # the panic is not over: nothing was restored, or not everything
+                course._unanswered = panic
+                if isinstance(error, (*UNTOUCHED, KeyboardInterrupt)):
+                    course.recovery = before
                 raise
             course.treat(plan)
             course.after_rollback(report, NO_REWIND, rekeys=plan.rekeys and can_replay)

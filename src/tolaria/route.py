@@ -13,8 +13,9 @@ from typing import Protocol, cast
 
 import torch
 
+from tolaria.cuda import named
 from tolaria.device import Device, HostDevice
-from tolaria.errors import DeviceLost, TolariaInternalError
+from tolaria.errors import CaptureInProgress, DeviceLost, TolariaInternalError
 from tolaria.kernels import Finite, Side, Sweep, Tally, addresses_of
 from tolaria.operations import Barrier
 from tolaria.paths import Choice, CopyPath, Paths, prepare
@@ -151,7 +152,8 @@ class DeviceRoute:
         origin, target = (self._live, self._held) if source is Side.LIVE else (self._held, self._live)
         if source is Side.LIVE and self._choice.is_wanted:  # a snapshot fails by itself: nothing is damaged
             return prepare(path, self._port, target, origin)
-        return _or_else(plain, path, lambda: prepare(path, self._port, target, origin))
+        passed_on = (DeviceLost, CaptureInProgress) if source is Side.LIVE else (DeviceLost,)
+        return _or_else(plain, path, lambda: prepare(path, self._port, target, origin), passed_on)
 
     def restore(self) -> None:
         self._choice.settle()
@@ -221,19 +223,25 @@ class TransferRoute(DeviceRoute):
         self._port.enqueue(copy)
 
 
-def _or_else(plain: Callable[[], None], path: CopyPath, make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+def _or_else(
+    plain: Callable[[], None],
+    path: CopyPath,
+    make: Callable[[], Callable[[], None]],
+    passed_on: tuple[type[Exception], ...],
+) -> Callable[[], None]:
     """A copy by a path, and by `plain` where that path cannot be had now: the device may be out of memory.
 
     `plain` takes no memory. What a copy has written before it failed is written once more, with the same bytes.
     """
 
     def instead(error: Exception) -> None:
+        told = named(error, f"copying by {path}")  # torch has an error of its own for a lost device
+        if isinstance(told, passed_on):
+            raise told from (None if told is error else error)
         logger.warning("a copy was not made by %s, but plainly: %s: %s", path, type(error).__name__, error)
 
     try:
         copy = make()
-    except DeviceLost:
-        raise
     except Exception as error:
         instead(error)
         return plain
@@ -241,8 +249,6 @@ def _or_else(plain: Callable[[], None], path: CopyPath, make: Callable[[], Calla
     def copied() -> None:
         try:
             copy()
-        except DeviceLost:
-            raise
         except Exception as error:
             instead(error)
             plain()

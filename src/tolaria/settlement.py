@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tolaria import recover, ring
+from tolaria.coordinate import world_size
 from tolaria.course import Course
 from tolaria.errors import UNTOUCHED, SafetyError
 from tolaria.feed import Rewind
@@ -87,6 +88,8 @@ class Settlement:
             return False
         has_begun = ring.newest_good(course.keeper.ring) is not None  # else whoever broke a step has seen its error
         panic = course.catch_up(wait=True) or (self._left_torn() if has_begun else None)
+        if panic is not None and world_size() > 1:
+            course.answer(*panic)  # which reports it, and refuses
         if panic is not None:
             try:
                 self._go_back(*panic, None)
@@ -144,6 +147,8 @@ class Settlement:
         """
         course, verdict = self._course, self._course.verdict
         if verdict.health is not Health.SUSPECT or not self.looks_again or course.feed.num_again:
+            return None
+        if world_size() > 1:  # one of several ranks goes back with the others or not at all
             return None
         onset = verdict.step if verdict.onset is None else verdict.onset
         found = replace(verdict, reason=f"{verdict.reason}, {STILL_OPEN}", onset=onset)

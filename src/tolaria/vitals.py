@@ -14,6 +14,9 @@ from tolaria.measure import TOTALS
 from tolaria.observe import BEYOND_MEASURE, Reading, Scalar, mean_sign
 from tolaria.records import Health, Verdict, VitalSigns
 
+ROUTINE_SKIPS = 20
+"""So many skipped steps in a row are no routine any more."""
+
 EXTRA = "extra:"
 """Prefix of the caller's own signs among the numbers of a `Reading`."""
 
@@ -38,8 +41,19 @@ class Arrived(NamedTuple):
     vetoed: bool
     kept: bool
 
-    def overrule(self, verdict: Verdict) -> Verdict:
-        """A veto that is not kept is a panic whatever the detectors say: what surrounds the step has moved."""
+    def skips(self, before: int) -> int:
+        """Skipped steps in a row, with this one, behind so many."""
+        return before + 1 if self.by_scaler or (self.vetoed and self.kept) else 0
+
+    def overrule(self, verdict: Verdict, skips: int) -> Verdict:
+        """What the detectors say, unless there is something graver than they have seen.
+
+        A veto that is not kept is a panic: what surrounds the step has moved. So are too many skips in a row, once.
+        """
+        if skips >= ROUTINE_SKIPS and not verdict.is_panic:
+            health = Health.PANIC if skips == ROUTINE_SKIPS else Health.SUSPECT
+            reason = "GradScaler skips every step" if self.by_scaler else "every step is vetoed"
+            verdict = Verdict(health, self.signs.step, reason, self.signs.step, {"skips": float(skips)})
         if not self.vetoed or self.kept or verdict.is_panic:
             return verdict
         onset = self.signs.step if verdict.onset is None else verdict.onset

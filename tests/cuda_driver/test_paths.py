@@ -18,7 +18,7 @@ from torch import nn
 from tolaria import TolariaGovernor, UnsupportedState, engine, paths
 from tolaria.cuda import ContextDevice
 from tolaria.device import BlockingDevice
-from tolaria.errors import DeviceLost
+from tolaria.errors import CaptureInProgress, DeviceLost
 from tolaria.kernels import Sweep
 from tolaria.paths import Choice, CopyPath, Paths, prepare
 
@@ -207,6 +207,47 @@ def test_a_lost_device_is_told_of_and_not_made_up_for(call: str, late: Machine, 
     with pytest.raises(DeviceLost):
         governor.execute_rollback()
     late.fails.clear()
+
+
+def test_a_lost_device_is_told_of_in_torchs_own_words_too(late: Machine, govern, monkeypatch) -> None:
+    """Which error a path raises depends on who has noticed first."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    vars(error)["error_code"] = 700
+
+    def lost(*_: object) -> Callable[[], None]:
+        raise error
+
+    governor = govern(small(), copy_path="graph", slots=2, probation=0)
+    governor.snapshot()
+    late.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(ContextDevice, "graph", lost)
+        with pytest.raises(DeviceLost):
+            governor.execute_rollback()
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch"])
+def test_a_capture_that_nobody_has_announced_is_told_of_by_a_snapshot(
+    call: str, late: Machine, govern, measuring, monkeypatch
+) -> None:
+    """It may have been invalidated. A rollback that has begun is made all the same."""
+    monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
+    timed(monkeypatch, {CopyPath.GRAPH: 0.1})
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    late.lag = 0
+    governor.snapshot()
+    assert "one graph" in governor.capabilities().copy_path
+    late.fails[call] = 900
+    with pytest.raises(CaptureInProgress):
+        governor.snapshot()
+    before = [parameter.clone() for parameter in model.parameters()]
+    write(governor, model, 9.0)
+    assert governor.execute_rollback().success
+    late.finish()
+    late.fails.clear()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize("wanted", ["graph", None])

@@ -23,6 +23,7 @@ from tolaria.operations import (
     Survey,
 )
 from tolaria.ring import SlotPhase, newest_good
+from tolaria.vitals import Arrived
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -282,3 +283,90 @@ def test_a_panic_that_an_interrupt_has_kept_from_being_answered_is_answered(gove
     assert scene.run.state() == scene.good
     assert course.unsettled() == (0, None)
     assert scene.governor.statistics().panics == 1
+
+
+@pytest.mark.parametrize("rolls_back", [False, True])
+def test_a_signal_handler_may_use_the_governor_while_a_step_is_judged(
+    rolls_back: bool, govern: Govern, kit: Any
+) -> None:
+    """A checkpoint at SIGTERM reads `state_dict`, which judges what is outstanding."""
+    arrived: list[int] = []
+
+    def update(seen: tuple[int, ...], signs: Any) -> Any:
+        if signs.step == 3 and not arrived:
+            arrived.append(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
+        return (*seen, signs.step), Verdict(Health.HEALTHY, signs.step)
+
+    run = kit.Run()
+    config = GovernorConfig(cadence=2, probation=1)
+    governor = govern(run.model, run.optimizer, detector=Detector(tuple, update), config=config)
+    act: Callable[[], object] = governor.execute_rollback if rolls_back else governor.state_dict
+    before = signal.signal(signal.SIGUSR1, lambda *_: act() and None)
+    try:
+        for batch in run.batches[:3]:
+            run.step(governor, batch)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert arrived
+    assert governor.rollbacks == int(rolls_back)
+    assert governor._course._judgement == (1, 2, 3)[: governor._course.completed]
+    assert governor._course.unsettled() == (0, None)
+
+
+def test_a_step_whose_verdict_was_being_noted_is_judged_again_from_before_it(
+    govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(seen: tuple[int, ...], signs: Any) -> Any:
+        health = Health.SUSPECT if signs.step == 2 else Health.HEALTHY
+        return (*seen, signs.step), Verdict(health, signs.step)
+
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=Detector(tuple, update))
+    course, suspend = governor._course, governor._keeper.suspend
+
+    def interrupted() -> None:
+        monkeypatch.setattr(governor._keeper, "suspend", suspend)
+        interrupt()
+
+    monkeypatch.setattr(Arrived, "skips", lambda arrived, before: before + 1)
+    monkeypatch.setattr(governor._keeper, "suspend", interrupted)
+    run.step(governor, run.batches[0])
+    with pytest.raises(KeyboardInterrupt):
+        run.step(governor, run.batches[1])
+    run.step(governor, run.batches[2])
+    assert course._judgement == (1, 2, 3)
+    assert course._skips == 3
+
+
+def test_a_detector_that_raises_does_so_once(govern: Govern, kit: Any) -> None:
+    def update(seen: tuple[int, ...], signs: Any) -> Any:
+        if signs.step == 2:
+            raise ValueError("detector")
+        return (*seen, signs.step), Verdict(Health.HEALTHY, signs.step)
+
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=Detector(tuple, update))
+    run.step(governor, run.batches[0])
+    with pytest.raises(ValueError, match="detector"):
+        run.step(governor, run.batches[1])
+    run.step(governor, run.batches[2])
+    assert governor._course.unsettled() == (0, None)
+    assert governor._course._judgement == (1, 3)
+
+
+def test_a_panic_of_a_state_that_was_replaced_is_not_answered(govern: Govern, kit: Any) -> None:
+    """Whoever loads a checkpoint after Ctrl-C goes on from there."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({3: "panic"}))
+    for batch in run.batches[:2]:
+        run.step(governor, batch)
+    saved, course = governor.state_dict(), governor._course
+    answer, course.answer = course.answer, lambda *_: interrupt()  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        run.step(governor, run.batches[2])
+    course.answer = answer  # type: ignore[method-assign]
+    assert course.unsettled()[1] is not None
+    governor.load_state_dict(saved)
+    assert course.unsettled() == (0, None)
+    assert governor.finish() is False

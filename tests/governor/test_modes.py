@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tolaria import GovernorConfig, Health, Recovery, TolariaGovernor, UnsupportedState
+from tolaria import GovernorConfig, Health, Recovery, TolariaGovernor, UnsupportedState, Verdict, VitalSigns
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -207,6 +208,87 @@ def test_with_two_ranks_a_panic_reports_and_refuses(
     assert "ranks" in line["note"]
     assert governor.statistics().rollbacks == 0
     assert governor.execute_rollback().success  # whoever calls it on every rank answers for it
+
+
+def test_with_two_ranks_a_panic_is_told_once(govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({2: "panic"}))
+    run.step(governor, run.batches[0])
+    pretend(2, monkeypatch)
+    with pytest.raises(UnsupportedState, match="several ranks"):
+        run.step(governor, run.batches[1])
+    assert governor._course.unsettled() == (0, None)
+    assert not run.step(governor, run.batches[2]).rolled_back
+
+
+def test_with_two_ranks_the_end_of_the_run_rolls_nothing_back(
+    govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict that comes with the last steps is answered by `finish`."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer)
+    governor.snapshot()
+    run.step(governor, run.batches[0])
+    before = run.state()
+    pretend(2, monkeypatch)
+    governor._course._unanswered = VitalSigns(step=1), Verdict(Health.PANIC, 1, "late", 1)
+    with pytest.raises(UnsupportedState, match="several ranks"):
+        governor.finish()
+    assert run.state() == before
+    assert governor.rollbacks == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_with_two_ranks_a_suspicion_at_the_end_of_the_data_is_not_looked_at_again(
+    ranks: int, govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = kit.Run()
+    last = len(run.batches)
+    config = GovernorConfig(cadence=1, probation=1)
+    governor = govern(run.model, run.optimizer, config=config, detector=kit.scripted({last: "suspect"}))
+    for number, batch in enumerate(governor.watch(run.batches), 1):
+        if number == last:
+            pretend(ranks, monkeypatch)
+        run.step(governor, batch)
+    assert governor.rollbacks == (1 if ranks == 1 else 0)
+
+
+def test_who_is_told_of_a_panic_may_ask_for_more(govern: Govern, kit: Any) -> None:
+    told: list[int] = []
+
+    def sink(incident: Any) -> None:
+        told.append(incident.step)
+        if len(told) < 9:
+            governor.finish()
+
+    run = kit.Run()
+    config = GovernorConfig(mode="observe", on_incident=sink)
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({2: "panic"}), config=config)
+    for _ in range(3):
+        governor.observe(loss=1.0)
+    assert told == [2]
+
+
+def test_who_is_told_of_a_panic_may_roll_back_beside_another_thread(govern: Govern, kit: Any) -> None:
+    """Told without a lock: another rollback has the gate, and waits for the lock under which steps are judged."""
+    other = threading.Event()
+
+    def sink(incident: Any) -> None:
+        if incident.action == "manual":
+            return
+        thread = threading.Thread(target=lambda: (governor.execute_rollback(), other.set()))
+        thread.start()
+        assert other.wait(60)
+        assert governor.execute_rollback().success
+        thread.join()
+
+    run = kit.Run()
+    config = GovernorConfig(on_incident=sink)
+    governor = govern(run.model, run.optimizer, detector=kit.scripted({2: "panic"}), config=config)
+    governor.snapshot()
+    for _ in range(2):
+        governor.observe(loss=1.0)
+    assert governor.rollbacks == 2
 
 
 def test_with_two_ranks_observing_is_fine(govern: Govern, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from tolaria.errors import (
     PhaseError,
     QuiesceTimeout,
     RetryBudgetExceeded,
+    RollbackFailed,
     SafetyError,
     SnapshotRejected,
     StateMismatch,
@@ -357,6 +358,34 @@ def test_a_panic_that_could_not_be_answered_is_answered_by_the_next_call(then: s
     assert learner.counter == [3]
 
 
+def test_a_rollback_that_failed_half_way_is_made_before_anything_else() -> None:
+    learner = Learner()
+    extra, broken = {"value": 0}, list[bool]()
+
+    def load(value: int) -> None:
+        if broken.pop():
+            raise RuntimeError("not now")
+        extra["value"] = value
+
+    learner.governor.register("zz_extra", (lambda: extra["value"], load))
+    go(learner, 2)
+    good = weights(learner)
+
+    def learn() -> None:
+        extra["value"] += 100
+        learner.learn()
+
+    learner.faults[3, 1] = scale
+    broken.append(True)
+    with pytest.raises(RollbackFailed):
+        learner.guard.run(learn)
+    assert learner.governor._course.unsettled()[1] is not None
+    broken[:] = [False]
+    assert not learner.guard.run(learner.learn).learnt
+    assert (weights(learner), extra["value"]) == (good, 0)
+    assert not learner.governor._keeper.driver.state.torn
+
+
 def weights(learner: Learner) -> list[Any]:
     return [parameter.tolist() for parameter in learner.model.parameters()]
 
@@ -441,6 +470,7 @@ def test_several_ranks_are_not_rolled_back(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UnsupportedState, match="several ranks"):
         learner.guard.run(learner.learn)
     assert learner.governor.rollbacks == 0
+    assert learner.governor._course.unsettled() == (0, None)  # told once
 
 
 def test_bad_use_is_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tolaria.arrivals import Arrivals, Finding
+from tolaria.errors import QuiesceTimeout
 from tolaria.operations import Barrier
 from tolaria.ring import Slot, SlotPhase
 
@@ -81,20 +82,41 @@ def test_a_rollback_made_while_an_earlier_one_is_looked_at_is_read_back_itself(w
     assert late.read_back() is None
 
 
-def test_a_reading_back_that_is_interrupted_is_told_the_next_time() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), QuiesceTimeout("", "", "")])
+def test_a_reading_back_that_is_broken_off_is_told_the_next_time(error: BaseException) -> None:
     late = arrivals((Slot(0, SlotPhase.CERTIFIED, snapshot=0),))
     submit = late._driver.submit
 
     def interrupted(*_: Any) -> Any:
         late._driver.submit = submit
-        raise KeyboardInterrupt
+        raise error
 
     late._driver.submit = interrupted
     late.expect_read_back(SimpleNamespace(slot=Slot(0, SlotPhase.CERTIFIED, snapshot=0)))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         late.read_back()
     assert late.is_unverified
     seen = late.read_back()
     assert seen is not None
     assert seen.intact
     assert late.read_back() is None
+
+
+def test_a_newer_rollback_stays_the_one_to_be_read_back() -> None:
+    slots = tuple(Slot(index, SlotPhase.CERTIFIED, snapshot=index) for index in range(2))
+    earlier, later = (SimpleNamespace(slot=slot) for slot in slots)
+    late = arrivals(slots)
+    submit = late._driver.submit
+
+    def interrupted(*_: Any) -> Any:
+        late._driver.submit = submit
+        late.expect_read_back(later)
+        raise KeyboardInterrupt
+
+    late._driver.submit = interrupted
+    late.expect_read_back(earlier)
+    with pytest.raises(KeyboardInterrupt):
+        late.read_back(wait=True)
+    seen = late.read_back()
+    assert seen is not None
+    assert seen.slot is slots[1]
