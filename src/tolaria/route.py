@@ -232,6 +232,7 @@ def _or_else(
     """A copy by a path, and by `plain` where that path cannot be had now: the device may be out of memory.
 
     `plain` takes no memory. What a copy has written before it failed is written once more, with the same bytes.
+    Errors of the kinds in `passed_on` are not made up for.
     """
 
     def instead(error: Exception) -> None:
