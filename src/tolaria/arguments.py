@@ -19,6 +19,8 @@ When = Literal["boundary"]
 Verify = Literal["before", "after"]
 Grads = Literal["capture", "drop"]
 
+_WHEN, _VERIFY, _GRADS = get_args(When), get_args(Verify), get_args(Grads)
+
 _ATTACHING = "attaching the governor"
 
 
@@ -59,8 +61,8 @@ def refuse_coordinator(coordinator: Any) -> None:
 
 def require_of_snapshot(doing: str, step: Any, grads: Any, when: Any) -> int | None:
     """Raise `UsageError` for a value that `TolariaGovernor.snapshot` does not take. Answers the step, a plain int."""
-    _require_choice(doing, "grads", grads, get_args(Grads))
-    _require_choice(doing, "when", when, get_args(When))
+    _require_choice(doing, "grads", grads, _GRADS)
+    _require_choice(doing, "when", when, _WHEN)
     return None if step is None else _whole(doing, "step", step, "a whole number")
 
 
@@ -115,13 +117,13 @@ def require_of_rollback(doing: str, optimizer: Any, when: Any, verify: Any) -> N
     """Raise `UsageError` for a value that `TolariaGovernor.execute_rollback` does not take."""
     is_one = optimizer is None or isinstance(optimizer, Optimizer)
     _require(is_one, doing, "optimizer", optimizer, "a torch.optim.Optimizer")
-    _require_choice(doing, "when", when, get_args(When))
-    _require_choice(doing, "verify", verify, get_args(Verify))
+    _require_choice(doing, "when", when, _WHEN)
+    _require_choice(doing, "verify", verify, _VERIFY)
 
 
 def _require_choice(doing: str, name: str, value: Any, allowed: Sequence[str]) -> None:
-    known = value is None or (isinstance(value, str) and value in allowed)
-    _require(known, doing, name, value, " or ".join(map(repr, allowed)))
+    if value is not None and not (isinstance(value, str) and value in allowed):
+        raise _wrong(doing, name, value, " or ".join(map(repr, allowed)))
 
 
 def require_target(doing: str, to: Any, phase: Callable[[int], str]) -> SnapshotInfo | int | None:

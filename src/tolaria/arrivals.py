@@ -73,7 +73,8 @@ class Arrivals:
         self._restored: RolledBack | None = None  # and not read back yet
         self._newest: RolledBack | None = None  # the only one whose reading is still there
         self._settling = threading.RLock()
-        self._noting = threading.Lock()  # held for no longer than a look: a rollback may come while another is settled
+        # held for no longer than a look: a rollback may come while another is settled, a signal handler's even here
+        self._noting = threading.RLock()
 
     # ------------------------------------------------------------ snapshots
 

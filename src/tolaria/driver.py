@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
+
 from tolaria.admission import begin_capture, close_section, end_capture, open_section
 from tolaria.cuda import named
 from tolaria.device import Device, QueuedDevice
@@ -69,14 +71,13 @@ class Driver:
 
     def __init__(self, state: HostState, vault: Vault, devices: dict[str, Device]) -> None:
         self.state = state
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.RLock()  # the condition's own, which is entered without a call in Python
+        self._changed = threading.Condition(self._lock)
         self._num_waiting = 0  # under the lock; a notification takes longer than most changes
-
-        def queued(device: DeviceName) -> QueuedDevice:
-            return cast("QueuedDevice", devices[device])  # only barriers with events yield these
+        queued = cast("dict[DeviceName, QueuedDevice]", devices)  # only barriers with events yield what asks these
 
         def caller_streams(_: CallerStreams) -> Streams:
-            return tuple((name, queued(name).caller_stream()) for name in devices if devices[name].barrier.has_events)
+            return tuple((name, queued[name].caller_stream()) for name in devices if devices[name].barrier.has_events)
 
         self._table: Table = {
             Change: self._change,
@@ -90,27 +91,32 @@ class Driver:
             Copy: vault.copy,
             ReadLive: vault.read_live,
             Transfer: vault.transfer,
-            ContextRecord: lambda op: queued(op.device).context_record(),
-            ContextWait: lambda op: queued(op.device).context_wait(op.event),
-            StreamRecord: lambda op: queued(op.device).stream_record(),
-            StreamWait: lambda op: queued(op.device).stream_wait(op.event),
-            CallerWait: lambda op: queued(op.device).caller_wait(op.event),
+            ContextRecord: lambda op: queued[op.device].context_record(),
+            ContextWait: lambda op: queued[op.device].context_wait(op.event),
+            StreamRecord: lambda op: queued[op.device].stream_record(),
+            StreamWait: lambda op: queued[op.device].stream_wait(op.event),
+            CallerWait: lambda op: queued[op.device].caller_wait(op.event),
             CallerStreams: caller_streams,
-            KnownRecord: lambda op: queued(op.device).known_record(op.stream),
-            KnownWait: lambda op: queued(op.device).known_wait(op.stream, op.event),
-            TransferRecord: lambda op: queued(op.device).transfer_record(),
-            HostWait: lambda op: queued(op.device).host_wait(op.event),
+            KnownRecord: lambda op: queued[op.device].known_record(op.stream),
+            KnownWait: lambda op: queued[op.device].known_wait(op.stream, op.event),
+            TransferRecord: lambda op: queued[op.device].transfer_record(),
+            HostWait: lambda op: queued[op.device].host_wait(op.event),
             Synchronize: lambda op: devices[op.device].synchronize(),
         }
 
     def submit(self, protocol: Protocol, shield: Shield | None = None, instead: Table | None = None) -> Any:
         """Run a snapshot, seal or rollback. Signals are held back, except while it waits for open sections.
 
+        The caller's inference mode is left meanwhile.
+
         Args:
             protocol: What to run.
             shield: The caller's, when signals are to be held back for longer than the submission.
             instead: Calls in the place of the vault's, for a protocol over other memory.
         """
+        if torch.is_inference_mode_enabled():  # what is allocated under it could not be written later
+            with torch.inference_mode(False):
+                return self.submit(protocol, shield, instead)
         perform = self.perform if instead is None else functools.partial(self.perform, instead=instead)
         if shield is not None:
             return drive(protocol, functools.partial(perform, shield=shield))
@@ -153,8 +159,7 @@ class Driver:
             call = instead.get(type(op), call)
         if call is None:
             if isinstance(op, Await):
-                with contextlib.nullcontext() if shield is None else shield.interruptible():
-                    return self._await(op)
+                return self._await(op, shield)
             raise TolariaInternalError(
                 "running the protocol", f"this machine's driver has no call for {op}", "Please report this."
             )
@@ -167,28 +172,44 @@ class Driver:
             raise lost from error
 
     def _change(self, op: Change) -> Any:
-        with self._changed:
-            self.state, result = op.function(self.state)
-            if self._num_waiting:
-                self._changed.notify_all()
+        with self._lock:
+            _, result = self._made(op.function)
         return result
 
-    def _await(self, op: Await) -> tuple[Any, float]:
+    def _await(self, op: Await, shield: Shield | None) -> tuple[Any, float]:
         """Answers (result, seconds waited)."""
-        started: float | None = None
-        with self._changed:
-            answer = op.function(self.state)
-            if answer is None:
-                started = time.monotonic()
+        if shield is None or not shield.holds_any:
+            with self._lock:
+                made = self._made(op.function)
+            if made is not None:
+                return made[1], 0.0
+        started = time.monotonic()
+        # from here on it may take long; and who has already been signalled is told while nothing is changed
+        with contextlib.nullcontext() if shield is None else shield.interruptible(), self._lock:
+            made = self._made(op.function)
+            if made is None:
                 self._num_waiting += 1
                 try:
-                    answer = self._wait_for(op, started)
+                    made = self._wait_for(op, started)
                 finally:
                     self._num_waiting -= 1
-            self.state, result = answer
-            if self._num_waiting:
-                self._changed.notify_all()
-        return result, 0.0 if started is None else time.monotonic() - started
+        return made[1], time.monotonic() - started
+
+    def _made(self, function: Callable[[HostState], Any]) -> Any:
+        """Make a change of the host state, under the lock. Answers what the function does: None, if it cannot be made.
+
+        A signal handler may run in the middle of it, on the same thread, and use the governor, which is why the lock
+        lets that thread in again. What the handler has changed is in the state that the function then gets.
+        """
+        while True:
+            before = self.state
+            made = function(before)
+            if self.state is before:  # no handler runs from here to the assignment: nothing is called, nothing loops
+                if made is not None:
+                    self.state = made[0]
+                    if self._num_waiting:
+                        self._changed.notify_all()
+                return made
 
     def _wait_for(self, op: Await, started: float) -> tuple[HostState, Any]:
         while True:
@@ -202,6 +223,6 @@ class Driver:
                     "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
                 )
             self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
-            answer = op.function(self.state)
-            if answer is not None:
-                return answer
+            made: tuple[HostState, Any] | None = self._made(op.function)
+            if made is not None:
+                return made

@@ -314,7 +314,8 @@ class Feed:
                 skip = range(skip.start, skip.stop + further)
                 self._left_out_before = max(before, skip.stop)
             ahead = max(0, self._left_out_before - max(self._next, before))
-            return replace(self._rewind(position, skip, restores_random_state), ahead=ahead)
+            found = self._rewind(position, skip, restores_random_state)
+            return replace(found, ahead=ahead) if ahead else found
 
     def obstacle(self, position: int) -> str:
         """Why not everything from `position` on could be delivered again; empty if it could."""
@@ -322,6 +323,8 @@ class Feed:
             return self._obstacle(position, [delivery for delivery in self._kept if delivery.index >= position], [])
 
     def _rewind(self, position: int, skip: range | None, restores_random_state: bool) -> Rewind:
+        if not self._next:
+            return NO_REWIND  # no loader is watched
         due = [delivery for delivery in self._kept if delivery.index >= position]
         upcoming = self.upcoming
         self._open.clear()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -99,24 +96,3 @@ def refuse_fake_tensors(doing: str) -> None:
         raise UnsupportedState(
             doing, "a FakeTensorMode is active, expected one in which tensors have bytes", "Leave that mode first."
         )
-
-
-_S = TypeVar("_S")
-_O = TypeVar("_O")
-_T = TypeVar("_T")
-
-
-def outside_inference(perform: Callable[[_S, _O], _T]) -> Callable[[_S, _O], _T]:
-    """`torch.inference_mode(False)` around a method of one argument: what is allocated under it can be written later.
-
-    That takes longer than some operations do, so it is entered only where there is a mode to leave.
-    """
-
-    @functools.wraps(perform)
-    def performed(self: _S, op: _O) -> _T:
-        if not torch.is_inference_mode_enabled():
-            return perform(self, op)
-        with torch.inference_mode(False):
-            return perform(self, op)
-
-    return performed

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.optim import Optimizer
 
-from tolaria import arena, budget, memory
+from tolaria import arena, budget
 from tolaria.arena import Arena, Signature
 from tolaria.barriers import Ground
 from tolaria.driver import Driver, Table
@@ -182,7 +182,6 @@ class Notes(Vault):
 
     # ------------------------------------------------------------ operations
 
-    @memory.outside_inference
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`. Where moments alternate, a survey that stands is that of when they were there before."""
         where = tuple(map(_first_moment, self._optimizers))
@@ -196,7 +195,6 @@ class Notes(Vault):
     def lay_plan(self, surveyed: SurveyResult) -> None:
         """Notes have no tier to choose: they stay beside the train state."""
 
-    @memory.outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`, for what the optimizers do not leave behind."""
         slot, surveyed = self.slots[op.slot], self._take_survey()
@@ -222,7 +220,6 @@ class Notes(Vault):
         others = {leaf.storage for leaf in leaves.leaves if counts[id(leaf.tensor)] != 1}
         return frozenset(range(len(leaves.storages))) - others
 
-    @memory.outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         route = self.slots[op.slot].routes.get((op.device, op.part))
@@ -241,7 +238,6 @@ class Notes(Vault):
     def _move(self, device: str, pairs: list[Pair]) -> None:
         self.devices[device].enqueue(functools.partial(marks.copy, pairs))
 
-    @memory.outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`: the note is complete but for its publication."""
         completed = Vault.capture_host(self, op)
@@ -278,7 +274,6 @@ class Notes(Vault):
         assert self._target is not None
         return self._target
 
-    @memory.outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`, and find the copies."""
         known = self._going_to()
@@ -292,7 +287,6 @@ class Notes(Vault):
             known.back.setdefault(str(pair[0].device), []).append(pair)
         return places
 
-    @memory.outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. Later notes are of an abandoned future; this one is of the present state again."""
         known = self._going_to()

@@ -15,6 +15,7 @@ from tolaria.barriers import Ground, break_off, copies, copies_done, order_behin
 from tolaria.errors import StateMismatch
 from tolaria.gate import ThreadId
 from tolaria.operations import (
+    PARTS,
     Barrier,
     CaptureHost,
     Change,
@@ -135,7 +136,7 @@ def step_back(thread: ThreadId, ground: Ground, choose: Callable[[], Place], doi
         began: Events = () if not ground.barrier.has_events else (yield from record(places))
         wrote = True
         try:
-            for part in Part:
+            for part in PARTS:
                 yield from copies(place.index, places, part, Direction.RESTORE)
             copied: Events = () if not ground.barrier.has_events else (yield from record(places))
             yield Change("forget the gradients", lambda s: (replace(s, grad_epoch=None), None))

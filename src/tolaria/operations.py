@@ -28,10 +28,11 @@ class Barrier(Enum):
     CONTEXT = "context"  # context-wide events on both sides; the host never waits
     STREAMS = "streams"  # events of the known streams on both sides; the host never waits, nor do other streams
 
-    @property
-    def has_events(self) -> bool:
-        """Whether the host never waits: what a device does is ordered, and asked for, by events."""
-        return self in (Barrier.CONTEXT, Barrier.STREAMS)
+    has_events: bool
+    """Whether the host never waits: what a device does is ordered, and asked for, by events."""
+
+    def __init__(self, word: str) -> None:
+        self.has_events = word in ("context", "streams")  # asked a dozen times per rollback
 
 
 class Part(Enum):
@@ -39,6 +40,12 @@ class Part(Enum):
 
     BUFFERS = "buffers"
     REST = "rest"
+
+    __hash__ = object.__hash__  # Enum's own is written in Python, and parts are keys
+
+
+PARTS = tuple(Part)
+"""In the order in which they are moved. Going through an enum takes longer."""
 
 
 class Direction(Enum):

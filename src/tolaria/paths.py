@@ -27,7 +27,8 @@ logger = logging.getLogger("tolaria")
 _SMALLEST_TRIAL_BYTES = 64 << 20  # below it the launches decide, and the kernel has one
 _LARGEST_TRIAL_BYTES = 1 << 30
 _ROUNDS = 2  # that count, after one that does not
-_MARGIN = 0.98  # what is faster by less than noise changes nothing
+_MARGIN = 0.02  # what is faster by less than noise changes nothing
+_LAUNCH_MS = 0.05  # by which a batch of few blocks takes the host longer to launch than the kernel (docs/measured.md)
 _ALIGNMENT = 64
 
 Flat = Sequence[torch.Tensor]
@@ -85,13 +86,21 @@ class Choice:
         restore: Out of one.
         reason: Why these.
         is_wanted: They were asked for. A snapshot is taken by no other.
+        plain: What stands in for a path that cannot be had.
     """
 
     capture: CopyPath
     restore: CopyPath
     reason: str
+    plain: CopyPath
     _trial: _Trial | None = None
     is_wanted: bool = False
+
+    def give_up(self, path: CopyPath, error: Exception) -> None:
+        """It was only measured, and cannot be had now: nobody asks for it any more."""
+        if not self.is_wanted:
+            self.capture, self.restore = (self.plain if one is path else one for one in (self.capture, self.restore))
+            self.reason = f"{path.value} was measured to be faster, and has failed: {type(error).__name__}"
 
     def settle(self) -> None:
         """Take over what a trial has found, if it has ended. Waits for nothing."""
@@ -120,8 +129,11 @@ class Choice:
 class _Trial:
     """Every path over the same blocks, in turns. Enqueued by its construction, on the governor's own stream."""
 
-    def __init__(self, port: ContextDevice, paths: Sequence[CopyPath], destinations: Flat, sources: Flat) -> None:
+    def __init__(
+        self, port: ContextDevice, paths: Sequence[CopyPath], destinations: Flat, sources: Flat, total: int
+    ) -> None:
         self._port, self._num_bytes = port, sum(map(torch.Tensor.numel, sources))
+        self._scale = total / self._num_bytes
         self._tasks: dict[CopyPath | str, Callable[[], None]] = {}
         with port.on_stream():
             for path in paths:
@@ -172,15 +184,19 @@ class _Trial:
             reading[CopyPath.KERNEL] = ms[_BOTH]
         shown = ", ".join(f"{path.value} {took:.3f}" for path, took in copies.items())
         reason = f"measured over {self._num_bytes / 1e6:.0f} MB, in ms: {shown}"
-        return _fastest(reading, incumbent), _fastest(copies, incumbent), reason
+        return _fastest(reading, incumbent, self._scale), _fastest(copies, incumbent, self._scale), reason
 
 
 _READ, _BOTH = "read", "copy and read"
 
 
-def _fastest(ms: dict[CopyPath, float], incumbent: CopyPath) -> CopyPath:
+def _fastest(ms: dict[CopyPath, float], incumbent: CopyPath, scale: float) -> CopyPath:
+    """The path to take. What the device gains over the whole must be more than the host may lose at the launch."""
     best = min(ms, key=lambda path: ms[path])
-    return best if incumbent not in ms or ms[best] < _MARGIN * ms[incumbent] else incumbent
+    if incumbent not in ms:
+        return best
+    gained = ms[incumbent] - ms[best]
+    return best if gained > _MARGIN * ms[incumbent] and gained * scale > _LAUNCH_MS else incumbent
 
 
 @dataclass(slots=True, eq=False)
@@ -231,7 +247,7 @@ class Paths:
             with port.on_stream():
                 paths = self._offered[port.name] = offered(port, device)
         if self.wanted is None:
-            return Choice(paths[0], paths[0], "not measured")
+            return Choice(paths[0], paths[0], "not measured", paths[0])
         wanted = CopyPath(self.wanted)
         if wanted not in paths:
             raise UnsupportedState(
@@ -240,7 +256,7 @@ class Paths:
                 f"{', '.join(path.value for path in paths)}",
                 "Leave copy_path to the governor, or choose one of these.",
             )
-        return Choice(wanted, wanted, "asked for", is_wanted=True)
+        return Choice(wanted, wanted, "asked for", paths[0], is_wanted=True)
 
     def try_out(self, port: Device, memory: torch.Tensor, sizes: Sequence[int]) -> None:
         """Measure the paths for a layout, unless that was done for one like it. Enqueues, and waits for nothing.
@@ -261,7 +277,7 @@ class Paths:
             choice = self._tried[key] = self._made(port, memory.device)
             destinations, sources = _halves(memory, sizes)
             if total >= _SMALLEST_TRIAL_BYTES and len(self._offered[port.name]) > 1 and sources:
-                choice._trial = _Trial(port, self._offered[port.name], destinations, sources)
+                choice._trial = _Trial(port, self._offered[port.name], destinations, sources, total)
                 choice.reason = "being measured"
         self._chosen[port.name] = choice
         self._drop_former(port.name)

@@ -202,7 +202,7 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask while its thread adds
         self._counts: dict[str, Any] = {}
         self.set(Statistics())
 

@@ -203,7 +203,7 @@ def incident_of(
         step=vital.step,
         onset=vital.step if verdict.onset is None else verdict.onset,
         reason=verdict.reason,
-        signs={name: value for name in _ALL_SIGNS if (value := _copied(getattr(vital, name))) is not None},
+        signs={name: _copied(value) for name in _ALL_SIGNS if (value := getattr(vital, name)) is not None},
         evidence=dict(verdict.evidence),
         action=action,
         restored_step=None if report is None else report.snapshot_step,

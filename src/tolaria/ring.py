@@ -249,17 +249,12 @@ def certify(ring: Ring, index: int, snapshot: int) -> Ring:
 
 def suspend(ring: Ring) -> Ring:
     """A suspect step: the probation of every candidate begins again."""
-    return tuple(replace(slot, healthy=0) if slot.in_probation else slot for slot in ring)
+    return tuple([replace(slot, healthy=0) if slot.healthy and slot.in_probation else slot for slot in ring])
 
 
 def drop_newer(ring: Ring, snapshot: int) -> Ring:
     """After a rollback to `snapshot`: what was taken later belongs to the abandoned future and is dropped."""
-
-    def one(slot: Slot) -> Slot:
-        newer = slot.snapshot > snapshot and slot.phase in READABLE
-        return _free(slot) if newer else slot
-
-    return tuple(map(one, ring))
+    return tuple([_free(slot) if slot.snapshot > snapshot and slot.phase in READABLE else slot for slot in ring])
 
 
 def rewind(ring: Ring, snapshot: int) -> Ring:

@@ -12,13 +12,13 @@ from tolaria.barriers import Ground, break_off, copies, order_behind, post_barri
 from tolaria.errors import DeviceLost, NoSnapshot, SnapshotRejected
 from tolaria.gate import ThreadId
 from tolaria.operations import (
+    PARTS,
     Change,
     Check,
     Direction,
     Events,
     HostState,
     Inspection,
-    Part,
     Places,
     Protocol,
     ReadLive,
@@ -165,7 +165,7 @@ def rollback(
         read_until: tuple[Events, ...] = ()
         unread: Exception | None = None
         try:
-            for part in Part:
+            for part in PARTS:
                 yield from copies(target.index, places, part, Direction.RESTORE)
             copied: Events = () if not ground.barrier.has_events else (yield from record(places))
             # before the post barrier: gradients zeroed in place and what an extra loads are device work too
@@ -206,7 +206,7 @@ def _read_back(slot: int, places: Places | None, ground: Ground) -> Protocol:
     """
     ends: list[Events] = []
     try:
-        for part in Part:
+        for part in PARTS:
             yield ReadLive(slot, part)
             ends.append(() if places is None else (yield from record(places)))
         if places is not None and places.unguarded:

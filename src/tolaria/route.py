@@ -153,7 +153,7 @@ class DeviceRoute:
         if source is Side.LIVE and self._choice.is_wanted:  # a snapshot fails by itself: nothing is damaged
             return prepare(path, self._port, target, origin)
         passed_on = (DeviceLost, CaptureInProgress) if source is Side.LIVE else (DeviceLost,)
-        return _or_else(plain, path, lambda: prepare(path, self._port, target, origin), passed_on)
+        return _or_else(plain, path, lambda: prepare(path, self._port, target, origin), passed_on, self._choice)
 
     def restore(self) -> None:
         self._choice.settle()
@@ -228,11 +228,12 @@ def _or_else(
     path: CopyPath,
     make: Callable[[], Callable[[], None]],
     passed_on: tuple[type[Exception], ...],
+    choice: Choice,
 ) -> Callable[[], None]:
     """A copy by a path, and by `plain` where that path cannot be had now: the device may be out of memory.
 
     `plain` takes no memory. What a copy has written before it failed is written once more, with the same bytes.
-    Errors of the kinds in `passed_on` are not made up for.
+    Errors of the kinds in `passed_on` are not made up for. `choice` learns of the others.
     """
 
     def instead(error: Exception) -> None:
@@ -240,6 +241,7 @@ def _or_else(
         if isinstance(told, passed_on):
             raise told from (None if told is error else error)
         logger.warning("a copy was not made by %s, but plainly: %s: %s", path, type(error).__name__, error)
+        choice.give_up(path, error)
 
     try:
         copy = make()

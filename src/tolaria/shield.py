@@ -81,6 +81,11 @@ class Shield:
             finally:
                 self._deliver(handlers)
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether some signal has arrived that was not delivered yet."""
+        return bool(self._arrived)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._open:
             self._held[number](number, frame)

@@ -7,6 +7,7 @@ changes; on the governor's own streams, so that the allocator gives it to nobody
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from tolaria.errors import BudgetExceeded, DeviceLost, TolariaInternalError, Uns
 from tolaria.examination import Examination, doubtful, host_is_finite, nonfinite_names
 from tolaria.kernels import Side
 from tolaria.operations import (
+    PARTS,
     Barrier,
     CaptureHost,
     Check,
@@ -32,7 +34,6 @@ from tolaria.operations import (
     Examine,
     Inspect,
     Inspection,
-    Part,
     Places,
     ReadLive,
     Reserve,
@@ -51,7 +52,8 @@ from tolaria.state.train_state import HostValues, SurveyResult, TrainState
 
 logger = logging.getLogger("tolaria")
 
-_FIRST_PART, *_, _LAST_PART = Part
+_FIRST_PART, *_, _LAST_PART = PARTS
+_device_of = functools.cache(torch.device)
 
 
 @dataclass(slots=True, eq=False)
@@ -73,8 +75,8 @@ class Vault:
         beside: What else of ours takes memory.
 
     Threads: every method except `inspect` and `transfer` is called by the holder of the exclusive gate; so is
-    `reserve`, except for draining. Each leaves the caller's inference mode: what is allocated under it could not be
-    written later.
+    `reserve`, except for draining. The caller has left inference mode: what is allocated under it could not be written
+    later.
     """
 
     state: TrainState
@@ -106,7 +108,6 @@ class Vault:
 
     # ------------------------------------------------------------ layout
 
-    @memory.outside_inference
     def survey(self, op: Survey) -> Places:
         """Perform `Survey`; a device that is new to us gets its port, and a layout that is new its plan."""
         memory.refuse_fake_tensors("taking a snapshot")
@@ -182,7 +183,6 @@ class Vault:
         unguarded = bool(survey.gradients) or self.state.is_written_outside()
         return Places(queued, host, pinned=pinned, unguarded=unguarded, tier=self.plan.tier)
 
-    @memory.outside_inference
     def reserve(self, op: Reserve) -> None:
         """Perform `Reserve`. The slot's former contents are given up here, not before."""
         slot = self.slots[op.slot]
@@ -229,7 +229,7 @@ class Vault:
         storages, slot.single = surveyed.leaves.storages, doubtful(surveyed.leaves)
         chunks: dict[str, int] = {}
         for device in held.flat:
-            for part in Part:
+            for part in PARTS:
                 key, indices = (str(device), part), held.of(device, part)
                 live, within = [storages[i].bytes for i in indices], frozenset(indices)
                 single = [leaf.tensor for leaf in slot.single if leaf.storage in within]
@@ -269,7 +269,6 @@ class Vault:
 
     # ------------------------------------------------------------ copies
 
-    @memory.outside_inference
     def copy(self, op: Copy) -> None:
         """Perform `Copy`."""
         self._filled(op.slot)
@@ -283,7 +282,6 @@ class Vault:
             host = self.devices[op.device].barrier is Barrier.HOST
             route.capture(None if host else slot.first.tally(op.device))
 
-    @memory.outside_inference
     def transfer(self, op: Transfer) -> Events:
         """Perform `Transfer`. The target takes over what is known of the source."""
         origin, survey, host = self._filled(op.source)
@@ -301,7 +299,6 @@ class Vault:
                 events += [] if event is None else [(str(device), event)]
         return tuple(events)
 
-    @memory.outside_inference
     def capture_host(self, op: CaptureHost) -> int:
         """Perform `CaptureHost`."""
         journal = self.read_journal(bool(self._filled(op.slot)[1].gradients))
@@ -309,7 +306,6 @@ class Vault:
             self.slots[op.slot].host = self.state.capture(self._devices(), self.with_rng(), journal)
         return journal.completed
 
-    @memory.outside_inference
     def check(self, op: Check) -> Places:
         """Perform `Check`."""
         memory.refuse_fake_tensors("rolling back")
@@ -321,7 +317,6 @@ class Vault:
         self._lay_routes(slot, slot.arena, slot.survey, standing=slot.standing)
         return self._places(slot.survey)
 
-    @memory.outside_inference
     def restore_host(self, op: RestoreHost) -> bool:
         """Perform `RestoreHost`. The journal comes back first: it is ours and cannot fail."""
         _, survey, host = self._filled(op.slot)
@@ -348,7 +343,6 @@ class Vault:
 
     # ------------------------------------------------------------ readings
 
-    @memory.outside_inference
     def examine(self, op: Examine) -> None:
         """Perform `Examine`."""
         self._examine(self.slots[op.slot])
@@ -369,7 +363,6 @@ class Vault:
         """Whether `inspect` with `live` would find its answer there."""
         return self.slots[index].restored.has_arrived()
 
-    @memory.outside_inference
     def read_live(self, op: ReadLive) -> None:
         """Perform `ReadLive`. Main memory is read whole with the last part."""
         held, survey, _ = self._filled(op.slot)
@@ -386,7 +379,6 @@ class Vault:
                     slot.restored.digests[str(device)] = host_digest_of(blocks, held.flat[device].numel())
             slot.restored.send()
 
-    @memory.outside_inference
     def inspect(self, op: Inspect) -> Inspection:
         """Perform `Inspect`. Reads the slot only, so it runs beside training."""
         held, survey, _ = self._filled(op.slot)
@@ -487,7 +479,7 @@ class Vault:
             self.close()
 
     def _devices(self) -> list[torch.device]:
-        return [torch.device(name) for name in self.devices]
+        return [_device_of(name) for name in self.devices]
 
     def _filled(self, index: int) -> tuple[Arena, SurveyResult, HostValues | None]:
         slot = self.slots[index]

@@ -26,9 +26,11 @@ def chooser(
     """
 
     def newest(slots: Ring, before: int | None) -> Slot | None:
-        earlier = tuple(slot for slot in slots if onset is None or slot.completed < onset)
-        slots = earlier if ring.newest_good(earlier, before) is not None else slots
         chosen = ring.newest_good(slots, before)
+        if onset is not None:
+            earlier = tuple(slot for slot in slots if slot.completed < onset)
+            found = ring.newest_good(earlier, before)
+            slots, chosen = (slots, chosen) if found is None else (earlier, found)
         while steps_back and onset is not None and chosen is not None and chosen.completed + steps_back > onset:
             older = ring.newest_good(slots, chosen.snapshot)
             if older is None:

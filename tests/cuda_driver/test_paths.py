@@ -252,7 +252,7 @@ def test_a_capture_that_nobody_has_announced_is_told_of_by_a_snapshot(
 
 @pytest.mark.parametrize("wanted", ["graph", None])
 def test_a_snapshot_by_a_path_that_was_measured_is_taken_by_another(
-    wanted: str | None, late: Machine, govern, measuring, monkeypatch
+    wanted: str | None, late: Machine, govern, measuring, monkeypatch, caplog
 ) -> None:
     """One that was asked for is not replaced."""
     monkeypatch.setattr(late.streams, "enqueue", lambda index, stream, work: work())
@@ -265,11 +265,15 @@ def test_a_snapshot_by_a_path_that_was_measured_is_taken_by_another(
     write(governor, model, 7.0)
     monkeypatch.setattr(ContextDevice, "graph", out_of_memory)
     if wanted is None:
-        governor.snapshot()
-        write(governor, model, 9.0)
-        governor.execute_rollback()
-        late.finish()
-        assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+        for poison in (9.0, 11.0):
+            governor.snapshot()
+            write(governor, model, poison)
+            governor.execute_rollback()
+            late.finish()
+            assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+        assert caplog.text.count("a copy was not made by") == 1  # and nobody asks for that path again
+        shown = governor.capabilities().copy_path
+        assert shown.startswith("foreach copy of whole storages (graph was measured to be faster, and has failed")
     else:
         with pytest.raises(torch.OutOfMemoryError):
             governor.snapshot()
@@ -316,6 +320,10 @@ def timed(monkeypatch: pytest.MonkeyPatch, ms: dict[CopyPath, float]) -> None:
         ({CopyPath.GRAPH: 0.5}, "one graph of copies (measured over"),
         ({CopyPath.BATCH: 0.5, CopyPath.GRAPH: 0.7}, "one batch for the copy engines (measured over"),
         ({CopyPath.GRAPH: 0.99}, "foreach copy of whole storages (measured over"),  # by less than noise
+        # by less than its launch may take longer
+        ({CopyPath.FOREACH: 0.01, CopyPath.GRAPH: 0.005}, "foreach copy of whole storages (measured over"),
+        # the device gains that twice over the whole, of which one half was copied into the other
+        ({CopyPath.FOREACH: 0.1, CopyPath.GRAPH: 0.07}, "one graph of copies (measured over"),
     ],
 )
 def test_the_fastest_path_is_taken_once_its_time_has_arrived(
@@ -568,7 +576,9 @@ def test_a_layout_that_is_gone_takes_its_memory_with_it(late: Machine, govern, m
 
 
 def test_trials_of_other_devices_and_of_the_present_layout_go_on() -> None:
-    former, present, other = (Choice(CopyPath.FOREACH, CopyPath.FOREACH, "being measured", object()) for _ in range(3))
+    former, present, other = (
+        Choice(CopyPath.FOREACH, CopyPath.FOREACH, "being measured", CopyPath.FOREACH, object()) for _ in range(3)
+    )
     held = Paths()
     held._tried = {("cuda:0", 1, 1): former, ("cuda:0", 2, 2): present, ("cuda:1", 1, 1): other}
     held._chosen = {"cuda:0": present, "cuda:1": other}

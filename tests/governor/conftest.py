@@ -204,7 +204,8 @@ class _SeenCondition(threading.Condition):
     """Tells who is blocked in `wait`."""
 
     def __init__(self) -> None:
-        super().__init__(threading.Lock())
+        self.lock = threading.Lock()
+        super().__init__(self.lock)
         self.blocked: set[int] = set()
         self.seen = threading.Condition()
 
@@ -225,7 +226,7 @@ class Gate:
     def __init__(self, governor: TolariaGovernor) -> None:
         self._driver = governor._keeper.driver
         self._condition = _SeenCondition()
-        self._driver._changed = self._condition
+        self._driver._changed, self._driver._lock = self._condition, self._condition.lock
 
     @property
     def state(self) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 import tolaria.shield
-from tolaria import TolariaGovernor
-from tolaria.operations import RestoreHost
+from tolaria import TolariaGovernor, gate
+from tolaria.driver import Driver
+from tolaria.operations import HostState, RestoreHost
+from tolaria.report import SnapshotInfo
 from tolaria.shield import Shield
 
 Govern = Callable[..., TolariaGovernor]
@@ -127,6 +129,76 @@ def test_a_handler_may_use_the_governor(governor: TolariaGovernor, run: Any, hea
     assert heard.calls == [(signal.SIGTERM, (True, "sealed"))]
     assert run.state() == good
     assert governor.statistics().rollbacks == 2
+
+
+LOCKS: dict[str, Callable[[TolariaGovernor], Any]] = {
+    "host state": lambda governor: governor._keeper.driver._lock,
+    "statistics": lambda governor: governor._course._tally._lock,
+    "what arrives": lambda governor: governor._keeper.arrivals._noting,
+}
+
+
+def _assert_lets_in(lock: Any) -> None:
+    assert lock.acquire(blocking=False), "the handler would wait for its own thread"
+    lock.release()
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_handler_may_use_the_governor_whatever_its_thread_holds(
+    name: str, governor: TolariaGovernor, run: Any, heard: Heard
+) -> None:
+    """A checkpoint at SIGTERM would otherwise wait for the very thread that it has interrupted, for ever."""
+    good, lock = run.state(), LOCKS[name](governor)
+    run.step(governor, run.batches[0])
+
+    def use() -> bool:
+        _assert_lets_in(lock)
+        governor.state_dict()
+        return governor.snapshot(step=50).state == "sealed" and governor.execute_rollback(to=0, verify="after").success
+
+    heard.look = use
+    with lock:
+        signal.raise_signal(signal.SIGTERM)
+    assert heard.calls == [(signal.SIGTERM, True)]
+    assert run.state() == good
+    assert governor.statistics().rollbacks == 1
+
+
+def _made_of_the_state_before(self: Driver, function: Callable[[HostState], Any]) -> Any:
+    made = function(self.state)
+    if made is not None:
+        self.state = made[0]
+    return made
+
+
+@pytest.mark.parametrize("is_red", [False, True])
+def test_what_a_handler_changes_amid_a_change_is_not_lost(
+    is_red: bool, governor: TolariaGovernor, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The red twin does not look again, and the handler's snapshot is gone."""
+    taken: list[SnapshotInfo] = []
+    enter = gate.enter_section
+
+    def interrupted(*arguments: Any) -> Any:
+        after = enter(*arguments)
+        if not heard.calls:
+            signal.raise_signal(signal.SIGTERM)
+        return after
+
+    def take() -> None:
+        _assert_lets_in(governor._keeper.driver._lock)
+        taken.append(governor.snapshot(step=50))
+
+    heard.look = take
+    monkeypatch.setattr(gate, "enter_section", interrupted)
+    if is_red:
+        monkeypatch.setattr(Driver, "_made", _made_of_the_state_before)
+    with governor.using():
+        assert governor._keeper.driver.depth() == 1
+    assert heard.numbers == [signal.SIGTERM]
+    assert [info.state for info in taken] == (["dropped"] if is_red else ["sealed"])
+    if not is_red:
+        assert governor.execute_rollback(to=taken[0]).snapshot_step == 50
 
 
 def test_handlers_run_even_if_the_submission_fails(governor: TolariaGovernor, run: Any, heard: Heard) -> None:

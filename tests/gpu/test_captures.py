@@ -144,10 +144,10 @@ def _end_when_waited_for(driver, other):
     """Let the capture go on once the governor waits for it, and not before."""
     wait = driver._await
 
-    def noticing(op):
+    def noticing(op, shield):
         if "captures" in op.label and op.function(driver.state) is None:
             other.may_end.set()
-        return wait(op)
+        return wait(op, shield)
 
     driver._await = noticing
 

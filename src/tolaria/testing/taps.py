@@ -22,6 +22,7 @@ from tolaria import capture
 from tolaria.device import Device, DeviceSet
 from tolaria.driver import Driver
 from tolaria.operations import Await, Change, Copy, Examine, Inspect, ReadLive, Survey, Transfer
+from tolaria.shield import Shield
 from tolaria.testing.races import Ledger
 
 
@@ -317,8 +318,8 @@ def on_governor(listener: Listener, driver: Driver, devices: DeviceSet) -> Gener
     def changing(op: Change) -> Any:
         return change(listener.changed(op))
 
-    def awaiting(op: Await) -> Any:
-        return wait(listener.changed(op))
+    def awaiting(op: Await, shield: Shield | None) -> Any:
+        return wait(listener.changed(op), shield)
 
     for port in devices.values():
         follow(port)
