@@ -357,6 +357,23 @@ class Net(nn.Module):
         return self.body(x)
 
 
+@pytest.fixture
+def settled(monkeypatch):
+    """The device is idle between a capture and what follows.
+
+    torch 2.11 sets the offset of a graph's random numbers to 0 on the stream of its capture, and to its value on the
+    stream of the replay, and orders neither: on a busy device the first replay drew the numbers of the step before it.
+    """
+    leave = torch.cuda.graph.__exit__
+
+    def left(graph, *error):
+        leave(graph, *error)
+        torch.cuda.synchronize()
+
+    monkeypatch.setattr(torch.cuda.graph, "__exit__", left)
+
+
+@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model_trains_through_a_poisoned_batch(mode):
     digests = []
