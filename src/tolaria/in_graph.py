@@ -70,6 +70,8 @@ class Recorder:
         # other threads may allocate and query events meanwhile; the governor keeps its own hands off
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
+        # torch 2.11 has set the offset of random numbers to 0 on that stream, and sets it to its value on the caller's
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         return graph.replay
 
 

@@ -1,6 +1,8 @@
 """A captured step under guard: the device decides in each replay, and the host learns of it later."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -853,3 +855,38 @@ def test_a_warm_up_that_makes_no_sense_is_refused(warm_up, late, make_step):
     run = make_step()
     with pytest.raises(UsageError, match="warm_up"):
         CapturedStep(run.governor, run.train, warm_up=warm_up)
+
+
+def test_what_follows_a_capture_stands_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sets the offset of random numbers on the stream of a capture, and once more on that of the replay."""
+    order: list[tuple[str, ...]] = []
+
+    class Stream:
+        def __init__(self, device: torch.device, name: str = "the capture's") -> None:
+            self.device, self.name = device, name
+
+        def wait_stream(self, other: "Stream") -> None:
+            order.append((self.name, "waits for", other.name))
+
+    @contextlib.contextmanager
+    def capturing(graph: object, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        order.append((stream.name, "captures"))
+        yield
+        order.append((stream.name, "has captured"))
+
+    class Graph:
+        def replay(self) -> None:
+            order.append(("replayed",))
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(device, "the caller's"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    in_graph.Recorder(torch.device("cuda:0")).record(lambda: order.append(("work",)))()
+    assert order == [
+        ("the capture's", "captures"),
+        ("work",),
+        ("the capture's", "has captured"),
+        ("the caller's", "waits for", "the capture's"),
+        ("replayed",),
+    ]
