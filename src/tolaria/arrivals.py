@@ -103,8 +103,14 @@ class Arrivals:
                 if held and not wait and (postponed or not self._vault.is_examined(taken.slot)):
                     break  # they arrive in order
                 with Shield() as shield:  # an interrupt in between would leave a candidate that is never sealed
-                    self._seal(shield, taken, manual)
-                    self._unsealed.popleft()
+                    if self._is_next(taken):
+                        self._seal(shield, taken, manual)
+                    if self._is_next(taken):
+                        self._unsealed.popleft()
+
+    def _is_next(self, taken: Taken) -> bool:
+        """False where a signal handler of this thread has sealed it: before the shield, or in a wait within."""
+        return bool(self._unsealed) and self._unsealed[0][0] is taken
 
     def _seal(self, shield: Shield, taken: Taken, manual: bool) -> None:
         thread = threading.get_ident()

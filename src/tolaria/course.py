@@ -140,7 +140,7 @@ class Course:
         """
         with self._judge_lock:
             while self._unanswered is None and self._outstanding:
-                must, sent = wait or len(self._outstanding) > MOST_OUTSTANDING, self._outstanding[0]
+                sent, must = self._outstanding[0], wait or len(self._outstanding) > MOST_OUTSTANDING
                 if not must and not sent.reading.has_arrived():
                     break
                 try:
@@ -166,13 +166,13 @@ class Course:
         else:
             judgement, verdict = self._detector.update(judgement, vital)
         verdict = arrived.overrule(verdict, skips)
-        if not self._outstanding or self._outstanding[0] is not sent:
-            return  # a signal handler of this thread has judged it meanwhile (`state_dict`), or undone it (a rollback)
-        self._judgement, self._skips = judgement, skips
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
-        self._judged.append((vital.step, self._judgement))
-        self.verdict, self._unanswered = verdict, (vital, verdict) if verdict.is_panic else None
+        self._judged.append((vital.step, judgement))
+        panic = (vital, verdict) if verdict.is_panic else None
+        if not self._outstanding or self._outstanding[0] is not sent:
+            return  # a signal handler of this thread has judged or undone it; none runs before `popleft`: no calls
+        self._judgement, self._skips, self.verdict, self._unanswered = judgement, skips, verdict, panic
         self._outstanding.popleft()
         self.count(panics=int(verdict.is_panic), vetoes=int(vetoed))
         self._ledger.watch(vital, verdict, self._tally.read)

@@ -183,19 +183,20 @@ class Driver:
                 made = self._made(op.function)
             if made is not None:
                 return made[1], 0.0
-        started = time.monotonic()
         # from here on it may take long; and who has already been signalled is told while nothing is changed
-        with contextlib.nullcontext() if shield is None else shield.interruptible(), self._lock:
-            made = self._made(op.function)
-            if made is None:
-                self._num_waiting += 1
-                try:
-                    made = self._wait_for(op, started)
-                finally:
-                    self._num_waiting -= 1
-        return made[1], time.monotonic() - started
+        with contextlib.nullcontext() if shield is None else shield.interruptible():
+            started = time.monotonic()
+            with self._lock:
+                made = self._made(op.function, shield)
+                if made is None:
+                    self._num_waiting += 1
+                    try:
+                        made = self._wait_for(op, started, shield)
+                    finally:
+                        self._num_waiting -= 1
+            return made[1], time.monotonic() - started
 
-    def _made(self, function: Callable[[HostState], Any]) -> Any:
+    def _made(self, function: Callable[[HostState], Any], shield: Shield | None = None) -> Any:
         """Make a change of the host state, under the lock. Answers what the function does: None, if it cannot be made.
 
         A signal handler may run in the middle of it, on the same thread, and use the governor, which is why the lock
@@ -206,12 +207,14 @@ class Driver:
             made = function(before)
             if self.state is before:  # no handler runs from here to the assignment: nothing is called, nothing loops
                 if made is not None:
+                    if shield is not None:
+                        shield.lets_through = False  # what arrives from now on is for after the submission
                     self.state = made[0]
                     if self._num_waiting:
                         self._changed.notify_all()
                 return made
 
-    def _wait_for(self, op: Await, started: float) -> tuple[HostState, Any]:
+    def _wait_for(self, op: Await, started: float, shield: Shield | None) -> tuple[HostState, Any]:
         while True:
             left = None if op.timeout_s is None else op.timeout_s - (time.monotonic() - started)
             if left is not None and left <= 0:
@@ -223,6 +226,6 @@ class Driver:
                     "Nothing was changed. Repeat the call, or raise gate_timeout_s if sections may be that long.",
                 )
             self._changed.wait(None if left is None else min(left, threading.TIMEOUT_MAX))
-            made: tuple[HostState, Any] | None = self._made(op.function)
+            made: tuple[HostState, Any] | None = self._made(op.function, shield)
             if made is not None:
                 return made

@@ -98,7 +98,7 @@ class Choice:
 
     def give_up(self, path: CopyPath, error: Exception) -> None:
         """It was only measured, and cannot be had now: nobody asks for it any more."""
-        if not self.is_wanted:
+        if not self.is_wanted and path is not self.plain:
             self.capture, self.restore = (self.plain if one is path else one for one in (self.capture, self.restore))
             self.reason = f"{path.value} was measured to be faster, and has failed: {type(error).__name__}"
 

@@ -241,7 +241,8 @@ def _or_else(
         if isinstance(told, passed_on):
             raise told from (None if told is error else error)
         logger.warning("a copy was not made by %s, but plainly: %s: %s", path, type(error).__name__, error)
-        choice.give_up(path, error)
+        if not isinstance(told, CaptureInProgress):  # that one will end
+            choice.give_up(path, error)
 
     try:
         copy = make()

@@ -24,12 +24,15 @@ class Shield:
 
     Python runs signal handlers in the main thread only, so elsewhere this does nothing. Handlers that are not Python
     functions (the system's defaults, faulthandler's) are not touched. Not re-entrant; make one per use.
+
+    Attributes:
+        lets_through: Signals are delivered at once. A plain attribute: no handler runs while it is set.
     """
 
     def __init__(self) -> None:
         self._held: dict[int, Handler] = {}
         self._arrived: list[tuple[int, FrameType | None]] = []
-        self._open = False
+        self.lets_through = False
 
     def __enter__(self) -> Shield:
         if threading.current_thread() is threading.main_thread():
@@ -87,7 +90,7 @@ class Shield:
         return bool(self._arrived)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._open:
+        if self.lets_through:
             self._held[number](number, frame)
         else:
             self._arrived.append((number, frame))
@@ -95,9 +98,9 @@ class Shield:
     @contextmanager
     def interruptible(self) -> Generator[None]:
         """Let signals through inside: for waits that may be long and have changed nothing yet."""
-        self._open = True
+        self.lets_through = True
         try:
             self._deliver(self._held)
             yield
         finally:
-            self._open = False
+            self.lets_through = False

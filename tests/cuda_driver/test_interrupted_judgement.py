@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_driver.fake_driver import Machine
+from torch import nn
 
+from tolaria import TolariaGovernor
 from tolaria.arrivals import Finding, ReadBack
 from tolaria.config import Recovery
 from tolaria.course import Course
 from tolaria.observe import Reading
+from tolaria.snapshot import Vault
 from tolaria.vitals import Sent
 
 FUNCTIONS = (Reading.wait, Sent.read, Course._judge, Course.catch_up, Course.conclude, Course.answer)
@@ -143,3 +147,40 @@ def test_what_is_told_once_is_noted_before_the_interrupt(what: str, late: Any, g
     assert course.unsettled()[1].reason == reason
     assert course.catch_up(wait=True)[1].reason == reason
     assert course.statistics.panics == 1
+
+
+@pytest.mark.parametrize("takes_another", [False, True])
+def test_a_signal_handler_may_seal_what_is_about_to_be_sealed(
+    takes_another: bool, late: Machine, govern: Callable[..., TolariaGovernor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reads `state_dict` while it is asked what has arrived, and one that takes a snapshot besides."""
+    model = nn.Linear(4, 4)
+    governor = govern(model, slots=3, probation=0)
+    late.lag = 0
+    first, others, examined = governor.snapshot(step=1), [], Vault.is_examined
+    heard: list[int] = []
+
+    def seal(number: int, _: FrameType | None) -> None:
+        heard.append(number)
+        governor.state_dict()
+        if takes_another:
+            late.lag = 1_000
+            others.append(governor.snapshot(step=2))
+
+    def is_examined(vault: Vault, index: int) -> bool:
+        found = examined(vault, index)
+        if not heard:
+            signal.raise_signal(signal.SIGUSR1)
+        return found
+
+    monkeypatch.setattr(Vault, "is_examined", is_examined)
+    before = signal.signal(signal.SIGUSR1, seal)
+    try:
+        governor._course.catch_up()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard
+    late.lag = 0
+    late.finish()
+    governor.state_dict()
+    assert [info.state for info in (first, *others)] == ["sealed"] * (1 + takes_another)

@@ -192,9 +192,12 @@ def test_a_rollback_does_not_fail_for_its_path(
             late.finish()
             assert all(map(torch.equal, (*model.parameters(), *model.buffers()), before))
     assert f"not made by {CopyPath(path)}" in caplog.text
+    assert "asked for" in governor.capabilities().copy_path
     governor.snapshot()
     write(governor, model, 3.0)
-    assert governor.execute_rollback().wait().verified
+    with late.tape() as calls:
+        assert governor.execute_rollback().wait().verified
+    assert any(call.startswith("cuGraphLaunch" if path == "graph" else "cuMemcpyBatchAsync") for call in calls)
 
 
 @pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch"])
@@ -248,6 +251,35 @@ def test_a_capture_that_nobody_has_announced_is_told_of_by_a_snapshot(
     late.finish()
     late.fails.clear()
     assert all(map(torch.equal, model.parameters(), before))
+    assert governor.capabilities().copy_path.startswith("one graph")  # captures end
+
+
+def test_a_path_is_given_up_in_the_direction_that_it_has() -> None:
+    choice = Choice(CopyPath.GRAPH, CopyPath.BATCH, "measured", CopyPath.KERNEL)
+    choice.give_up(CopyPath.GRAPH, RuntimeError())
+    assert (choice.capture, choice.restore) == (CopyPath.KERNEL, CopyPath.BATCH)
+
+
+def test_what_nobody_has_measured_is_not_said_to_be_faster() -> None:
+    choice = Choice(CopyPath.FOREACH, CopyPath.FOREACH, "not measured", CopyPath.FOREACH)
+    choice.give_up(CopyPath.FOREACH, RuntimeError())
+    assert choice.reason == "not measured"
+
+
+def test_what_a_snapshot_allocates_in_inference_mode_can_be_written_later(late: Machine, govern) -> None:
+    model = small()
+    governor = govern(model, slots=2, probation=0)
+    with torch.inference_mode():
+        governor.snapshot()
+    late.finish()
+    for value in (7.0, 8.0):  # into either slot
+        write(governor, model, value)
+        governor.snapshot()
+        late.finish()
+    write(governor, model, 9.0)
+    governor.execute_rollback()
+    late.finish()
+    assert all(bool((parameter == 8.0).all()) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("wanted", ["graph", None])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -285,22 +286,56 @@ def test_a_panic_that_an_interrupt_has_kept_from_being_answered_is_answered(gove
     assert scene.governor.statistics().panics == 1
 
 
+class _Signalling(deque[Any]):
+    """Calls something when `len` asks it, before it answers. Whether it is empty is no call."""
+
+    def __init__(self, items: Iterable[Any], call: Callable[[], None]) -> None:
+        super().__init__(items)
+        self._call = call
+
+    def __bool__(self) -> bool:
+        return super().__len__() > 0
+
+    def __len__(self) -> int:
+        self._call()
+        return super().__len__()
+
+
+@pytest.mark.parametrize("moment", ["judging", "suspending", "counting"])
 @pytest.mark.parametrize("rolls_back", [False, True])
 def test_a_signal_handler_may_use_the_governor_while_a_step_is_judged(
-    rolls_back: bool, govern: Govern, kit: Any
+    rolls_back: bool, moment: str, govern: Govern, kit: Any
 ) -> None:
     """A checkpoint at SIGTERM reads `state_dict`, which judges what is outstanding."""
     arrived: list[int] = []
 
-    def update(seen: tuple[int, ...], signs: Any) -> Any:
-        if signs.step == 3 and not arrived:
+    def arrive() -> None:
+        if not arrived:
             arrived.append(signal.SIGUSR1)
             signal.raise_signal(signal.SIGUSR1)
-        return (*seen, signs.step), Verdict(Health.HEALTHY, signs.step)
+
+    def update(seen: tuple[int, ...], signs: Any) -> Any:
+        if signs.step == 3 and moment == "judging":
+            arrive()
+        health = Health.SUSPECT if signs.step == 3 and moment == "suspending" else Health.HEALTHY
+        return (*seen, signs.step), Verdict(health, signs.step)
 
     run = kit.Run()
     config = GovernorConfig(cadence=2, probation=1)
     governor = govern(run.model, run.optimizer, detector=Detector(tuple, update), config=config)
+    course, suspend, account = governor._course, governor._keeper.suspend, governor._course.account
+
+    def suspended() -> None:
+        arrive()
+        suspend()
+
+    def accounted(sent: Any) -> None:
+        account(sent)
+        if sent.step == 3 and moment == "counting":
+            course._outstanding = _Signalling(course._outstanding, arrive)
+
+    governor._keeper.suspend = suspended  # type: ignore[method-assign]
+    course.account = accounted  # type: ignore[method-assign]
     act: Callable[[], object] = governor.execute_rollback if rolls_back else governor.state_dict
     before = signal.signal(signal.SIGUSR1, lambda *_: act() and None)
     try:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tolaria.driver
 import tolaria.shield
 from tolaria import TolariaGovernor, gate
 from tolaria.driver import Driver
-from tolaria.operations import HostState, RestoreHost
+from tolaria.operations import Await, HostState, RestoreHost
 from tolaria.report import SnapshotInfo
 from tolaria.shield import Shield
 
@@ -199,6 +200,78 @@ def test_what_a_handler_changes_amid_a_change_is_not_lost(
     assert [info.state for info in taken] == (["dropped"] if is_red else ["sealed"])
     if not is_red:
         assert governor.execute_rollback(to=taken[0]).snapshot_step == 50
+
+
+@pytest.fixture
+def held_open(governor: TolariaGovernor, kit: Any) -> Iterator[None]:
+    """A section of another thread, which ends as soon as this one waits for it."""
+    inside, leave = kit.Flag(), kit.Flag()
+
+    def hold() -> None:
+        with governor.using():
+            inside.set()
+            leave.wait()
+
+    holder = kit.Worker(hold)
+    inside.wait()
+    condition = governor._keeper.driver._changed
+    wait = condition.wait
+
+    def waited(timeout: float | None = None) -> bool:
+        leave.set()
+        return wait(timeout)
+
+    condition.wait = waited  # type: ignore[method-assign]
+    yield
+    condition.wait = wait  # type: ignore[method-assign]
+    leave.set()
+    holder.join()
+
+
+def test_the_time_of_a_handler_is_not_waited_for_sections(
+    held_open: None, governor: TolariaGovernor, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that arrives before the wait, and writes a checkpoint for longer than `gate_timeout_s`."""
+    seconds = [0.0]
+    monkeypatch.setattr(tolaria.driver, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    driver = governor._keeper.driver
+    perform = driver.perform
+
+    def wrapped(op: Any, shield: Any = None) -> Any:
+        if isinstance(op, Await) and not heard.calls:
+            signal.raise_signal(signal.SIGTERM)
+        return perform(op, shield)
+
+    def write_a_checkpoint() -> None:
+        seconds[0] += 1e6
+
+    heard.look = write_a_checkpoint
+    monkeypatch.setattr(driver, "perform", wrapped)
+    report = governor.execute_rollback()
+    assert report.success
+    assert report.wait_ms == 0.0
+    assert heard.numbers == [signal.SIGTERM]
+
+
+def test_what_arrives_as_a_wait_ends_is_for_after_the_submission(
+    held_open: None, governor: TolariaGovernor, heard: Heard
+) -> None:
+    """The gate is taken by then, so that the handler could not use the governor."""
+    driver, notify_all = governor._keeper.driver, governor._keeper.driver._changed.notify_all
+
+    def notified() -> None:
+        if driver.state.gate.owner == threading.get_ident() and not raised:
+            raised.append(True)
+            signal.raise_signal(signal.SIGTERM)
+        notify_all()
+
+    raised: list[bool] = []
+    heard.look = lambda: governor.snapshot(step=50).state
+    driver._changed.notify_all = notified  # type: ignore[method-assign]
+    assert governor.execute_rollback().success
+    driver._changed.notify_all = notify_all  # type: ignore[method-assign]
+    assert raised
+    assert heard.calls == [(signal.SIGTERM, "sealed")]
 
 
 def test_handlers_run_even_if_the_submission_fails(governor: TolariaGovernor, run: Any, heard: Heard) -> None:
