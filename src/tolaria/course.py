@@ -168,9 +168,11 @@ class Course:
         verdict = arrived.overrule(verdict, skips)
         if verdict.health is not Health.HEALTHY:
             self.keeper.suspend()
-        self._judged.append((vital.step, judgement))
+        self._judged.append(noted := (vital.step, judgement))
         panic = (vital, verdict) if verdict.is_panic else None
         if not self._outstanding or self._outstanding[0] is not sent:
+            if self._judged and self._judged[-1] is noted:
+                self._judged.pop()
             return  # a signal handler of this thread has judged or undone it; none runs before `popleft`: no calls
         self._judgement, self._skips, self.verdict, self._unanswered = judgement, skips, verdict, panic
         self._outstanding.popleft()
@@ -266,9 +268,7 @@ class Course:
     @property
     def cadence(self) -> int:
         """Steps between automatic snapshots."""
-        if self.config.cadence == "auto":
-            return self._pace.cadence
-        return self.config.effective_cadence(self.keeper.lag)
+        return self._pace.cadence if self.config.cadence == "auto" else self.config.effective_cadence(self.keeper.lag)
 
     # ------------------------------------------------------------ snapshots
 

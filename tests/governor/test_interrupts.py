@@ -345,8 +345,9 @@ def test_a_signal_handler_may_use_the_governor_while_a_step_is_judged(
         signal.signal(signal.SIGUSR1, before)
     assert arrived
     assert governor.rollbacks == int(rolls_back)
-    assert governor._course._judgement == (1, 2, 3)[: governor._course.completed]
-    assert governor._course.unsettled() == (0, None)
+    assert course._judgement == (1, 2, 3)[: course.completed]
+    assert [step for step, _ in course._judged if step > course.completed] == []
+    assert course.unsettled() == (0, None)
 
 
 def test_a_step_whose_verdict_was_being_noted_is_judged_again_from_before_it(
