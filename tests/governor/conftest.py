@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -239,6 +240,34 @@ class Gate:
         assert there, "that thread never waited for the gate"
         with self._condition:  # it has let go of the lock by now, so it is really waiting
             pass
+
+
+@contextlib.contextmanager
+def a_section_elsewhere(governor: TolariaGovernor, when_waited_for: Callable[[Flag], object]) -> Iterator[None]:
+    """A section of another thread, open until the flag is set that is handed over when somebody is about to wait."""
+    inside, leave = Flag(), Flag()
+
+    def hold() -> None:
+        with governor.using():
+            inside.set()
+            leave.wait()
+
+    holder = Worker(hold)
+    inside.wait()
+    condition = governor._keeper.driver._changed
+    wait = condition.wait
+
+    def waited(timeout: float | None = None) -> bool:
+        when_waited_for(leave)
+        return wait(timeout)
+
+    condition.wait = waited  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        condition.wait = wait  # type: ignore[method-assign]
+        leave.set()
+        holder.join()
 
 
 def assert_at_rest(governor: TolariaGovernor) -> None:

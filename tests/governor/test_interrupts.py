@@ -215,30 +215,11 @@ def test_ctrl_c_ends_a_wait_for_open_sections(govern: Govern, kit: Any) -> None:
     governor = govern(run.model, run.optimizer, config=GovernorConfig(gate_timeout_s=kit.PATIENCE_S))
     governor.snapshot()
     before = run.state()
-    inside, leave = kit.Flag(), kit.Flag()
-
-    def hold() -> None:
-        with governor.using():
-            inside.set()
-            leave.wait()
-
-    holder = kit.Worker(hold)
-    inside.wait()
-    condition = governor._keeper.driver._changed
-    wait = condition.wait
-
-    def interrupted_wait(timeout: float | None = None) -> bool:
-        interrupt()
-        return wait(timeout)
-
-    condition.wait = interrupted_wait
-    for act in (governor.snapshot, governor.execute_rollback):
-        with pytest.raises(KeyboardInterrupt):
-            act()
-        assert governor._keeper.driver.state.gate.waiting == ()
-    condition.wait = wait
-    leave.set()
-    holder.join()
+    with kit.a_section_elsewhere(governor, lambda _: interrupt()):
+        for act in (governor.snapshot, governor.execute_rollback):
+            with pytest.raises(KeyboardInterrupt):
+                act()
+            assert governor._keeper.driver.state.gate.waiting == ()
     assert run.state() == before
     assert governor.execute_rollback().success
 

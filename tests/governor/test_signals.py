@@ -205,27 +205,8 @@ def test_what_a_handler_changes_amid_a_change_is_not_lost(
 @pytest.fixture
 def held_open(governor: TolariaGovernor, kit: Any) -> Iterator[None]:
     """A section of another thread, which ends as soon as this one waits for it."""
-    inside, leave = kit.Flag(), kit.Flag()
-
-    def hold() -> None:
-        with governor.using():
-            inside.set()
-            leave.wait()
-
-    holder = kit.Worker(hold)
-    inside.wait()
-    condition = governor._keeper.driver._changed
-    wait = condition.wait
-
-    def waited(timeout: float | None = None) -> bool:
-        leave.set()
-        return wait(timeout)
-
-    condition.wait = waited  # type: ignore[method-assign]
-    yield
-    condition.wait = wait  # type: ignore[method-assign]
-    leave.set()
-    holder.join()
+    with kit.a_section_elsewhere(governor, lambda leave: leave.set()):
+        yield
 
 
 def test_the_time_of_a_handler_is_not_waited_for_sections(
