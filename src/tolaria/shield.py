@@ -26,7 +26,7 @@ class Shield:
     functions (the system's defaults, faulthandler's) are not touched. Not re-entrant; make one per use.
 
     Attributes:
-        lets_through: Signals are delivered at once. A plain attribute: no handler runs while it is set.
+        lets_through: Signals are delivered at once. To set it calls nothing, so that no handler comes in between.
     """
 
     def __init__(self) -> None:

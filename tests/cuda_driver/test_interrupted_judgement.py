@@ -14,10 +14,12 @@ from cuda_driver.fake_driver import Machine
 from torch import nn
 
 from tolaria import TolariaGovernor
-from tolaria.arrivals import Finding, ReadBack
+from tolaria.arrivals import Arrivals, Finding, ReadBack
 from tolaria.config import Recovery
 from tolaria.course import Course
 from tolaria.observe import Reading
+from tolaria.protocol import Taken
+from tolaria.shield import Shield
 from tolaria.snapshot import Vault
 from tolaria.vitals import Sent
 
@@ -157,8 +159,13 @@ def test_a_signal_handler_may_seal_what_is_about_to_be_sealed(
     model = nn.Linear(4, 4)
     governor = govern(model, slots=3, probation=0)
     late.lag = 0
-    first, others, examined = governor.snapshot(step=1), [], Vault.is_examined
+    first, others, examined, sealed = governor.snapshot(step=1), [], Vault.is_examined, Arrivals._seal
     heard: list[int] = []
+    read: list[int] = []
+
+    def sealing(arrivals: Arrivals, shield: Shield, taken: Taken, manual: bool) -> None:
+        read.append(taken.snapshot)
+        sealed(arrivals, shield, taken, manual)
 
     def seal(number: int, _: FrameType | None) -> None:
         heard.append(number)
@@ -174,6 +181,7 @@ def test_a_signal_handler_may_seal_what_is_about_to_be_sealed(
         return found
 
     monkeypatch.setattr(Vault, "is_examined", is_examined)
+    monkeypatch.setattr(Arrivals, "_seal", sealing)
     before = signal.signal(signal.SIGUSR1, seal)
     try:
         governor._course.catch_up()
@@ -184,3 +192,4 @@ def test_a_signal_handler_may_seal_what_is_about_to_be_sealed(
     late.finish()
     governor.state_dict()
     assert [info.state for info in (first, *others)] == ["sealed"] * (1 + takes_another)
+    assert read == [info.serial for info in (first, *others)]  # each once, or what was found would be told twice
