@@ -185,6 +185,7 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = self._step()
+        torch.cuda.synchronize()  # see `settled`
 
     def _step(self):
         self.optimizer.zero_grad(set_to_none=True)
