@@ -240,13 +240,14 @@ class GovernorConfig:
             return self._wanted_cadence(lag)
         return max(self._wanted_cadence(lag), math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
 
-    def num_kept_steps(self, lag: int = 0) -> int:
+    def num_kept_steps(self, lag: int = 0, cadence: int | None = None) -> int:
         """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences).
 
-        Where verdicts come late, by `lag` as a rule: and those that may be outstanding. Where a rollback is to go
+        `cadence` is that in force, where it follows the clock. Where verdicts come late, by `lag` as a rule: and those that may be outstanding. Where a rollback is to go
         further back (`Recovery.go_back`): and those.
         """
-        reaching = 2 * (self.probation + 2 * self.effective_cadence(lag)) + self.recovery.go_back
+        cadence = self.effective_cadence(lag) if cadence is None else cadence
+        reaching = 2 * (self.probation + 2 * cadence) + self.recovery.go_back
         return reaching + (MOST_OUTSTANDING if lag else 0)
 
 

@@ -82,6 +82,7 @@ class Course:
         """Take on snapshots and data of the run. Separate from construction: the keeper reads our journal."""
         self.keeper, self.feed = keeper, feed
         feed.on_left_out = lambda: self.count(skipped_batches=1)
+        feed.num_steps = lambda: self.config.num_kept_steps(keeper.lag, self.cadence)
         self._pace = Pace(self.config.effective_cadence(keeper.lag))
         every = self.config.reexecute_every * (self.config.mode == "act")
         self.again = Reexecution(every, keeper, feed, lambda: self.rewind(range(0)), self.count)
@@ -130,10 +131,7 @@ class Course:
         self._outstanding.append(sent)
 
     def catch_up(self, *, wait: bool = False) -> tuple[VitalSigns, Verdict] | None:
-        """Judge steps and seal snapshots, in order, as far as their numbers have arrived.
-
-        Args:
-            wait: Wait for all of them.
+        """Judge steps and seal snapshots, in order, as far as their numbers have arrived; all of them with `wait`.
 
         Returns:
             The first panic, with the steps after it not judged, again and again until a rollback answers it; or None.

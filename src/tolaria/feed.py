@@ -7,12 +7,18 @@ Fetching may draw from global random state (shuffle seeds, augmentation in the m
 those draws lie between two steps, so an exact replay must make them too: each delivery remembers random state before
 and after its fetch where the two differ, and a repeated delivery that meets the same state moves on to the same
 successor.
+
+The body of a loop is only run again for its own batches: they come again in their order to the loop that they were
+delivered to, or to a later one over the same loader or at the same place in the program (the next epoch). What belongs
+to another loop is left out when its turn comes.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import threading
+import weakref
 from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -22,7 +28,39 @@ import torch
 import xxhash
 from torch.utils import _pytree
 
+from tolaria.report import logger
 from tolaria.state import rng
+
+
+class _Pass:
+    """One loop over a loader.
+
+    Args:
+        loader: What it goes over; held weakly where Python can.
+
+    Attributes:
+        has_ended: Whether it asks for no more.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.has_ended = False
+        self._place = _place()
+        try:
+            self._loader: Callable[[], Any] = weakref.ref(loader)
+        except TypeError:  # a list, a tuple
+            self._loader = lambda: loader
+
+    def may_have(self, other: _Pass, loader: Any) -> bool:
+        """Whether what was delivered to `other` may come to this loop, which goes over `loader`."""
+        return other is self or (other.has_ended and (other._place == self._place or other._loader() is loader))
+
+
+def _place() -> tuple[Any, int] | None:
+    """Where in the program the loop stands that asks: outside of this library."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lineno)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +74,7 @@ class Delivery:
         drew: Fetching it drew from global random state.
         before: Random state before the fetch; None when the fetch drew nothing, or states are not followed.
         after: Random state when it was handed out last; None when states are not followed.
+        loop: To which it was handed out first.
     """
 
     index: int
@@ -44,6 +83,7 @@ class Delivery:
     drew: bool
     before: rng.RngState | None
     after: rng.RngState | None
+    loop: _Pass
 
     def is_unchanged(self) -> bool:
         """Whether nobody wrote into the batch since it was first delivered."""
@@ -112,24 +152,25 @@ class Feed:
     """The governed side of all loaders of one governor.
 
     Args:
-        keep: Deliveries kept for replay; None: those of `steps` steps, however many batches a step consumes.
-        steps: See `keep`.
+        keep: Deliveries kept for replay; None: those of `num_steps` steps, however many batches a step consumes.
         devices: Accelerators whose random state may be drawn from while fetching.
         track_draws: Whether global random state is restored by rollbacks, so that draws have to be followed.
 
     Attributes:
         passes: Deliveries of a loader that have ended; what follows one is not the body of its loop.
         first_of_pass: Index of the first batch of the pass that began last.
-        on_left_out: Called with each batch that is fetched only to be left out.
+        num_steps: Asked for how many steps batches are to be kept. Its greatest answer so far counts: the snapshots of a
+            slower pace are still there.
+        on_left_out: Called for each batch that is left out when its turn comes.
 
     Threads: one may rewind while others are delivered to; a loader itself is asked without any lock held.
     """
 
-    def __init__(
-        self, keep: int | None, steps: int, devices: Sequence[torch.device], track_draws: Callable[[], bool]
-    ) -> None:
+    def __init__(self, keep: int | None, devices: Sequence[torch.device], track_draws: Callable[[], bool]) -> None:
         self._kept: deque[Delivery] = deque()
-        self._keep, self._steps, self._widest = keep, steps, 1
+        self._keep, self._widest = keep, 1
+        self.num_steps: Callable[[], int] = lambda: 1
+        self._most_steps = 0
         self._queue: deque[Delivery] = deque()
         self._open: list[int] = []
         self._next = 0
@@ -175,7 +216,10 @@ class Feed:
     @property
     def capacity(self) -> int:
         """Deliveries kept for replay now."""
-        return self._keep if self._keep is not None else self._steps * self._widest
+        if self._keep is not None:
+            return self._keep
+        self._most_steps = max(self._most_steps, self.num_steps())
+        return self._most_steps * self._widest
 
     def consume(self) -> tuple[int, ...]:
         """A step has completed: the indices of the batches delivered for it."""
@@ -217,6 +261,7 @@ class Feed:
             settle: Called with False whenever the loop asks for more, so at the end of its body, and with True at the
                 end of the loader. It may rewind, and so demand more deliveries.
         """
+        loop = _Pass(loader)
         with self._lock:
             self._delivering += 1
             self.first_of_pass = self._next
@@ -226,7 +271,7 @@ class Feed:
             source: Iterator[Any] | None = None
             while True:
                 settle(False)
-                delivery = self._again()
+                delivery = self._again(loop, loader)
                 if delivery is None:
                     before = rng.read(self._devices) if self._track_draws() else None
                     source = iter(loader) if source is None else source
@@ -238,13 +283,14 @@ class Feed:
                         if self._queue:
                             continue
                         return
-                    delivery = self._first(batch, before)
+                    delivery = self._first(batch, before, loop)
                 # containers of its own: what the loop puts into or takes out of them does not reach the kept batch
                 yield _pytree.tree_map(_handed_out, delivery.batch)
         finally:
             with self._lock:
                 self._delivering -= 1
                 self.passes += 1
+                loop.has_ended = True
 
     def _next_wanted(self, source: Iterator[Any]) -> Any:
         """The next batch of the loader that no rollback has decided to leave out."""
@@ -257,11 +303,11 @@ class Feed:
                 self._next += 1
             self.on_left_out()
 
-    def _first(self, batch: Any, before: rng.RngState | None) -> Delivery:
+    def _first(self, batch: Any, before: rng.RngState | None, loop: _Pass) -> Delivery:
         after = None if before is None else rng.read(self._devices)
         drew = before is not None and after is not None and not before.equals(after)
         with self._lock:
-            delivery = Delivery(self._next, batch, _versions(batch), drew, before if drew else None, after)
+            delivery = Delivery(self._next, batch, _versions(batch), drew, before if drew else None, after, loop)
             self._next += 1
             self._kept.append(delivery)
             self._open.append(delivery.index)
@@ -272,7 +318,8 @@ class Feed:
                     self._last_draw_not_kept = given_up.index
         return delivery
 
-    def _again(self) -> Delivery | None:
+    def _again(self, loop: _Pass, loader: Any) -> Delivery | None:
+        self._leave_out_others(loop, loader)
         with self._lock:
             if not self._queue:
                 return None
@@ -291,6 +338,29 @@ class Feed:
             else:
                 delivery.before, delivery.after = None, now
         return delivery
+
+    def _leave_out_others(self, loop: _Pass, loader: Any) -> None:
+        """What comes before the next batch of this loop and belongs to another one, whose body will not run for it."""
+        others = []
+        with self._lock:
+            while self._queue and not loop.may_have(self._queue[0].loop, loader):
+                others.append(self._queue.popleft().index)
+            if others:
+                gone = set(others)
+                self._kept = deque(delivery for delivery in self._kept if delivery.index not in gone)
+                self._dropped |= gone
+                # from here on the run is another one
+                self._stale |= {delivery.index for delivery in self._queue}
+                self._exact_before = min(self._exact_before, others[0])
+        if others:
+            logger.warning(
+                "%d batches do not come again (%d to %d): they belong to another loop than the one that asks",
+                len(others),
+                others[0],
+                others[-1],
+            )
+        for _ in others:
+            self.on_left_out()
 
     def note_random_state(self) -> None:
         """Random state was set since the last delivery: should it come again, it finds random state as it is now."""
@@ -336,6 +406,8 @@ class Feed:
             dropped = [d for d in due if d.index < upcoming or (skip is not None and d.index in skip)]
             note = f"{note}: replay became a skip"
         gone = {d.index for d in dropped}
+        if note or skip is None:
+            gone |= set(self._missing(position, due))
         self._queue = deque(d for d in due if d.index not in gone)
         self._kept = deque(d for d in self._kept if d.index not in gone)
         self._dropped |= gone
@@ -346,8 +418,7 @@ class Feed:
         return Rewind(len(self._queue), len(gone), note, drew)
 
     def _obstacle(self, position: int, due: list[Delivery], dropped: list[Delivery]) -> str:
-        have = {d.index for d in due}
-        missing = [i for i in range(position, self._next) if i not in have and i not in self._dropped]
+        missing = self._missing(position, due)
         if missing:
             return f"{len(missing)} batches are no longer kept (keep_batches={self.capacity})"
         gone = {d.index for d in dropped}
@@ -355,3 +426,8 @@ class Feed:
         if changed:
             return f"{changed} batches were changed in place after delivery"
         return ""
+
+    def _missing(self, position: int, due: list[Delivery]) -> list[int]:
+        """Batches from `position` on that should come again, and are not kept."""
+        have = {d.index for d in due}
+        return [i for i in range(position, self._next) if i not in have and i not in self._dropped]

@@ -198,8 +198,7 @@ class Update:
         if clip is not None and total is not None:
             if decide is not None and len(read) > 1:
                 total = observe.total_norm(list(self._applied(read)))
-            dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in grads))
-            torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(dtype))
+            torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(_dtype_of_norm(grads)))
         returned = self._step(closure, guarded=decide is not None, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
         return Outcome(
@@ -253,7 +252,7 @@ class Update:
             norm, _ = observe.gradient_norm(observe.gradients(parameters))
         if norm is not None:
             # the same type as the norm had before it was read, or the factor would be rounded otherwise
-            dtype = functools.reduce(torch.promote_types, (grad.dtype for grad in observe.gradients(parameters)))
+            dtype = _dtype_of_norm(observe.gradients(parameters))
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=dtype, device="cpu"))
 
     def _applied(self, read: Sequence[_Read]) -> Iterator[torch.Tensor]:
@@ -416,3 +415,8 @@ def _set_lr(group: dict[str, Any], lr: Any) -> None:
         group["lr"].copy_(lr)  # in place: captured graphs hold its address
     else:
         group["lr"] = lr
+
+
+def _dtype_of_norm(grads: Sequence[torch.Tensor]) -> torch.dtype:
+    """In which `torch.nn.utils.clip_grad_norm_` has the norm of these gradients."""
+    return functools.reduce(torch.promote_types, (grad.dtype for grad in grads)).to_real()

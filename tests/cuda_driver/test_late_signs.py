@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
 
 from tolaria import Detector, GovernorConfig, Health, TolariaGovernor, Verdict
 from tolaria.follow import FollowingGovernor
@@ -48,6 +50,23 @@ def by_value(seen):
     return [
         (signs.loss, signs.grad_norm, signs.nonfinite_gradients, signs.nonfinite_weights, signs.extra) for signs in seen
     ]
+
+
+def test_gradients_of_complex_parameters_are_clipped_as_torch_does(late, govern):
+    late.lag = 3
+    model = nn.ParameterList([torch.arange(3.0).to(torch.complex64), torch.arange(4.0)])
+    plain = copy.deepcopy(model)
+    governor = govern(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = torch.stack([parameter.abs().square().sum() for parameter in model]).sum()
+        loss.backward()
+        governor.step(loss=loss, clip=0.5)
+        torch.stack([parameter.abs().square().sum() for parameter in plain]).sum().backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [parameter.tolist() for parameter in model] == [parameter.tolist() for parameter in plain]
 
 
 def test_signs_that_arrive_late_are_those_that_are_read_at_once(late, govern, make_run, monkeypatch):

@@ -12,7 +12,7 @@ from tolaria.feed import Feed
 def test_it_is_that_of_a_run_without_the_batch_left_out() -> None:
     """Three batches: the first two are due again, without the second; then all once more, before the third has come."""
     torch.manual_seed(0)
-    feed = Feed(None, 10, [], lambda: True)
+    feed = Feed(10, [], lambda: True)
     before = torch.get_rng_state()
     batches: Iterator[int] = feed.deliver([0, 1, 2], lambda _: None)
 

@@ -232,16 +232,80 @@ def test_panics_on_the_last_batches_are_answered_before_the_loader_ends(govern: 
 
 
 def test_a_loop_that_breaks_off_and_begins_again(govern: Govern, kit: Any) -> None:
-    """What a panic put back comes first, also from the next `watch`."""
+    """What a panic put back comes first, also from the next `watch` of that loop."""
     expected = plain(kit, range(10))
     story = Story(kit, govern)
-    for number in story.governor.watch(range(6)):
-        batch = story.run.batches[number]
-        if story.run.step(story.governor, kit.nan_batch(batch) if number == 5 else batch).rolled_back:
-            break
-    story.train(range(6, 10))
-    assert story.delivered == [4, 5, *range(6, 10)]
+
+    def train(numbers: range, bad: int) -> None:
+        for number in story.governor.watch(numbers):
+            story.delivered.append(number)
+            batch = story.run.batches[number]
+            if story.run.step(story.governor, kit.nan_batch(batch) if number == bad else batch).rolled_back:
+                break
+
+    train(range(6), bad=5)
+    train(range(6, 10), bad=-1)
+    assert story.delivered == [*range(6), 4, 5, *range(6, 10)]
     assert story.run.state() == expected
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["another loader", "the same loader"])
+def test_batches_come_again_to_their_own_loop(again: bool, govern: Govern, kit: Any, caplog: Any) -> None:
+    """The panic is in the second loop, the snapshot is from the first, whose body will not run any more."""
+    story = Story(kit, govern, cadence=4, probation=0)
+    first = list(range(6))
+    second = first if again else list(range(6, 10))
+    for number in story.governor.watch(first):
+        story.run.step(story.governor, story.run.batches[number])
+    arrived = []
+    for number in story.governor.watch(second):
+        arrived.append(number)
+        bad = len(arrived) == 1
+        story.run.step(story.governor, kit.nan_batch(story.run.batches[number]) if bad else story.run.batches[number])
+    told = [record.getMessage() for record in caplog.records if "another loop" in record.getMessage()]
+    if again:
+        assert arrived == [0, 4, 5, 0, 1, 2, 3, 4, 5] and not told
+        assert story.run.state() == plain(kit, [*first, *second])
+    else:
+        assert arrived == [6, 6, 7, 8, 9]
+        assert told == ["2 batches do not come again (4 to 5): they belong to another loop than the one that asks"]
+        assert story.governor.statistics().skipped_batches == 2
+        assert story.run.state() == plain(kit, [0, 1, 2, 3, 6, 7, 8, 9])
+
+
+def test_a_loop_inside_another_is_handed_no_batch_of_it(govern: Govern, kit: Any) -> None:
+    """A panic in the first inner loop of the second round, from a snapshot in the first: the outer batch is not for it."""
+    story = Story(kit, govern, cadence=3, probation=0)
+    arrived: list[Any] = []
+    for name in story.governor.watch("ab"):
+        for number in story.governor.watch(range(4)):
+            arrived.append((name, number))
+            bad = len(arrived) == 6
+            batch = story.run.batches[number]
+            story.run.step(story.governor, kit.nan_batch(batch) if bad else batch)
+    first = [("a", number) for number in range(4)]
+    assert arrived == [*first, ("b", 0), ("b", 1), ("b", 3), *(("b", number) for number in range(4))]
+
+
+def test_two_loops_in_turns_are_handed_their_own_batches_again(govern: Govern, kit: Any) -> None:
+    """Two loaders of unequal length, the shorter one begun anew where it ends, as with labelled and unlabelled data."""
+    story = Story(kit, govern, cadence=4, probation=0)
+    bad = iter([*[False] * 6, True, *[False] * 9])
+    arrived: list[tuple[str, int]] = []
+
+    def short() -> Iterator[str]:
+        while True:
+            yield from story.governor.watch(letters)
+
+    letters = ["x", "y", "z"]
+    others = short()
+    for number in story.governor.watch(range(10)):
+        arrived.append((next(others), number))
+        batch = story.run.batches[number]
+        story.run.step(story.governor, kit.nan_batch(batch) if next(bad) else batch)
+    expected = [("xyz"[number % 3], number) for number in range(10)]
+    assert arrived == [*expected[:7], *expected[4:]]
+    assert story.run.state() == plain(kit, range(10))
 
 
 def test_a_loader_that_raises(govern: Govern, kit: Any) -> None:

@@ -306,6 +306,36 @@ def test_a_scaler_equals_the_plain_loop(clip: float | None, user_unscales: bool,
     assert governor.statistics().panics == 0
 
 
+@pytest.mark.parametrize("other", [None, torch.float32, torch.float64], ids=str)
+def test_gradients_of_complex_parameters_are_clipped_as_torch_does(other: torch.dtype | None, govern: Govern) -> None:
+    """Alone and beside real ones."""
+
+    def build() -> nn.ParameterList:
+        torch.manual_seed(3)
+        real = [] if other is None else [torch.randn(4, dtype=other)]
+        return nn.ParameterList([torch.randn(3, dtype=torch.complex64), *real])
+
+    def loss(model: nn.ParameterList) -> torch.Tensor:
+        return torch.stack([parameter.abs().square().sum().double() for parameter in model]).sum()
+
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [parameter.tolist() for parameter in model]
+
+    model = build()
+    governor = govern(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(3):
+        value = loss(model)
+        value.backward()
+        governor.step(loss=value, clip=0.5)
+    assert [parameter.tolist() for parameter in model] == expected
+
+
 def test_twenty_skips_in_a_row_are_a_panic(govern: Govern, kit: Any) -> None:
     run, scaler = kit.Run(batches=80), make_scaler(init_scale=1e4, backoff_factor=0.999)
     governor = govern(run.model, run.optimizer, scaler=scaler)
