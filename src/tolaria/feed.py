@@ -159,7 +159,7 @@ class Feed:
     Attributes:
         passes: Deliveries of a loader that have ended; what follows one is not the body of its loop.
         first_of_pass: Index of the first batch of the pass that began last.
-        num_steps: Asked for how many steps batches are to be kept. Its greatest answer so far counts: the snapshots of a
+        num_steps: Asked for how many steps batches are to be kept. Its greatest answer so far counts: snapshots of a
             slower pace are still there.
         on_left_out: Called for each batch that is left out when its turn comes.
 

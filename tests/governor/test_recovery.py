@@ -20,6 +20,7 @@ from tolaria import (
     Verdict,
     VitalSigns,
 )
+from tolaria.pace import Pace
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -264,7 +265,8 @@ def test_batches_come_again_to_their_own_loop(again: bool, govern: Govern, kit: 
         story.run.step(story.governor, kit.nan_batch(story.run.batches[number]) if bad else story.run.batches[number])
     told = [record.getMessage() for record in caplog.records if "another loop" in record.getMessage()]
     if again:
-        assert arrived == [0, 4, 5, 0, 1, 2, 3, 4, 5] and not told
+        assert arrived == [0, 4, 5, 0, 1, 2, 3, 4, 5]
+        assert not told
         assert story.run.state() == plain(kit, [*first, *second])
     else:
         assert arrived == [6, 6, 7, 8, 9]
@@ -350,9 +352,26 @@ def test_a_replay_beyond_keep_batches_becomes_a_skip(govern: Govern, kit: Any) -
     story = Story(kit, govern, cadence=100, keep_batches=3).train(range(10), {6: 1})
     assert story.actions == ["skip"]
     assert "no longer kept (keep_batches=3)" in story.incidents[0].note
+    assert (story.incidents[0].batches_replayed, story.incidents[0].batches_skipped) == (0, 7)
+    assert story.governor.statistics().skipped_batches == 7
     assert story.delivered == list(range(10))
     assert story.run.state() == plain(kit, range(7, 10))  # back to the start, and on with the next batch
-    assert story.incidents[0].batches_replayed == 0
+
+
+@pytest.mark.parametrize("later", [12, 1])
+def test_what_is_kept_follows_the_cadence_in_force(later: int, govern: Govern, kit: Any, monkeypatch: Any) -> None:
+    """Snapshots are dear, and 12 steps apart; or cheap from the 24th step on, when the older ones are still there."""
+    governor: list[TolariaGovernor] = []
+
+    def cadence(_: Pace) -> int:
+        return later if governor and governor[0].statistics().steps >= 24 else 12
+
+    monkeypatch.setattr(Pace, "cadence", property(cadence))
+    story = Story(kit, govern, cadence="auto", probation=2)
+    governor.append(story.governor)
+    story.train(range(30), {24: 1})
+    assert (story.actions, story.incidents[0].steps_lost) == (["replay"], 13)
+    assert story.run.state() == plain(kit, range(30))
 
 
 def test_keep_batches_is_just_enough(govern: Govern, kit: Any) -> None:
