@@ -243,8 +243,8 @@ class GovernorConfig:
     def num_kept_steps(self, lag: int = 0, cadence: int | None = None) -> int:
         """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences).
 
-        `cadence`: in force, where it follows the clock. Where verdicts come late, by `lag` as a rule: and those that may be
-        outstanding. Where a rollback is to go further back (`Recovery.go_back`): and those.
+        `cadence`: in force, where it follows the clock. Where verdicts come late, by `lag` as a rule: and those that may
+        be outstanding. Where a rollback is to go further back (`Recovery.go_back`): and those.
         """
         cadence = self.effective_cadence(lag) if cadence is None else cadence
         reaching = 2 * (self.probation + 2 * cadence) + self.recovery.go_back

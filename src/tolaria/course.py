@@ -488,7 +488,7 @@ class Course:
 
     def load_state_dict(self, saved: Any) -> None:
         """The inverse, also after a round trip through JSON. Raises `UsageError` for another schema."""
-        books = resume.from_json(saved)
+        books = resume.from_json(saved, self._detector.init())
         self.completed = self._last_automatic = books.completed
         self.tick, self._judgement, self.recovery = books.tick, books.judgement, books.recovery
         self._tally.set(books.statistics)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tolaria.errors import UsageError
-from tolaria.judge import state_from_json
+from tolaria.judge import plain_state, state_from_json
 from tolaria.records import SCHEMA_VERSION, Statistics
 from tolaria.recover import RecoveryState
 
@@ -31,18 +31,21 @@ class Bookkeeping:
 
 
 def as_json(books: Bookkeeping) -> dict[str, Any]:
-    """Values that `json.dumps` writes."""
+    """Values that `json.dumps` writes, and `torch.load` reads without trusting the file."""
     counters = {one.name: getattr(books.statistics, one.name) for one in fields(Statistics) if one.compare}
     return {
         "schema_version": SCHEMA_VERSION,
         **asdict(books),
-        "judgement": books.judgement,
+        "judgement": plain_state(books.judgement),
         "statistics": counters,
     }
 
 
-def from_json(saved: Any) -> Bookkeeping:
-    """The inverse of `as_json`, also after a round trip through JSON. Raises `UsageError` for another schema."""
+def from_json(saved: Any, judgement: Any) -> Bookkeeping:
+    """The inverse of `as_json`, also after a round trip through JSON. Raises `UsageError` for another schema.
+
+    `judgement`: of the detector before it has judged anything.
+    """
     try:
         version = saved["schema_version"]
         if version != SCHEMA_VERSION:
@@ -51,7 +54,7 @@ def from_json(saved: Any) -> Bookkeeping:
         return Bookkeeping(
             completed=int(saved["completed"]),
             tick=int(saved["tick"]),
-            judgement=state_from_json(saved["judgement"]),
+            judgement=state_from_json(saved["judgement"], judgement),
             # batches are numbered afresh in a new process, so no panic here is the return of one there
             recovery=replace(recovery, attempt=0, first_batch=-1, last_batch=-1),
             statistics=Statistics(**saved["statistics"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -359,6 +359,53 @@ def test_a_resumed_run_judges_like_the_uninterrupted_one(make: Any, govern: Gove
     assert any(verdict.is_panic for verdict in expected)
     assert second.state_dict() == whole.state_dict()
     assert second.statistics() == whole.statistics()
+
+
+class Count(NamedTuple):
+    """The state of a detector of one's own; `inner` has no place in `init`."""
+
+    steps: int = 0
+    losses: list[float] = []
+    by_name: dict[str, tuple[int, ...]] = {}
+    inner: tuple[Any, ...] = ()
+
+
+def test_a_detector_of_ones_own_finds_its_state_as_it_made_it(govern: Govern, kit: Any, tmp_path: Any) -> None:
+    """Named tuples and lists, directly and through a file of JSON or of torch."""
+    states = []
+
+    def update(state: Count, signs: VitalSigns) -> tuple[Count, Verdict]:
+        states.append(state)
+        more = {"seen": (*state.by_name.get("seen", ()), signs.step)}
+        now = Count(state.steps + 1, [*state.losses, signs.loss or 0.0], more, (*state.inner, (signs.step, 2)))
+        return now, Verdict(Health.HEALTHY, signs.step)
+
+    detector = Detector(Count, update)
+    first = govern(kit.Run().model, detector=detector)
+    for loss in (1.0, 2.0, 3.0):
+        first.observe(loss=loss)
+    saved = first.state_dict()
+    torch.save({"governor": saved}, tmp_path / "checkpoint.pt")
+    by_torch = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["governor"]
+    first.observe(loss=4.0)
+    expected = states[-1]
+    for each in (saved, json.loads(json.dumps(saved)), by_torch):
+        other = govern(kit.Run().model, detector=detector)
+        other.load_state_dict(each)
+        other.observe(loss=4.0)
+        assert states[-1] == expected
+        assert (type(states[-1]), type(states[-1].losses)) == (Count, list)
+
+
+def test_a_checkpoint_is_read_without_being_trusted(govern: Govern, kit: Any, tmp_path: Any) -> None:
+    """`torch.load` as it is by default; after a panic, so that there is something to remember."""
+    run = kit.Run()
+    governor = govern(run.model, run.optimizer, scheduler=run.scheduler)
+    for number, batch in governor.watch(list(enumerate(run.batches[:8]))):
+        run.step(governor, kit.nan_batch(batch) if number == 4 else batch)
+    torch.save({"model": run.model.state_dict(), "governor": governor.state_dict()}, tmp_path / "checkpoint.pt")
+    back = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["governor"]
+    assert back == governor.state_dict()
 
 
 def test_counters_and_retry_budget_survive_a_resume(govern: Govern, kit: Any) -> None:

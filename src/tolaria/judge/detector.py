@@ -27,6 +27,9 @@ class Detector(Generic[S]):
         init: Makes the state of a run that has not begun.
         update: Takes the state and the signs of the next step; returns the next state and the verdict on this step.
             Pure: it changes neither argument, and equal arguments give equal results. Called once per step, in order.
+
+    A state that is made of numbers, strings, None, tuples, lists and dicts goes into a checkpoint and comes back out of
+    it (`plain_state`, `state_from_json`). So do named tuples, as far as `init` has them where they stand.
     """
 
     init: Callable[[], S]
@@ -39,9 +42,34 @@ def healthy(step: int) -> Verdict:
     return Verdict(Health.HEALTHY, step)
 
 
-def state_from_json(value: Any) -> Any:
-    """Turn what `json.loads` gives for a detector's state back into that state (lists become tuples)."""
-    return tuple(map(state_from_json, value)) if isinstance(value, (list, tuple)) else value
+def plain_state(state: Any) -> Any:
+    """The same with plain tuples in the place of named ones: what `json` and `torch.load(weights_only=True)` take."""
+    if isinstance(state, tuple):
+        return tuple(map(plain_state, state))
+    if isinstance(state, list):
+        return list(map(plain_state, state))
+    return {key: plain_state(value) for key, value in state.items()} if type(state) is dict else state
+
+
+def state_from_json(value: Any, like: Any = None) -> Any:
+    """Turn what `json.loads` gives for a detector's state back into that state.
+
+    Args:
+        value: A plain state, before or after a round trip through JSON.
+        like: What the detector's `init` makes: lists, and named tuples of as many fields, become what stands there.
+            Where it says nothing, a list becomes a tuple.
+    """
+    if isinstance(value, dict):
+        known = like if isinstance(like, dict) else {}
+        return {key: state_from_json(part, known.get(key)) for key, part in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    known = like if isinstance(like, (list, tuple)) and len(like) == len(value) else [None] * len(value)
+    parts = [state_from_json(part, its) for part, its in zip(value, known, strict=True)]
+    if isinstance(like, list):
+        return parts
+    make: Any = getattr(type(like), "_make", tuple) if known is like else tuple
+    return make(parts)
 
 
 def median(values: Sequence[float]) -> float:
