@@ -38,7 +38,7 @@ def require_parts(
     _require(isinstance(model, nn.Module), _ATTACHING, "model", model, "a torch.nn.Module")
     for scheduler in schedulers:
         offers = all(callable(getattr(scheduler, name, None)) for name in ("step", "state_dict", "load_state_dict"))
-        is_one = offers and not isinstance(scheduler, type)
+        is_one = offers and not isinstance(scheduler, (type, Optimizer))
         _require(is_one, _ATTACHING, "scheduler", scheduler, "one with step, state_dict and load_state_dict")
     is_scaler = scaler is None or isinstance(scaler, torch.amp.GradScaler)
     _require(is_scaler, _ATTACHING, "scaler", scaler, "a torch.amp.GradScaler")
@@ -47,6 +47,34 @@ def require_parts(
     _require(judges, _ATTACHING, "detector", detector, "one of tolaria.judge, or a Detector of yours")
     if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
         raise UsageError(_ATTACHING, "an optimizer was given twice, and would step twice", "Give each once.")
+
+
+def require_ungoverned(model: nn.Module, acts: bool, others: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Raise `UsageError` for a model that another governor has, or trains a part of.
+
+    Args:
+        model: To be governed.
+        acts: Whether its governor will roll back; so each of the `others`, the models that are governed now.
+        others: See `acts`.
+    """
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    for other, other_acts in others:
+        if model is other:
+            raise UsageError(
+                _ATTACHING,
+                "this model is governed already, expected one governor per model",
+                "Use the first one, or close() it.",
+            )
+        if (
+            acts
+            and other_acts
+            and any(parameter.requires_grad and id(parameter) in trained for parameter in other.parameters())
+        ):
+            raise UsageError(
+                _ATTACHING,
+                "another governor trains some of this model's parameters, and its rollbacks would change them here",
+                "Govern both as one model, for example in a ModuleList, or close() the other governor.",
+            )
 
 
 def refuse_coordinator(coordinator: Any) -> None:

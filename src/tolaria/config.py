@@ -88,6 +88,8 @@ class Recovery:
             _at_least(self, name, 0)
         if self.most_further < self.skip_further:
             raise _bad(self, "most_further", f"at least skip_further={self.skip_further}")
+        for name in ("widen", "cool_lr", "damp"):
+            _a_number(self, name)
         if not 1.0 <= self.widen < math.inf:
             raise _bad(self, "widen", "a factor of at least 1")
         if not 0.0 < self.cool_lr <= 1.0:
@@ -210,6 +212,8 @@ class GovernorConfig:
             _at_least(self, "host_slots", 0)
         if self.past_first and not self.past_steps:
             raise _bad(self, "past_first", "past_steps of 1 or more with it")
+        for name in ("penalty", "gate_timeout_s"):
+            _a_number(self, name)
         if not math.isfinite(self.penalty):
             raise _bad(self, "penalty", "a finite number")
         if not self.gate_timeout_s > 0.0:
@@ -241,10 +245,10 @@ class GovernorConfig:
         return max(self._wanted_cadence(lag), math.ceil((self.probation + lag) / (self.num_slots(lag) - 2)))
 
     def num_kept_steps(self, lag: int = 0, cadence: int | None = None) -> int:
-        """Steps whose batches are kept: twice what a rollback can reach back to (probation plus two cadences).
+        """Steps whose batches are kept: twice what a rollback can reach back to (probation and two cadences).
 
-        `cadence`: in force, where it follows the clock. Where verdicts come late, by `lag` as a rule: and those that may
-        be outstanding. Where a rollback is to go further back (`Recovery.go_back`): and those.
+        `cadence`: in force, where it follows the clock. Where verdicts come late, by `lag` as a rule: and those that
+        may be outstanding. Where a rollback is to go further back (`Recovery.go_back`): and those.
         """
         cadence = self.effective_cadence(lag) if cadence is None else cadence
         reaching = 2 * (self.probation + 2 * cadence) + self.recovery.go_back
@@ -260,6 +264,12 @@ def _at_least(settings: object, name: str, least: int) -> None:
     value = getattr(settings, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _bad(settings, name, f"a whole number of at least {least}")
+
+
+def _a_number(settings: object, name: str) -> None:
+    value = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _bad(settings, name, "a number")
 
 
 def _bad(settings: object, name: str, expected: str) -> InvalidConfig:

@@ -16,7 +16,7 @@ from tolaria import arguments, facts, judge, living, observe, ring
 from tolaria.arguments import Grads, Verify, When, as_list
 from tolaria.config import GovernorConfig
 from tolaria.course import Course
-from tolaria.errors import PhaseError, UsageError
+from tolaria.errors import PhaseError
 from tolaria.feed import Feed
 from tolaria.gauge import Gauge
 from tolaria.keeper import Keeper
@@ -50,7 +50,7 @@ class TolariaGovernor:
         sections: Names of further methods of `model` that launch forwards, for example ``("evaluate_actions",)``.
 
     Raises:
-        UsageError: The model is governed already, or something is no part of a train state.
+        UsageError: The model, or what it trains, is governed already, or something is no part of a train state.
         UnsupportedState: A tensor or set-up that cannot be restored exactly yet.
         BudgetExceeded: Parameters and buffers alone do not fit into the slots asked for.
 
@@ -83,12 +83,8 @@ class TolariaGovernor:
         if self.is_disabled:
             return
         arguments.refuse_coordinator(coordinator)
-        if any(model is governor.model for governor in living.governors()):
-            raise UsageError(
-                "attaching the governor",
-                "this model is governed already, expected one governor per model",
-                "Use the first one, or close() it.",
-            )
+        others = [(governor.model, governor.config.mode == "act") for governor in living.governors()]
+        arguments.require_ungoverned(model, self.config.mode == "act", others)
         course, config = self._course, self.config  # nothing inside may hold the governor, so that it can be dropped
 
         def follows() -> bool:

@@ -181,10 +181,12 @@ def test_the_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     [
         (["--rounds", "0"], "Correct the value"),
         (["--steps", "0"], "Correct the value"),
+        (["--steps", "7"], "a multiple of 10"),
+        (["--parts", "host-tier"], "Choose another part"),
         (["--peers", "--peer-seconds", "0"], "Correct the value"),
         ([], "Choose a smaller --size"),
     ],
-    ids=["rounds", "steps", "seconds", "room"],
+    ids=["rounds", "steps", "odd steps", "part", "seconds", "room"],
 )
 def test_what_cannot_be_measured_is_refused(
     arguments: list[str], advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -26,6 +26,7 @@ Govern = Callable[..., TolariaGovernor]
         ({"model": None}, "model is a NoneType, expected a torch.nn.Module"),
         ({"scheduler": 3}, "scheduler is 3, expected one with step"),
         ({"scheduler": [torch.optim.lr_scheduler.StepLR]}, "scheduler is a type"),
+        ({"scheduler": torch.optim.SGD([torch.zeros(1)])}, "scheduler is a SGD"),
         ({"scaler": "on"}, "scaler is 'on', expected a torch.amp.GradScaler"),
         ({"config": {"cadence": 3}}, "config is a dict, expected a GovernorConfig"),
         ({"detector": non_finite}, "detector is a function, expected one of tolaria.judge"),

@@ -144,6 +144,28 @@ def test_a_second_governor_is_refused_and_the_first_goes_on(govern: Govern, kit:
     assert run.state(with_rng=False) == before
 
 
+@pytest.mark.parametrize("kind", ["a part of it", "a whole around it", "another model with a shared layer"])
+def test_one_governor_trains_a_parameter(kind: str, govern: Govern, kit: Any) -> None:
+    """A rollback of one would change weights under the other. What neither trains they may share."""
+    run = kit.Run()
+    others = {
+        "a part of it": lambda: run.model[4],
+        "a whole around it": lambda: nn.Sequential(run.model, nn.Linear(2, 2)),
+        "another model with a shared layer": lambda: nn.Sequential(run.model[4], nn.Linear(2, 2)),
+    }
+    other = others[kind]()
+    first = govern(run.model, run.optimizer)
+    with pytest.raises(UsageError, match="trains some of this model's parameters"):
+        govern(other)
+    govern(other, config=GovernorConfig(mode="observe")).close()
+    run.model[4].requires_grad_(False)
+    if kind != "a whole around it":
+        govern(other).close()
+    run.model[4].requires_grad_(True)
+    first.close()
+    govern(other)
+
+
 def test_reattach_after_close(govern: Govern, kit: Any) -> None:
     run = kit.Run()
     clean = kit.Run()

@@ -364,10 +364,10 @@ def test_a_resumed_run_judges_like_the_uninterrupted_one(make: Any, govern: Gove
 class Count(NamedTuple):
     """The state of a detector of one's own; `inner` has no place in `init`."""
 
-    steps: int = 0
-    losses: list[float] = []
-    by_name: dict[str, tuple[int, ...]] = {}
-    inner: tuple[Any, ...] = ()
+    steps: int
+    losses: list[float]
+    by_name: dict[str, tuple[int, ...]]
+    inner: tuple[Any, ...]
 
 
 def test_a_detector_of_ones_own_finds_its_state_as_it_made_it(govern: Govern, kit: Any, tmp_path: Any) -> None:
@@ -380,7 +380,7 @@ def test_a_detector_of_ones_own_finds_its_state_as_it_made_it(govern: Govern, ki
         now = Count(state.steps + 1, [*state.losses, signs.loss or 0.0], more, (*state.inner, (signs.step, 2)))
         return now, Verdict(Health.HEALTHY, signs.step)
 
-    detector = Detector(Count, update)
+    detector = Detector(lambda: Count(0, [], {}, ()), update)
     first = govern(kit.Run().model, detector=detector)
     for loss in (1.0, 2.0, 3.0):
         first.observe(loss=loss)

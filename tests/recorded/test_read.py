@@ -105,6 +105,7 @@ def test_trainer_state(tmp_path):
         ("a.csv", "", "line 1: no column 'step'"),
         ("a.csv", "step,value\n0,1\n", "line 1: no column 'loss' in the header, which has step, value"),
         ("a.csv", "step,loss\n", "no step with a loss"),
+        ("a.csv", "step,loss\n1,\n2,\n", "no step with a loss"),
         ("a.csv", "step,loss\n0,1\n1,abc\n", "line 3: loss is 'abc', expected a number"),
         ("a.csv", "step,loss\n0,1\n1.5,1\n", "line 3: step is '1.5', expected a whole number"),
         ("a.csv", "step,loss\n0,1\nnan,1\n", "line 3: step is 'nan', expected a whole number"),

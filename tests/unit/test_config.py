@@ -2,7 +2,7 @@
 
 import pytest
 
-from tolaria import GovernorConfig, InvalidConfig
+from tolaria import GovernorConfig, InvalidConfig, Recovery
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,10 @@ from tolaria import GovernorConfig, InvalidConfig
         ("check_weights_every", 0),
         ("gate_timeout_s", 0.0),
         ("gate_timeout_s", float("nan")),
+        ("gate_timeout_s", "3"),
+        ("gate_timeout_s", True),
+        ("penalty", "x"),
+        ("penalty", float("inf")),
     ],
 )
 def test_bad_values_are_named(name, value):
@@ -37,6 +41,13 @@ def test_bad_values_are_named(name, value):
         GovernorConfig(**{name: value})
     assert isinstance(caught.value, ValueError)
     assert caught.value.state_intact
+
+
+@pytest.mark.parametrize("name", ["widen", "cool_lr", "damp"])
+@pytest.mark.parametrize("value", ["x", None, True, float("nan"), -1.0])
+def test_bad_factors_of_a_recovery_are_named(name, value):
+    with pytest.raises(InvalidConfig, match=f"{name}="):
+        Recovery(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,12 @@ def main(
     chosen = SIZES[size or ("355m" if where.type == "cuda" else "10mb")]
     if rounds < 1 or steps < 1:
         raise CannotMeasure(f"rounds={rounds}, steps={steps}, expected 1 or more", "Correct the value.")
+    if steps % 10:
+        raise CannotMeasure(f"steps={steps}, expected a multiple of 10", "Correct the value.")
+    if set(parts) == {"host-tier"} and where.type != "cuda":
+        raise CannotMeasure(
+            "the host tier is for a train state on CUDA, and there is nothing else to measure", "Choose another part."
+        )
     if peer_seconds is not None and not peer_seconds > 0.0:
         raise CannotMeasure(f"peer_seconds={peer_seconds}, expected more than 0", "Correct the value.")
     show = Show(as_json=as_json_object)

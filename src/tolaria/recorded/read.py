@@ -142,7 +142,7 @@ def _grouped(path: Path, rows: Iterable[_Row]) -> list[RecordedRun]:
         name = _stem(path) if given is None else str(given).strip()
         signs = runs.setdefault(name, [])
         signs.append(_signs(path, (where, row), signs[-1].step if signs else None)[1])
-    if not runs:
+    if all(each.loss is None and each.grad_norm is None for signs in runs.values() for each in signs):
         raise UnreadableRecord(f"{path}: no step with a loss in it")
     return [_run(name, path, signs) for name, signs in runs.items()]
 
