@@ -206,6 +206,9 @@ def test_what_cannot_be_kept_apart_is_refused() -> None:
             group.add(nn.Linear(2, 2), env_id=0)
         tied = nn.Linear(2, 2)
         tied.weight = model.weight
+        with pytest.raises(UsageError, match="trains some of this model's parameters"):
+            group.add(tied)
+        tied.weight = nn.Parameter(model.weight.detach())
         with pytest.raises(UsageError, match="shares memory with environment 0"):
             group.add(tied)
         assert "forward" not in vars(tied)

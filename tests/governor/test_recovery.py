@@ -276,7 +276,7 @@ def test_batches_come_again_to_their_own_loop(again: bool, govern: Govern, kit: 
 
 
 def test_a_loop_inside_another_is_handed_no_batch_of_it(govern: Govern, kit: Any) -> None:
-    """A panic in the first inner loop of the second round, from a snapshot in the first: the outer batch is not for it."""
+    """A panic in the inner loop of the second round, a snapshot in that of the first: no outer batch comes to it."""
     story = Story(kit, govern, cadence=3, probation=0)
     arrived: list[Any] = []
     for name in story.governor.watch("ab"):

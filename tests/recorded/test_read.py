@@ -62,7 +62,7 @@ def test_spellings_of_nan(tmp_path, word):
     ],
 )
 def test_spellings_of_infinity_and_of_nothing(tmp_path, word, value):
-    (run,) = read(write(tmp_path, "a.csv", f"step,loss\n0,{word}\n"))
+    (run,) = read(write(tmp_path, "a.csv", f"step,loss\n0,{word}\n1,1.0\n"))
     assert run.signs[0].loss == value
 
 
