@@ -29,6 +29,8 @@ from tolaria import capture, gradients
 from tolaria.driver import Driver
 from tolaria.errors import StaleGradients, UnsupportedState, UsageError
 from tolaria.operations import SectionKind, Streams
+from tolaria.report import logger
+from tolaria.state import rng
 from tolaria.state.train_state import TrainState
 
 _REPLICATE = "_replicate_for_data_parallel"  # what nn.DataParallel asks each module for, at each forward
@@ -249,6 +251,12 @@ class Sections:
         for name in ("forward", *names):
             self._replace(module, name, self.run_forward)
         self._replace(module, _REPLICATE, self.refuse_replica)
+        if hidden := rng.hidden_draws(module):
+            logger.warning(
+                "%s: cuDNN draws the dropout between the layers, from a state that nobody can read; after a rollback "
+                "that begins anew, so a replay is not bit for bit (docs/guarantees.md, Random state)",
+                ", ".join(hidden),
+            )
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Make `optimizer.step` a write section. Schedulers may wrap it before or after."""

@@ -398,6 +398,23 @@ def _whole(norm: torch.Tensor) -> torch.Tensor:
     return norm if full is None else full()
 
 
+def clipping_norm(grads: Sequence[torch.Tensor], total: torch.Tensor) -> torch.Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` would divide by, bit for bit; nothing waits.
+
+    Args:
+        grads: At least one.
+        total: The `total_norm` of all of them. It is the same where they are all float32 or all float64 on one device;
+            otherwise torch rounds each norm to its type. Where torch takes none of the list (shards), or would wait for
+            a device (gradients in main memory beside others), it stands.
+    """
+    kinds, devices = {grad.dtype for grad in grads}, {grad.device for grad in grads}
+    same = len(devices) == 1 and kinds in ({torch.float32}, {torch.float64})
+    waits = len(devices) > 1 and any(device.type == "cpu" for device in devices)
+    if same or waits or any(grad.layout is not torch.strided or is_wrapper(grad) for grad in grads):
+        return total
+    return torch.nn.utils.get_total_norm(grads)
+
+
 def total_norm(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The L2 norm of everything behind `norms`, on a device; nothing waits. At least one part."""
     if len(parts) == 1:

@@ -198,6 +198,8 @@ class Update:
         if clip is not None and total is not None:
             if decide is not None and len(read) > 1:
                 total = observe.total_norm(list(self._applied(read)))
+            else:
+                total = observe.clipping_norm(grads, total)
             torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(_dtype_of_norm(grads)))
         returned = self._step(closure, guarded=decide is not None, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)

@@ -52,17 +52,30 @@ def by_value(seen):
     ]
 
 
-def test_gradients_of_complex_parameters_are_clipped_as_torch_does(late, govern):
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.float32),
+        (torch.complex64, torch.float32),
+        (torch.complex128, torch.complex64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_gradients_of_any_type_are_clipped_as_torch_does(dtypes, late, govern):
     late.lag = 3
-    model = nn.ParameterList([torch.arange(3.0).to(torch.complex64), torch.arange(4.0)])
+    draw = torch.Generator().manual_seed(5)
+    model = nn.ParameterList([torch.randn(37, generator=draw).to(dtype) for dtype in dtypes])
     plain = copy.deepcopy(model)
     governor = govern(model, torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for _ in range(3):
-        loss = torch.stack([parameter.abs().square().sum() for parameter in model]).sum()
+        loss = torch.stack([parameter.abs().square().sum().double() for parameter in model]).sum()
         loss.backward()
         governor.step(loss=loss, clip=0.5)
-        torch.stack([parameter.abs().square().sum() for parameter in plain]).sum().backward()
+        torch.stack([parameter.abs().square().sum().double() for parameter in plain]).sum().backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()

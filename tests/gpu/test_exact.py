@@ -181,3 +181,96 @@ def test_the_device_as_the_default_for_all_tensors(barrier):
             torch.set_default_device(None)
     assert ends[0] == ends[1]
     assert ends[0][1] > 1
+
+
+class Recurrent:
+    """Two layers of an RNN with dropout between them, which cuDNN draws."""
+
+    def __init__(self, kind, dropout):
+        torch.manual_seed(0)
+        self.model = nn.Sequential()
+        self.model.rnn = kind(16, 32, 2, batch_first=True, dropout=dropout)
+        self.model.head = nn.Linear(32, 4)
+        self.model.cuda()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(1)
+        self.batches = [torch.randn(8, 6, 16, generator=generator).cuda() for _ in range(24)]
+        torch.manual_seed(2)
+
+    def loss(self, x):
+        return self.model.head(self.model.rnn(x)[0]).square().mean()
+
+    def train_plainly(self):
+        for x in self.batches:
+            self.loss(x).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self.weights()
+
+    def train(self, barrier, transient=None):
+        """`transient`: the step after which a weight is not finite, once."""
+        config = GovernorConfig(cadence=3, probation=2, barrier=barrier)
+        with TolariaGovernor(self.model, self.optimizer, config=config, detector=judge.non_finite()) as governor:
+            for done, x in enumerate(governor.watch(self.batches), start=1):
+                loss = self.loss(x)
+                loss.backward()
+                governor.step(loss=loss)
+                if done == transient:
+                    with torch.no_grad(), governor.using():
+                        self.model.head.bias.fill_(float("nan"))
+            assert governor.rollbacks == (transient is not None)
+        return self.weights()
+
+    def weights(self):
+        torch.cuda.synchronize()
+        return [parameter.detach().cpu().tolist() for parameter in self.model.parameters()]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_healthy_run_draws_what_it_would_without_a_governor(kind, barrier, caplog):
+    """Whatever sets a generator of CUDA has cuDNN seed that dropout anew."""
+    expected = Recurrent(kind, 0.5).train_plainly()
+    assert Recurrent(kind, 0.5).train_plainly() == expected
+    assert Recurrent(kind, 0.5).train(barrier) == expected
+    assert "rnn: cuDNN draws the dropout between the layers" in caplog.text
+
+
+def test_a_replay_of_dropout_that_cudnn_draws_is_a_run_like_any_other(barrier):
+    weights = torch.tensor(Recurrent(nn.LSTM, 0.5).train(barrier, transient=10)[0])
+    assert torch.isfinite(weights).all()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_replay_of_an_rnn_without_dropout_is_the_undisturbed_run(kind, barrier, caplog):
+    expected = Recurrent(kind, 0.0).train_plainly()
+    assert Recurrent(kind, 0.0).train(barrier, transient=10) == expected
+    assert "cuDNN" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradients_of_any_type_are_clipped_as_torch_does(dtype, mixed, barrier):
+    def build():
+        draw = torch.Generator().manual_seed(5)
+        dtypes = [dtype, torch.float32] if mixed else [dtype, dtype]
+        return nn.ParameterList([torch.randn(37, generator=draw).to(each) for each in dtypes]).cuda()
+
+    def loss_of(model):
+        return torch.stack([parameter.abs().square().sum().double() for parameter in model]).sum()
+
+    plain, model = build(), build()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    config = GovernorConfig(barrier=barrier)
+    with TolariaGovernor(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), config=config, detector=judge.non_finite()
+    ) as governor:
+        for _ in range(4):
+            loss_of(plain).backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            loss.backward()
+            governor.step(loss=loss, clip=0.5)
+    torch.cuda.synchronize()
+    assert [parameter.tolist() for parameter in model] == [parameter.tolist() for parameter in plain]

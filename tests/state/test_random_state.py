@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tolaria import TolariaGovernor
+from tolaria.state import rng
 
 Govern = Callable[..., TolariaGovernor]
 Read = Callable[[], Any]
@@ -153,3 +154,15 @@ def test_a_snapshot_draws_nothing(policy: str, model: nn.Linear, govern: Govern,
     assert read_random() == state
     governor.execute_rollback()
     assert (read_random() == state) == (policy != "fork")
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_snapshot_sets_no_generator_that_nobody_has_drawn_from(
+    scheduled: bool, model: nn.Linear, govern: Govern, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Setting one of CUDA has cuDNN seed the dropout of its RNNs anew, whatever it is set to."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5) if scheduled else None
+    governor = govern(model, optimizer, scheduler=scheduler, rng="restore")
+    monkeypatch.setattr(rng, "write", lambda _: pytest.fail("random state was set"))
+    governor.snapshot()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,3 +80,21 @@ def rekey(salt: int) -> None:
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def hidden_draws(model: nn.Module) -> list[str]:
+    """Names of the RNNs in `model` whose dropout cuDNN draws.
+
+    Its state is seeded by torch's generator at the first forward, and anew whenever somebody sets that generator; in
+    between it goes on by itself, and torch has no way to read it.
+    """
+    if not torch.backends.cudnn.enabled:
+        return []
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase)
+        and module.dropout > 0.0
+        and module.num_layers > 1
+        and any(parameter.device.type == "cuda" for parameter in module.parameters())
+    ]

@@ -181,15 +181,16 @@ class TrainState:
         """Clone the host values.
 
         Invariant: random state after a capture equals random state before it, and that is what is captured: it is read
-        first and written back last, because a `state_dict` of the user's may draw.
+        first and, if a `state_dict` of the user's has drawn, written back last. Else it is not touched: writing the
+        state that a generator of CUDA has makes cuDNN seed the dropout of its RNNs anew.
         """
-        if not (with_rng or self._calls_the_user()):
-            return HostValues(tuple(part.capture() for part in self.parts), None, journal)
-        before = rng.read(devices)
+        calls_the_user = self._calls_the_user()
+        before = rng.read(devices) if with_rng or calls_the_user else None
         try:
             captured = tuple(part.capture() for part in self.parts)
         finally:
-            rng.write(before)
+            if before is not None and calls_the_user and not before.equals(rng.read(devices)):
+                rng.write(before)
         return HostValues(captured, before if with_rng else None, journal)
 
     def is_written_outside(self) -> bool:
