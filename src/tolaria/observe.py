@@ -398,17 +398,20 @@ def _whole(norm: torch.Tensor) -> torch.Tensor:
     return norm if full is None else full()
 
 
-def clipping_norm(grads: Sequence[torch.Tensor], total: torch.Tensor) -> torch.Tensor:
+def clipping_norm(grads: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], total: torch.Tensor) -> torch.Tensor:
     """What `torch.nn.utils.clip_grad_norm_` would divide by, bit for bit; nothing waits.
+
+    It is the total of one part that torch takes in the same way. Several parts it rounds each to their type and takes
+    together in the order of the gradients. Where torch takes none of the list (shards), or would wait for a device
+    (gradients in main memory beside others), it is the total after all.
 
     Args:
         grads: At least one.
-        total: The `total_norm` of all of them. It is the same where they are all float32 or all float64 on one device;
-            otherwise torch rounds each norm to its type. Where torch takes none of the list (shards), or would wait for
-            a device (gradients in main memory beside others), it stands.
+        parts: Their `norms`.
+        total: The `total_norm` of those.
     """
-    kinds, devices = {grad.dtype for grad in grads}, {grad.device for grad in grads}
-    same = len(devices) == 1 and kinds in ({torch.float32}, {torch.float64})
+    devices = {grad.device for grad in grads}
+    same = len(parts) == 1 and {grad.dtype for grad in grads} in ({torch.float32}, {torch.float64})
     waits = len(devices) > 1 and any(device.type == "cpu" for device in devices)
     if same or waits or any(grad.layout is not torch.strided or is_wrapper(grad) for grad in grads):
         return total

@@ -196,11 +196,11 @@ class Update:
         if refusal is not None and decide is not None:
             refusal = decide(refusal)
         if clip is not None and total is not None:
-            if decide is not None and len(read) > 1:
-                total = observe.total_norm(list(self._applied(read)))
-            else:
-                total = observe.clipping_norm(grads, total)
-            torch.nn.utils.clip_grads_with_norm_(counted, clip, total.to(_dtype_of_norm(grads)))
+            total = observe.clipping_norm(grads, single, total).to(_dtype_of_norm(grads))
+            if decide is not None and len(read) > 1 and isinstance(skipped, torch.Tensor):
+                applied = observe.total_norm(list(self._applied(read)))
+                total = torch.where(skipped.to(total.device, non_blocking=True).ne(0), applied.to(total), total)
+            torch.nn.utils.clip_grads_with_norm_(counted, clip, total)
         returned = self._step(closure, guarded=decide is not None, refusal=refusal)
         value = observe.mean_loss(returned if loss is None else loss)
         return Outcome(

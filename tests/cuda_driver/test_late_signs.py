@@ -82,6 +82,39 @@ def test_gradients_of_any_type_are_clipped_as_torch_does(dtypes, late, govern):
     assert [parameter.tolist() for parameter in model] == [parameter.tolist() for parameter in plain]
 
 
+@pytest.mark.parametrize("clip", [0.05, 1e6])
+def test_gradients_of_two_optimizers_behind_a_scaler_are_clipped_as_torch_does(clip, late, govern):
+    """Their parameters stand in another order than in the model; none of the steps overflows."""
+    late.lag = 3
+    draw = torch.Generator().manual_seed(5)
+    model = nn.ParameterList([torch.randn(size, generator=draw) for size in (37, 5, 64, 11, 3)])
+
+    def optimizers(of):
+        second = torch.optim.Adam([of[4], of[2], of[0]], lr=0.1, fused=True)
+        return [torch.optim.AdamW([of[3], of[1]], lr=0.1, fused=True), second]
+
+    def loss_of(of):
+        return torch.stack([parameter.square().sum() * number for number, parameter in enumerate(of, 1)]).sum()
+
+    plain = copy.deepcopy(model)
+    scaler, other = (torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2))
+    steps = optimizers(plain)
+    governor = govern(model, [*optimizers(model)], scaler=scaler)
+    for _ in range(4):
+        loss = loss_of(model)
+        scaler.scale(loss).backward()
+        governor.step(loss=loss, clip=clip)
+        other.scale(loss_of(plain)).backward()
+        for each in steps:
+            other.unscale_(each)
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        for each in steps:
+            other.step(each)
+            each.zero_grad()
+        other.update()
+    assert [parameter.tolist() for parameter in model] == [parameter.tolist() for parameter in plain]
+
+
 def test_signs_that_arrive_late_are_those_that_are_read_at_once(late, govern, make_run, monkeypatch):
     late.lag = 3
     seen: list = []
