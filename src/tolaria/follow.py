@@ -88,6 +88,12 @@ class FollowingGovernor(TolariaGovernor):
         """Batches that `watch` will deliver again before it asks its loader for more."""
         return 0 if self.is_disabled else self._feed.num_again
 
+    @property
+    def rewinds(self) -> int:
+        """How often data and counters were taken back so far: rollbacks, and those made to run healthy steps again."""
+        statistics = self._course.statistics
+        return statistics.rollbacks + statistics.reexecutions
+
     def random_state_was_set(self) -> None:
         """The framework has set random state after it was handed its batch (a resume): a replay is to find it so."""
         if not self.is_disabled:

@@ -11,7 +11,7 @@ from tolaria.config import GovernorConfig
 from tolaria.errors import UnsupportedState
 from tolaria.follow import FollowingGovernor
 from tolaria.judge import Detector
-from tolaria.lightning.loops import Progress, averages
+from tolaria.lightning.loops import LOGGED, Progress, averages
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch.callbacks import Callback
@@ -135,7 +135,7 @@ class TolariaCallback(Callback):
             progress.take_back(governor.num_again)
             progress.after_batch(governor.num_again)
         else:
-            pl_module.log("tolaria/rollbacks", float(self.rollbacks), prog_bar=True, on_step=True, on_epoch=False)
+            pl_module.log(LOGGED, float(self.rollbacks), prog_bar=True, on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------ resume
 

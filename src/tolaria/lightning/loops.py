@@ -16,6 +16,9 @@ from torchmetrics import Metric
 from tolaria.errors import UnsupportedState
 from tolaria.follow import FollowingGovernor
 
+LOGGED = "tolaria/rollbacks"
+"""Under which name we log. In no snapshot: it never goes back, and executions of the same steps may differ in it."""
+
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache", "has_reset")
 _CONNECTOR_FIELDS = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics")
 
@@ -61,6 +64,7 @@ class GovernedFetcher:
                 batch = next(self._fetcher)
             except StopIteration:
                 return
+            self.__dict__["_has_fetched"] = True
             yield batch
 
     def __iter__(self) -> GovernedFetcher:
@@ -75,10 +79,11 @@ class GovernedFetcher:
             # schedulers and hooks of the former epoch, validation and shuffle lie behind: nothing can undo them
             self.__dict__["_is_fresh"] = False
             governor.fence()
-        before = governor.rollbacks
+        before, self.__dict__["_has_fetched"] = governor.rewinds, False
         batch = next(self._deliveries)
-        if governor.rollbacks != before:
-            self._progress.take_back(governor.num_again + 1)
+        if governor.rewinds != before:
+            # this one is the first that comes again, unless nothing was left to do so
+            self._progress.take_back(governor.num_again + (not self._has_fetched))
         return batch
 
     def teardown(self) -> None:
@@ -149,9 +154,9 @@ class Progress:
             "manual": loop.manual_optimization.optim_step_progress.state_dict(),
             "schedulers": loop.scheduler_progress.state_dict(),
             "logger_step": loop._batches_that_stepped,
-            "results": {key: _read_metric(metric) for key, metric in loop._results.items()},
+            "results": {key: _read_metric(metric) for key, metric in loop._results.items() if not _is_ours(key)},
             "metrics": {name: _read_metric(metric) for name, metric in self._metrics()},
-            "connector": {name: dict(getattr(connector, name)) for name in _CONNECTOR_FIELDS},
+            "connector": {name: _split(getattr(connector, name))[1] for name in _CONNECTOR_FIELDS},
             "exchanged": [scheduler.state_dict() for scheduler in self._exchanged()],
             "stopping": [callback.state_dict() for callback in self._trainer.early_stopping_callbacks],
         }
@@ -163,14 +168,14 @@ class Progress:
         loop.manual_optimization.optim_step_progress.load_state_dict(saved["manual"])
         loop.scheduler_progress.load_state_dict(saved["schedulers"])
         loop._batches_that_stepped = saved["logger_step"]
-        for key in [key for key in loop._results if key not in saved["results"]]:
+        for key in [key for key in loop._results if key not in saved["results"] and not _is_ours(key)]:
             del loop._results[key]
         for key, metric in loop._results.items():
-            _write_metric(metric, saved["results"][key])
+            _write_metric(metric, saved["results"].get(key, {}))
         for name, metric in self._metrics():
             _write_metric(metric, saved["metrics"].get(name, {}))
         for name, values in saved["connector"].items():
-            setattr(connector, name, values)
+            setattr(connector, name, values | _split(getattr(connector, name))[0])
         for scheduler, kept in zip(self._exchanged(), saved["exchanged"], strict=False):
             scheduler.load_state_dict(kept)
         # a replay that passes a validation once more would else count it as one more without an improvement
@@ -262,6 +267,16 @@ def averages(callbacks: list[Any]) -> Iterator[tuple[str, AveragedModel, Any]]:
         for name, value in vars(callback).items():
             if isinstance(value, AveragedModel):
                 yield f"{type(callback).__name__}[{index}].{name}", value, callback
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(LOGGED)
+
+
+def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What we have logged, and the rest."""
+    ours = {name: value for name, value in values.items() if _is_ours(name)}
+    return ours, {name: value for name, value in values.items() if name not in ours}
 
 
 def _read_metric(metric: Any) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class TrainerSteps:
         self._deliveries = governor.watch(self._fetch())
         self._losses.clear()
         self._standing.clear()
-        self._lost, self._corrected = governor.statistics().steps_lost, None
+        self._lost, self._corrected = self._num_undone(governor), None
         trainer = self._trainer
         trainer.get_batch_samples, trainer.training_step, trainer.log = self._next, self._train, self._log
 
@@ -169,10 +169,16 @@ class TrainerSteps:
     def _forget_undone(self) -> None:
         """Rollbacks since the last look: the losses of the steps that they have undone count for nothing."""
         assert self._governor is not None
-        lost = self._governor.statistics().steps_lost
+        lost = self._num_undone(self._governor)
         for _ in range(min(lost - self._lost, len(self._standing))):
             self._losses.pop(self._standing.pop(), None)
         self._lost = lost
+
+    @staticmethod
+    def _num_undone(governor: FollowingGovernor) -> int:
+        """Steps undone so far, whatever for."""
+        statistics = governor.statistics()
+        return statistics.steps_lost + statistics.reexecuted_steps
 
     def _step(self, unit: Unit) -> tuple[float, float]:
         """One optimizer step: micro-batches, clip, optimizer, scheduler. Answers gradient norm and learning rate."""
