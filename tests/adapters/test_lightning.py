@@ -116,6 +116,19 @@ def test_transient_damage_leaves_no_trace(pl: Any, accumulate: int, at: int) -> 
     assert callback.rollbacks == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_panic_amid_a_replay(pl: Any, accumulate: int) -> None:
+    """Some of its batches are still to come again, and are not counted: step 9 sends back to 6, and then step 8."""
+    dropped = window(7 * accumulate, accumulate)
+    clean = fit(pl, batches(dropped=dropped), max_epochs=1, accumulate_grad_batches=accumulate)
+    callback = guard({9: ("panic", 2), 11: ("panic", 0)})
+    run = fit(pl, batches(), [callback], max_epochs=1, accumulate_grad_batches=accumulate)
+    assert callback.rollbacks == 2
+    assert state(run) == state(clean)
+    assert run.fit_loop.epoch_loop.batch_progress.current.completed == 20  # those that were dropped stay counted
+    assert run.lightning_module.validated == [0, 0]
+
+
 def test_without_the_callback_transient_damage_stays(pl: Any) -> None:
     assert not is_finite(fit(pl, batches(), [Damage(pl, 5)]).lightning_module.state_dict())
 

@@ -131,9 +131,11 @@ class TolariaCallback(Callback):
             return  # inside a window
         losses = list(self._losses)
         self._losses.clear()
+        waiting = governor.num_again
         if governor.stepped(loss=losses or None, is_last=progress.must_be_judged()).rolled_back:
-            progress.take_back(governor.num_again)
-            progress.after_batch(governor.num_again)
+            counted = governor.num_again - waiting
+            progress.take_back(counted)
+            progress.after_batch(counted)
         else:
             pl_module.log(LOGGED, float(self.rollbacks), prog_bar=True, on_step=True, on_epoch=False)
 

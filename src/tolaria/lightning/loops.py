@@ -79,11 +79,11 @@ class GovernedFetcher:
             # schedulers and hooks of the former epoch, validation and shuffle lie behind: nothing can undo them
             self.__dict__["_is_fresh"] = False
             governor.fence()
-        before, self.__dict__["_has_fetched"] = governor.rewinds, False
+        before, waiting, self.__dict__["_has_fetched"] = governor.rewinds, governor.num_again, False
         batch = next(self._deliveries)
         if governor.rewinds != before:
             # this one is the first that comes again, unless nothing was left to do so
-            self._progress.take_back(governor.num_again + (not self._has_fetched))
+            self._progress.take_back(governor.num_again + (not self._has_fetched) - waiting)
         return batch
 
     def teardown(self) -> None:
@@ -193,30 +193,31 @@ class Progress:
 
     # ------------------------------------------------------------ after a rollback
 
-    def take_back(self, num_again: int) -> None:
+    def take_back(self, counted: int) -> None:
         """Correct the counters of batches after a rollback, so that the epoch ends with the last batch to come.
 
         Args:
-            num_again: Batches that come again; those that are dropped stay counted.
+            counted: Batches that come again and are counted already: not those that were still to come again when a
+                replay was broken off by the rollback. Those that are dropped stay counted.
         """
         loop = self._loop
         progress = loop.batch_progress
         progress.is_last_batch = loop.trainer.fit_loop._data_fetcher.done
-        if not num_again:
+        if not counted:
             return
-        left = progress.current.ready - num_again
+        left = progress.current.ready - counted
         # a replay begins with an accumulation window: only a dropped short window, at an epoch's end, disturbs that
         short = left % self._window
         for counter in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
-                setattr(counter, name, getattr(counter, name) - num_again - short)
+                setattr(counter, name, getattr(counter, name) - counted - short)
         self._shorten_epoch(short)
 
-    def after_batch(self, num_again: int) -> None:
+    def after_batch(self, counted: int) -> None:
         """The rest of a rollback inside `on_train_batch_end`: Lightning will still end the undone batch."""
         loop = self._loop
         loop._batches_that_stepped -= not loop._should_accumulate()  # will be counted up once more
-        if num_again:
+        if counted:
             loop._skip_next_val = True  # of an earlier batch, and it has run
         elif loop.batch_progress.is_last_batch:
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)  # undone, and no batch will repeat it
