@@ -32,9 +32,8 @@ from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
 from tolaria.measure import Measure, Measured
 from tolaria.observe import Loss, Scalar
-from tolaria.records import Health, StepResult, Verdict, VitalSigns
+from tolaria.records import Health, StepResult, Verdict
 from tolaria.refusal import Refusals
-from tolaria.settlement import STILL_OPEN
 from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent, own_signs
 
@@ -79,7 +78,6 @@ class FollowingGovernor(TolariaGovernor):
         if not self.is_disabled:
             self._settlement.looks_again = False  # `stepped` does, before the framework has counted its last batch
         self._measures: dict[int, Measure] = {}  # by optimizer
-        self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
 
@@ -212,8 +210,8 @@ class FollowingGovernor(TolariaGovernor):
         Args:
             loss: Scalar tensor or float, not divided by the number of micro-batches; a sequence for several of them.
             is_last: No later step can be waited for (the end of an epoch or of the run, or a file is to be written):
-                wait for all verdicts. A suspicion that is still open is answered by a rollback and a replay, once; if
-                it returns it passes.
+                wait for all verdicts. The steps of a suspicion that is still open are made again, once, from the last
+                good snapshot before them; if it returns it passes. That is no panic, and counts in no budget.
             scaler_skipped: The scaler did not apply this step. None: read from the gradients, if there is a scaler.
             **signs: Further vital signs by name.
 
@@ -234,8 +232,9 @@ class FollowingGovernor(TolariaGovernor):
         if is_last:
             self._course.judge_all()
         result = self._course.conclude(sent)
-        if is_last and not result.rolled_back:
-            result = self._answer_doubt(result)
+        if is_last and not result.rolled_back and self.config.mode == "act":
+            doubt = self._settlement.look_again_now()
+            result = result if doubt is None else replace(result, verdict=doubt, rolled_back=True)
         return result
 
     def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
@@ -272,16 +271,6 @@ class FollowingGovernor(TolariaGovernor):
             vetoed=vetoed,
             keeps_vetoes=self.config.on_veto == "keep",
         )
-
-    def _answer_doubt(self, result: StepResult) -> StepResult:
-        """At the end: an open suspicion is a panic the first time. Transient damage does not return on the replay."""
-        verdict, batch = result.verdict, self._feed.upcoming
-        if self.config.mode != "act" or verdict.health is not Health.SUSPECT or batch == self._doubted:
-            return result
-        self._doubted = batch
-        panic = replace(verdict, health=Health.PANIC, reason=f"{verdict.reason}, {STILL_OPEN}")
-        self._course.answer(VitalSigns(step=verdict.step), panic)
-        return replace(result, verdict=panic, rolled_back=True)
 
     def fence(self) -> None:
         """Take a snapshot, and let no later rollback go further back than it.
