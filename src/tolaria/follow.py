@@ -34,6 +34,7 @@ from tolaria.measure import Measure, Measured
 from tolaria.observe import Loss, Scalar
 from tolaria.records import Health, StepResult, Verdict
 from tolaria.refusal import Refusals
+from tolaria.settings import Settings
 from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent, own_signs
 
@@ -279,6 +280,9 @@ class FollowingGovernor(TolariaGovernor):
         schedulers and hooks of the epoch, checkpoints. The snapshot is manual: vouched for by the adapter, after all
         steps so far have been judged. Gradients that are alive are not in it.
 
+        A train state that is not finite goes back to the newest good snapshot, and the batches since then are lost. The
+        hyperparameters and schedulers stay as they are, since nothing would step them again.
+
         Raises:
             SnapshotRejected: The train state is not finite, also after going back to the newest good snapshot.
         """
@@ -287,16 +291,23 @@ class FollowingGovernor(TolariaGovernor):
         if ring.newest_good(self._keeper.ring) is None:
             self.begin()
             return
-        self.finish()
+        settings = Settings(self._update.optimizers, self._update.schedulers)
+        if super().finish():
+            self._put_back(settings)
         if self._take_fence():
             return
         self.execute_rollback(reason="non-finite train state between two epochs")
+        self._put_back(settings)
         if not self._take_fence():
             raise SnapshotRejected(
                 f"starting an epoch at step {self._course.completed}",
                 "the train state is not finite after a rollback",
                 "Start from a checkpoint.",
             )
+
+    def _put_back(self, settings: Settings) -> None:
+        with self.using():
+            settings.put_back()
 
     def close(self) -> None:
         """As `TolariaGovernor.close`."""

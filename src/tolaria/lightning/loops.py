@@ -78,7 +78,7 @@ class GovernedFetcher:
         if self._is_fresh:
             # schedulers and hooks of the former epoch, validation and shuffle lie behind: nothing can undo them
             self.__dict__["_is_fresh"] = False
-            governor.fence()
+            self._progress.fence(governor)
         before, waiting, self.__dict__["_has_fetched"] = governor.rewinds, governor.num_again, False
         batch = next(self._deliveries)
         if governor.rewinds != before:
@@ -247,6 +247,17 @@ class Progress:
             self._trainer.gradient_clip_val, self._unclipped = self._unclipped, None
 
     # ------------------------------------------------------------ epochs
+
+    def fence(self, governor: FollowingGovernor) -> None:
+        """`FollowingGovernor.fence`. Where it rolls back, what the end of the epoch has counted and logged stays."""
+        kept, before = self.read(), governor.rewinds
+        governor.fence()
+        if governor.rewinds == before:
+            return
+        now = self.read()
+        self.write(kept | {name: now[name] for name in ("optimizers", "manual", "logger_step")})
+        self._loop.automatic_optimization.optim_progress.reset_on_run()  # as at the start of every epoch
+        governor.fence()
 
     def _shorten_epoch(self, by: int) -> None:
         """Let the validation at the end of the epoch come although `by` batches are missing."""
