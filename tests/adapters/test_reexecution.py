@@ -134,6 +134,7 @@ def test_no_step_of_a_trainer_is_lost(accumulate: int, at: int) -> None:
     assert transformed.state(run) == transformed.state(clean)
     if not at:  # else the row of step 8 was written before it was found out
         assert transformed.logged(run) == transformed.logged(clean)
+    assert transformed.mean_loss(run) == transformed.mean_loss(clean)
     assert callback.governor is not None
     assert callback.governor.statistics().reexecutions > 2
     assert callback.rollbacks == (1 if at else 0)
