@@ -366,6 +366,26 @@ def test_the_first_steps_after_a_resume_are_replayed_with_their_draws(tmp_path: 
     assert state(run) == state(whole)
 
 
+@pytest.mark.parametrize(("bad", "draws", "exact"), [(13, True, False), (13, False, True), (14, True, True)])
+def test_the_first_step_after_a_resume_is_dropped_exactly_where_the_model_draws_nothing(
+    tmp_path: Path, bad: int, draws: bool, exact: bool
+) -> None:
+    """Its fetch drew the seed of the loader, so random state is re-keyed."""
+
+    def model() -> Model:
+        torch.manual_seed(3)
+        made = Model()
+        if not draws:
+            made.net[3] = nn.Identity()
+        return made
+
+    kwargs: dict[str, Any] = {"save_strategy": "steps", "save_steps": 13, "num_train_epochs": 1}
+    whole = train(samples(bad=[bad]), guard(), model=model(), **kwargs)
+    path = str(tmp_path / "out/checkpoint-13")
+    run = train(samples(bad=[bad]), guard(), model=model(), resume=path, **kwargs)
+    assert (state(run) == state(whole)) == exact
+
+
 def test_it_comes_in_where_a_training_without_it_was_saved(tmp_path: Path) -> None:
     """The trainer fails on the next save of a callback that its checkpoint does not know."""
     kwargs = {"save_strategy": "steps", "save_steps": 13}
