@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from tolaria import observe, ring, veto
 from tolaria.arguments import require_of_step
 from tolaria.brake import brake_foreign_steps
+from tolaria.coordinate import world_size
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
@@ -304,6 +305,27 @@ class FollowingGovernor(TolariaGovernor):
                 "the train state is not finite after a rollback",
                 "Start from a checkpoint.",
             )
+
+    def finish(self) -> bool:
+        """As `TolariaGovernor.finish`; and weights that have become non-finite behind the last step go back too.
+
+        Nobody has judged what a callback or a hook did after it. The steps since the last good snapshot are lost;
+        hyperparameters and schedulers stay as they are, as in `fence`.
+        """
+        rolled_back = super().finish()
+        if rolled_back or self.is_disabled or self._closed or self.config.mode != "act":
+            return rolled_back
+        # weights in shards are looked at by all ranks or by none, and one does not go back alone
+        if world_size() > 1 or ring.newest_good(self._keeper.ring) is None or self._has_finite_weights():
+            return False
+        settings = Settings(self._update.optimizers, self._update.schedulers)
+        self.execute_rollback(reason="non-finite weights at the end")
+        self._put_back(settings)
+        return True
+
+    def _has_finite_weights(self) -> bool:
+        with self.using(write=False):
+            return not observe.num_nonfinite(self._keeper.state.roster()[1])
 
     def _put_back(self, settings: Settings) -> None:
         with self.using():

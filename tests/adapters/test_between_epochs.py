@@ -118,3 +118,21 @@ def test_a_rollback_after_it_goes_back_to_the_schedule_that_was_kept(pl: Any) ->
     assert losses
     assert state(run) == state(undisturbed)
     assert run.global_step == undisturbed.global_step
+
+
+@pytest.mark.parametrize("kind", ["step", "plateau"])
+def test_damage_behind_the_last_judgement_is_found_at_the_end(pl: Any, kind: str) -> None:
+    clean = fit(pl, batches(), module=lambda: scheduled(pl, kind))
+    found: list[Any] = []
+    callback = guard(config=GovernorConfig(cadence=3, probation=2, recovery=EXACT, on_incident=found.append))
+    run = fit(pl, batches(), [callback, spoiler(pl, 2)], module=lambda: scheduled(pl, kind))
+    assert is_finite(run.lightning_module.state_dict())
+    assert [incident.reason for incident in found] == ["non-finite weights at the end"]
+    assert run.global_step == found[0].restored_step < clean.global_step
+    assert run.lr_scheduler_configs[0].scheduler.state_dict() == clean.lr_scheduler_configs[0].scheduler.state_dict()
+    assert float(run.callback_metrics["monitored"]) == 1.0
+
+
+def test_observing_leaves_it(pl: Any) -> None:
+    run = fit(pl, batches(), [guard(config=GovernorConfig(mode="observe")), spoiler(pl, 2)])
+    assert not is_finite(run.lightning_module.state_dict())

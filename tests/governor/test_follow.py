@@ -211,6 +211,22 @@ def test_finish_answers_a_panic_that_nobody_has_seen(kit: Any, follow: Any) -> N
     assert governor.num_again == 0
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_finish_looks_at_the_weights_once_more(kit: Any, follow: Any, trained: bool) -> None:
+    """Without any step there is nothing to go back to, and it is nobody's damage of ours."""
+    run = kit.Run(batches=12)
+    governor = follow(run)
+    if trained:
+        train(run, governor, run.batches)
+        assert not governor.finish()
+    run.poison()
+    schedule = run.scheduler.last_epoch
+    assert governor.finish() == trained
+    assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters()) == trained
+    assert run.scheduler.last_epoch == schedule
+    assert not governor.finish()
+
+
 def _signs(step: int) -> Any:
     from tolaria import VitalSigns
 

@@ -86,8 +86,8 @@ class TolariaCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Judge what is left to be judged, and let go of the trainer."""
-        if self.governor is not None:
-            self.governor.finish()
+        if self.governor is not None and self._progress is not None:
+            self._progress.finish(self.governor)
         self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

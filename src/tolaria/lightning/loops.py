@@ -5,7 +5,7 @@ All private access of the adapter is in this file, so that a new version of Ligh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -250,14 +250,23 @@ class Progress:
 
     def fence(self, governor: FollowingGovernor) -> None:
         """`FollowingGovernor.fence`. Where it rolls back, what the end of the epoch has counted and logged stays."""
+        if self._keeps(governor, governor.fence):
+            self._loop.automatic_optimization.optim_progress.reset_on_run()  # as at the start of every epoch
+            governor.fence()
+
+    def finish(self, governor: FollowingGovernor) -> None:
+        """`FollowingGovernor.finish`, likewise."""
+        self._keeps(governor, governor.finish)
+
+    def _keeps(self, governor: FollowingGovernor, call: Callable[[], object]) -> bool:
+        """Whether there was a rollback, after which all but the number of steps was put back."""
         kept, before = self.read(), governor.rewinds
-        governor.fence()
+        call()
         if governor.rewinds == before:
-            return
+            return False
         now = self.read()
         self.write(kept | {name: now[name] for name in ("optimizers", "manual", "logger_step")})
-        self._loop.automatic_optimization.optim_progress.reset_on_run()  # as at the start of every epoch
-        governor.fence()
+        return True
 
     def _shorten_epoch(self, by: int) -> None:
         """Let the validation at the end of the epoch come although `by` batches are missing."""
