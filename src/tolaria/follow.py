@@ -27,14 +27,15 @@ from torch.optim import Optimizer
 from tolaria import observe, ring, veto
 from tolaria.arguments import require_of_step
 from tolaria.brake import brake_foreign_steps
+from tolaria.coordinate import world_size
 from tolaria.errors import SnapshotRejected, UnsupportedState
 from tolaria.gauge import scale_of
 from tolaria.governor import TolariaGovernor
 from tolaria.measure import Measure, Measured
 from tolaria.observe import Loss, Scalar
-from tolaria.records import Health, StepResult, Verdict, VitalSigns
+from tolaria.records import Health, StepResult, Verdict
 from tolaria.refusal import Refusals
-from tolaria.settlement import STILL_OPEN
+from tolaria.settings import Settings
 from tolaria.shield import Shield
 from tolaria.vitals import EXTRA, Sent, own_signs
 
@@ -79,7 +80,6 @@ class FollowingGovernor(TolariaGovernor):
         if not self.is_disabled:
             self._settlement.looks_again = False  # `stepped` does, before the framework has counted its last batch
         self._measures: dict[int, Measure] = {}  # by optimizer
-        self._doubted = -1  # the batch at which a suspicion was answered for want of later steps
 
     # ------------------------------------------------------------ data
 
@@ -87,6 +87,12 @@ class FollowingGovernor(TolariaGovernor):
     def num_again(self) -> int:
         """Batches that `watch` will deliver again before it asks its loader for more."""
         return 0 if self.is_disabled else self._feed.num_again
+
+    @property
+    def rewinds(self) -> int:
+        """How often data and counters were taken back so far: rollbacks, and those made to run healthy steps again."""
+        statistics = self._course.statistics
+        return statistics.rollbacks + statistics.reexecutions
 
     def random_state_was_set(self) -> None:
         """The framework has set random state after it was handed its batch (a resume): a replay is to find it so."""
@@ -206,8 +212,8 @@ class FollowingGovernor(TolariaGovernor):
         Args:
             loss: Scalar tensor or float, not divided by the number of micro-batches; a sequence for several of them.
             is_last: No later step can be waited for (the end of an epoch or of the run, or a file is to be written):
-                wait for all verdicts. A suspicion that is still open is answered by a rollback and a replay, once; if
-                it returns it passes.
+                wait for all verdicts. The steps of a suspicion that is still open are made again, once, from the last
+                good snapshot before them; if it returns it passes. That is no panic, and counts in no budget.
             scaler_skipped: The scaler did not apply this step. None: read from the gradients, if there is a scaler.
             **signs: Further vital signs by name.
 
@@ -228,8 +234,9 @@ class FollowingGovernor(TolariaGovernor):
         if is_last:
             self._course.judge_all()
         result = self._course.conclude(sent)
-        if is_last and not result.rolled_back:
-            result = self._answer_doubt(result)
+        if is_last and not result.rolled_back and self.config.mode == "act":
+            doubt = self._settlement.look_again_now()
+            result = result if doubt is None else replace(result, verdict=doubt, rolled_back=True)
         return result
 
     def _sent(self, loss: Loss, scaler_skipped: bool | None, signs: Mapping[str, torch.Tensor | float]) -> Sent:
@@ -267,22 +274,15 @@ class FollowingGovernor(TolariaGovernor):
             keeps_vetoes=self.config.on_veto == "keep",
         )
 
-    def _answer_doubt(self, result: StepResult) -> StepResult:
-        """At the end: an open suspicion is a panic the first time. Transient damage does not return on the replay."""
-        verdict, batch = result.verdict, self._feed.upcoming
-        if self.config.mode != "act" or verdict.health is not Health.SUSPECT or batch == self._doubted:
-            return result
-        self._doubted = batch
-        panic = replace(verdict, health=Health.PANIC, reason=f"{verdict.reason}, {STILL_OPEN}")
-        self._course.answer(VitalSigns(step=verdict.step), panic)
-        return replace(result, verdict=panic, rolled_back=True)
-
     def fence(self) -> None:
         """Take a snapshot, and let no later rollback go further back than it.
 
         Call where the framework has done what a rollback cannot undo or repeat, as between two epochs: validation,
         schedulers and hooks of the epoch, checkpoints. The snapshot is manual: vouched for by the adapter, after all
         steps so far have been judged. Gradients that are alive are not in it.
+
+        A train state that is not finite goes back to the newest good snapshot, and the batches since then are lost. The
+        hyperparameters and schedulers stay as they are, since nothing would step them again.
 
         Raises:
             SnapshotRejected: The train state is not finite, also after going back to the newest good snapshot.
@@ -292,16 +292,44 @@ class FollowingGovernor(TolariaGovernor):
         if ring.newest_good(self._keeper.ring) is None:
             self.begin()
             return
-        self.finish()
+        settings = Settings(self._update.optimizers, self._update.schedulers)
+        if super().finish():
+            self._put_back(settings)
         if self._take_fence():
             return
         self.execute_rollback(reason="non-finite train state between two epochs")
+        self._put_back(settings)
         if not self._take_fence():
             raise SnapshotRejected(
                 f"starting an epoch at step {self._course.completed}",
                 "the train state is not finite after a rollback",
                 "Start from a checkpoint.",
             )
+
+    def finish(self) -> bool:
+        """As `TolariaGovernor.finish`; and weights that have become non-finite behind the last step go back too.
+
+        Nobody has judged what a callback or a hook did after it. The steps since the last good snapshot are lost;
+        hyperparameters and schedulers stay as they are, as in `fence`.
+        """
+        rolled_back = super().finish()
+        if rolled_back or self.is_disabled or self._closed or self.config.mode != "act":
+            return rolled_back
+        # weights in shards are looked at by all ranks or by none, and one does not go back alone
+        if world_size() > 1 or ring.newest_good(self._keeper.ring) is None or self._has_finite_weights():
+            return False
+        settings = Settings(self._update.optimizers, self._update.schedulers)
+        self.execute_rollback(reason="non-finite weights at the end")
+        self._put_back(settings)
+        return True
+
+    def _has_finite_weights(self) -> bool:
+        with self.using(write=False):
+            return not observe.num_nonfinite(self._keeper.state.roster()[1])
+
+    def _put_back(self, settings: Settings) -> None:
+        with self.using():
+            settings.put_back()
 
     def close(self) -> None:
         """As `TolariaGovernor.close`."""

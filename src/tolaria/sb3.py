@@ -95,7 +95,11 @@ class TolariaCallback(BaseCallback):
         return 0 if self.governor is None else self.governor.rollbacks
 
     def close(self) -> None:
-        """Let go of the model and free all snapshots. `learn` does it by itself unless an error ends it. Idempotent."""
+        """Let go of the model and free all snapshots. Idempotent.
+
+        The end of `learn` does it by itself, and so does an error out of `train` or `collect_rollouts`. One that some
+        other callback raises between the two does not.
+        """
         self._let_go()
         if self.governor is not None:
             self.governor.close()
@@ -201,7 +205,11 @@ class TolariaCallback(BaseCallback):
         def method(caller: Any, *args: Any, **kwargs: Any) -> Any:
             if caller is not model:  # a deep copy, which nobody governs
                 return plain(caller, *args, **kwargs)
-            return run(functools.partial(plain, caller, *args, **kwargs))
+            try:
+                return run(functools.partial(plain, caller, *args, **kwargs))
+            except BaseException:  # it ends `learn`, which would tell nobody
+                self.close()
+                raise
 
         vars(model)[name] = types.MethodType(method, model)
 

@@ -49,7 +49,8 @@ class Settlement:
         self._course = course
         self.looks_again = True
         self.between: Callable[[], None] = lambda: None  # called at the boundary, before anything else and after it
-        self._looked = -1  # number of the batch that would come next, where the data had ended amid a suspicion
+        # numbers of the batches that would have come next where a suspicion was looked at: each time is the only one
+        self._looked: set[int] = set()
 
     def settle(self, at_the_end: bool) -> None:
         """The loop body is over: run steps again, take the snapshot that is due. At the end of the data, judge all.
@@ -145,28 +146,63 @@ class Settlement:
         has just been one: then it is lasting. Elsewhere it passes: most suspicions are benign, and the batches would be
         lost for nothing.
         """
-        course, verdict = self._course, self._course.verdict
-        if verdict.health is not Health.SUSPECT or not self.looks_again or course.feed.num_again:
+        course, found = self._course, self._doubt()
+        if found is None or not self.looks_again or course.feed.num_again:
             return None
-        if world_size() > 1:  # one of several ranks goes back with the others or not at all
+        if self._may_look(found):
+            self._run_again(found)
             return None
-        onset = verdict.step if verdict.onset is None else verdict.onset
-        found = replace(verdict, reason=f"{verdict.reason}, {STILL_OPEN}", onset=onset)
-        if self._looked != course.feed.upcoming:
-            self._looked = course.feed.upcoming
-            if self._can_run_again(chooser(None, 0, onset)(course.keeper.ring, None), onset):
-                try:
-                    self._go_back(VitalSigns(step=verdict.step), found, range(0))
-                except SafetyError as error:  # nothing was written
-                    logger.warning("step %d: %s, and not run again: %s", verdict.step, found.reason, error)
-                return None
-        batches = course.history.of(onset, verdict.step)
-        reach = course.config.probation * course.history.widest(onset, verdict.step)
+        onset = self._onset(found)
+        batches = course.history.of(onset, found.step)
+        reach = course.config.probation * course.history.widest(onset, found.step)
         if batches and recover.is_known(course.recovery, batches[0], reach):
             course.count(panics=1)
-            return VitalSigns(step=verdict.step), replace(found, health=Health.PANIC)
-        logger.warning("step %d: %s (since step %d); the state is kept", verdict.step, found.reason, onset)
+            return VitalSigns(step=found.step), replace(found, health=Health.PANIC)
+        self._let_pass(found)
         return None
+
+    def look_again_now(self) -> Verdict | None:
+        """The same before a file is written, say, and without any panic: what returns passes, as later steps will tell.
+
+        Returns:
+            The suspicion, with its rollback made and its steps about to come again; None: there was no rollback.
+        """
+        found = self._doubt()
+        if found is None:
+            return None
+        if self._may_look(found):
+            return found if self._run_again(found) else None
+        self._let_pass(found)
+        return None
+
+    def _doubt(self) -> Verdict | None:
+        """The suspicion that is open; not with several ranks, which go back together or not at all."""
+        verdict = self._course.verdict
+        if verdict.health is not Health.SUSPECT or world_size() > 1:
+            return None
+        return replace(verdict, reason=f"{verdict.reason}, {STILL_OPEN}", onset=self._onset(verdict))
+
+    def _onset(self, verdict: Verdict) -> int:
+        return verdict.step if verdict.onset is None else verdict.onset
+
+    def _may_look(self, found: Verdict) -> bool:
+        """Whether its steps can be run again. Once: two suspicions would send each other back for ever."""
+        here, onset = self._course.feed.upcoming, self._onset(found)
+        if here in self._looked:
+            return False
+        self._looked.add(here)
+        return self._can_run_again(chooser(None, 0, onset)(self._course.keeper.ring, None), onset)
+
+    def _run_again(self, found: Verdict) -> bool:
+        try:
+            self._go_back(VitalSigns(step=found.step), found, range(0))
+        except SafetyError as error:  # nothing was written
+            logger.warning("step %d: %s, and not run again: %s", found.step, found.reason, error)
+            return False
+        return True
+
+    def _let_pass(self, found: Verdict) -> None:
+        logger.warning("step %d: %s (since step %d); the state is kept", found.step, found.reason, found.onset)
 
     def _can_run_again(self, slot: Slot | None, onset: int) -> bool:
         """Whether nothing but bodies of this very loop would be repeated, and every batch is at hand."""

@@ -116,6 +116,19 @@ def test_transient_damage_leaves_no_trace(pl: Any, accumulate: int, at: int) -> 
     assert callback.rollbacks == 1
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_panic_amid_a_replay(pl: Any, accumulate: int) -> None:
+    """Some of its batches are still to come again, and are not counted: step 9 sends back to 6, and then step 8."""
+    dropped = window(7 * accumulate, accumulate)
+    clean = fit(pl, batches(dropped=dropped), max_epochs=1, accumulate_grad_batches=accumulate)
+    callback = guard({9: ("panic", 2), 11: ("panic", 0)})
+    run = fit(pl, batches(), [callback], max_epochs=1, accumulate_grad_batches=accumulate)
+    assert callback.rollbacks == 2
+    assert state(run) == state(clean)
+    assert run.fit_loop.epoch_loop.batch_progress.current.completed == 20  # those that were dropped stay counted
+    assert run.lightning_module.validated == [0, 0]
+
+
 def test_without_the_callback_transient_damage_stays(pl: Any) -> None:
     assert not is_finite(fit(pl, batches(), [Damage(pl, 5)]).lightning_module.state_dict())
 
@@ -259,6 +272,23 @@ def test_a_suspicion_is_replayed_before_a_checkpoint_is_written(pl: Any, tmp_pat
     clean, run = saved(tmp_path / "clean"), saved(tmp_path / "run")
     assert len(clean) == len(run) == 5
     assert [frozen(file["state_dict"]) for file in run] == [frozen(file["state_dict"]) for file in clean]
+
+
+def test_what_a_replay_saves_once_more_is_the_same(pl: Any, tmp_path: Path) -> None:
+    """Lightning looks only whether the step is that of its last file, and a rollback takes the step back."""
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(pl, batches(), [guard({9: ("panic", 2)}), saver], enable_checkpointing=True, max_epochs=1)
+    names = {path.name for path in tmp_path.glob("*.ckpt")}
+    again = {"step=6-v1.ckpt", "step=7-v1.ckpt", "step=8-v1.ckpt"}  # restored in step 9, and passed once more
+    assert names == {f"step={step}.ckpt" for step in range(1, 21)} | again
+    for name in again:
+        first, second = (torch.load(tmp_path / each, weights_only=True) for each in (name.replace("-v1", ""), name))
+        assert frozen(second["state_dict"]) == frozen(first["state_dict"])
+        assert frozen(second["optimizer_states"]) == frozen(first["optimizer_states"])
+        assert (
+            second["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            == (first["loops"]["fit_loop"]["epoch_loop.batch_progress"])
+        )
 
 
 def test_checkpoints_without_the_callback_hold_damage(pl: Any, tmp_path: Path) -> None:

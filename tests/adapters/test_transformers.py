@@ -114,6 +114,25 @@ def losses(trainer: Trainer) -> list[Any]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def mean_loss(trainer: Trainer) -> float:
+    """`TrainOutput.training_loss`."""
+    return trainer.state.log_history[-1]["train_loss"]
+
+
+class Enlarge(TrainerCallback):
+    """Multiplies the weights by 100 once, in that step."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.done = at, False
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.at and not self.done:
+            self.done = True
+            with torch.no_grad():
+                for parameter in kwargs["model"].parameters():
+                    parameter.mul_(100.0)
+
+
 # ------------------------------------------------------------ skip
 
 
@@ -240,11 +259,66 @@ def test_what_was_logged_without_the_callback_is_damaged() -> None:
     assert not all(is_finite(entry) for entry in run.state.log_history)
 
 
-def test_a_dropped_step_counts_as_the_mean_of_those_before_it() -> None:
-    run = train(samples(bad=[7]), guard(), logging_steps=5)
-    clean = train(samples(dropped=[7]), logging_steps=1)
-    sixth, seventh, ninth, tenth = losses(clean)[5:9]
-    assert losses(run)[1] == pytest.approx((1.5 * (sixth + seventh) + ninth + tenth) / 5, rel=1e-5)
+@pytest.mark.parametrize("bad", [5, 7, 9])
+def test_a_dropped_step_counts_as_the_mean_of_its_row(bad: int) -> None:
+    """Also where it is the first of the row, or the last."""
+    run = train(samples(bad=[bad]), guard(), logging_steps=5)
+    clean = train(samples(dropped=[bad]), logging_steps=1)
+    assert losses(run)[1] == pytest.approx(sum(losses(clean)[5:9]) / 4, rel=1e-5)
+
+
+def test_a_step_dropped_behind_the_last_row_counts_as_the_mean_of_those_behind_it() -> None:
+    run = train(samples(18, bad=[15]), guard(), num_train_epochs=1, logging_steps=5)
+    kept = losses(train(samples(18, dropped=[15]), num_train_epochs=1))
+    assert mean_loss(run) == pytest.approx((sum(kept[:15]) + sum(kept[15:]) * 1.5) / 18, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("at", "noticed"), [(9, 12), (3, 12), (9, 9), (14, 20)])
+def test_the_mean_loss_of_a_training_holds_no_damage(accumulate: int, at: int, noticed: int) -> None:
+    """Rows were written between the damage and its detection: after steps 5, 10 and 15."""
+    kwargs = {"logging_steps": 5, "gradient_accumulation_steps": accumulate}
+    clean = train(samples(), **kwargs)
+    callback = guard({noticed: ("panic", noticed - at)}, GovernorConfig(cadence=2, probation=12, recovery=EXACT))
+    run = train(samples(), callback, Enlarge(at), **kwargs)
+    assert callback.rollbacks == 1
+    assert state(run) == state(clean)
+    assert mean_loss(run) == mean_loss(clean)
+    assert mean_loss(train(samples(), None, Enlarge(at), **kwargs)) != mean_loss(clean)
+
+
+def test_the_mean_loss_counts_dropped_steps_as_the_mean_of_their_row() -> None:
+    """Step 12 panics twice for what began in step 8: rows were written after steps 5 and 10."""
+    script = {12: ("panic", 4), 18: ("panic", 4)}
+    run = train(samples(), guard(script), num_train_epochs=1, logging_steps=5)
+    kept = losses(train(samples(dropped=range(7, 12)), num_train_epochs=1))
+    second, third = kept[5:7], kept[7:10]
+    assert losses(run)[2] == pytest.approx(sum(third) / 3, rel=1e-5)
+    whole = sum(kept[:5]) + 5 * sum(second) / 2 + 5 * sum(third) / 3 + sum(kept[10:])
+    assert mean_loss(run) == pytest.approx(whole / 20, rel=1e-5)
+
+
+def test_a_loss_that_somebody_else_logs_is_no_row_of_the_trainer() -> None:
+    class Logs(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (7, 8):
+                seen.append(state.global_step)
+                trainers[0].log({"loss": 7.0})
+
+    class Known(TolariaCallback):
+        def set_trainer(self, trainer: Any) -> Any:
+            trainers.append(trainer)
+            return super().set_trainer(trainer)
+
+    trainers: list[Any] = []
+    seen: list[int] = []
+    clean = train(samples(), logging_steps=5)
+    callback = Known(GovernorConfig(cadence=2, probation=2, recovery=EXACT), scripted({9: ("panic", 2)}))
+    run = train(samples(), callback, Logs(), Enlarge(7), logging_steps=5)
+    assert seen
+    rows = [entry for entry in logged(run) if entry.get("loss") != 7.0]
+    assert rows == logged(clean)
+    assert mean_loss(run) == mean_loss(clean)
 
 
 def test_no_checkpoint_holds_damage(tmp_path: Path) -> None:
@@ -290,6 +364,26 @@ def test_the_first_steps_after_a_resume_are_replayed_with_their_draws(tmp_path: 
     whole = train(samples(), guard(), **kwargs)
     run = train(samples(), guard(), Damage(at), resume=str(tmp_path / "out/checkpoint-13"), **kwargs)
     assert state(run) == state(whole)
+
+
+@pytest.mark.parametrize(("bad", "draws", "exact"), [(13, True, False), (13, False, True), (14, True, True)])
+def test_the_first_step_after_a_resume_is_dropped_exactly_where_the_model_draws_nothing(
+    tmp_path: Path, bad: int, draws: bool, exact: bool
+) -> None:
+    """Its fetch drew the seed of the loader, so random state is re-keyed."""
+
+    def model() -> Model:
+        torch.manual_seed(3)
+        made = Model()
+        if not draws:
+            made.net[3] = nn.Identity()
+        return made
+
+    kwargs: dict[str, Any] = {"save_strategy": "steps", "save_steps": 13, "num_train_epochs": 1}
+    whole = train(samples(bad=[bad]), guard(), model=model(), **kwargs)
+    path = str(tmp_path / "out/checkpoint-13")
+    run = train(samples(bad=[bad]), guard(), model=model(), resume=path, **kwargs)
+    assert (state(run) == state(whole)) == exact
 
 
 def test_it_comes_in_where_a_training_without_it_was_saved(tmp_path: Path) -> None:

@@ -142,6 +142,32 @@ def test_a_fence_over_poisoned_weights_goes_back_first(kit: Any, follow: Any) ->
     assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters())
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_fence_that_goes_back_leaves_schedule_and_hyperparameters_as_they_are(
+    kit: Any, follow: Any, as_tensor: bool
+) -> None:
+    """The framework has stepped them between two epochs, and will not do it again."""
+    run = kit.Run(batches=12)
+    [group] = run.optimizer.param_groups
+    if as_tensor:
+        group["lr"] = torch.tensor(group["lr"])
+    governor = follow(run)
+    train(run, governor, run.batches)
+    run.scheduler.step()
+    schedule, rate, held = run.scheduler.last_epoch, float(group["lr"]), group["lr"]
+    group["weight_decay"] = 0.25
+    run.poison()
+    governor.fence()
+    assert governor.statistics().steps_lost > 0
+    assert (run.scheduler.last_epoch, float(group["lr"]), group["weight_decay"]) == (schedule, rate, 0.25)
+    assert group["lr"] is held or not as_tensor
+    train(
+        run, governor, run.batches[:1], lambda count: run.poison() if count == 1 and governor.rollbacks == 1 else None
+    )
+    assert governor.rollbacks == 2  # to the fence, which holds them too
+    assert (run.scheduler.last_epoch, group["weight_decay"]) == (schedule + 1, 0.25)
+
+
 def test_a_fence_with_all_slots_in_probation_finds_room(kit: Any, follow: Any) -> None:
     run = kit.Run(batches=9)
     # every other step is suspicious, so that probation never ends
@@ -183,6 +209,22 @@ def test_finish_answers_a_panic_that_nobody_has_seen(kit: Any, follow: Any) -> N
     assert not governor.is_trusted()
     assert governor.finish()
     assert governor.num_again == 0
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_finish_looks_at_the_weights_once_more(kit: Any, follow: Any, trained: bool) -> None:
+    """Without any step there is nothing to go back to, and it is nobody's damage of ours."""
+    run = kit.Run(batches=12)
+    governor = follow(run)
+    if trained:
+        train(run, governor, run.batches)
+        assert not governor.finish()
+    run.poison()
+    schedule = run.scheduler.last_epoch
+    assert governor.finish() == trained
+    assert all(bool(torch.isfinite(p).all()) for p in run.model.parameters()) == trained
+    assert run.scheduler.last_epoch == schedule
+    assert not governor.finish()
 
 
 def _signs(step: int) -> Any:

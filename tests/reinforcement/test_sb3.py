@@ -330,6 +330,35 @@ def test_an_error_of_the_users_is_not_swallowed_and_leaves_nothing_attached() ->
     assert callback.governor.statistics().steps == 2  # one of the run that failed
 
 
+@pytest.mark.parametrize("where", ["train", "rollout", "budget", "interrupt"])
+def test_an_error_that_ends_learn_leaves_the_model_as_it_was(where: str) -> None:
+    class Breaks(BaseCallback):
+        def _on_step(self) -> bool:
+            if where == "rollout":
+                raise KeyError("a bug")
+            if where == "interrupt":
+                raise KeyboardInterrupt
+            return True
+
+        def _on_rollout_end(self) -> None:
+            if where == "train":
+                self.model.clip_range = None  # `train` calls it
+
+    model = build("PPO", poison=(-1,) if where == "budget" else ())
+    before, policy = set(vars(model)), set(vars(model.policy))
+    callback = TolariaCallback(GovernorConfig(recovery=Recovery(max_retries=3)))
+    with pytest.raises((KeyError, KeyboardInterrupt, RetryBudgetExceeded, TypeError)):
+        model.learn(timesteps("PPO"), callback=CallbackList([callback, Breaks()]))
+    assert not {"train", "collect_rollouts", "_excluded_save_params"} & set(vars(model))
+    assert set(vars(model)) - before <= {"_logger"}  # `learn` makes it
+    assert set(vars(model.policy)) == policy
+    assert callback.governor is not None
+    steps = callback.governor.statistics().steps
+    if where in ("rollout", "interrupt"):
+        model.learn(64)
+        assert callback.governor.statistics().steps == steps
+
+
 def test_counters_go_on_in_the_next_call_of_learn() -> None:
     model, callback = build("PPO"), TolariaCallback(snapshot_every=1)
     each = steps_per_round("PPO")

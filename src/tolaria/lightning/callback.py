@@ -11,7 +11,7 @@ from tolaria.config import GovernorConfig
 from tolaria.errors import UnsupportedState
 from tolaria.follow import FollowingGovernor
 from tolaria.judge import Detector
-from tolaria.lightning.loops import Progress, averages
+from tolaria.lightning.loops import LOGGED, Progress, averages
 
 if TYPE_CHECKING or importlib.util.find_spec("lightning") is not None:
     from lightning.pytorch.callbacks import Callback
@@ -86,8 +86,8 @@ class TolariaCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Judge what is left to be judged, and let go of the trainer."""
-        if self.governor is not None:
-            self.governor.finish()
+        if self.governor is not None and self._progress is not None:
+            self._progress.finish(self.governor)
         self._detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -131,11 +131,13 @@ class TolariaCallback(Callback):
             return  # inside a window
         losses = list(self._losses)
         self._losses.clear()
+        waiting = governor.num_again
         if governor.stepped(loss=losses or None, is_last=progress.must_be_judged()).rolled_back:
-            progress.take_back(governor.num_again)
-            progress.after_batch(governor.num_again)
+            counted = governor.num_again - waiting
+            progress.take_back(counted)
+            progress.after_batch(counted)
         else:
-            pl_module.log("tolaria/rollbacks", float(self.rollbacks), prog_bar=True, on_step=True, on_epoch=False)
+            pl_module.log(LOGGED, float(self.rollbacks), prog_bar=True, on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------ resume
 

@@ -5,7 +5,7 @@ All private access of the adapter is in this file, so that a new version of Ligh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,9 @@ from torchmetrics import Metric
 
 from tolaria.errors import UnsupportedState
 from tolaria.follow import FollowingGovernor
+
+LOGGED = "tolaria/rollbacks"
+"""Under which name we log. In no snapshot: it never goes back, and executions of the same steps may differ in it."""
 
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache", "has_reset")
 _CONNECTOR_FIELDS = ("_progress_bar_metrics", "_logged_metrics", "_callback_metrics")
@@ -61,6 +64,7 @@ class GovernedFetcher:
                 batch = next(self._fetcher)
             except StopIteration:
                 return
+            self.__dict__["_has_fetched"] = True
             yield batch
 
     def __iter__(self) -> GovernedFetcher:
@@ -74,11 +78,12 @@ class GovernedFetcher:
         if self._is_fresh:
             # schedulers and hooks of the former epoch, validation and shuffle lie behind: nothing can undo them
             self.__dict__["_is_fresh"] = False
-            governor.fence()
-        before = governor.rollbacks
+            self._progress.fence(governor)
+        before, waiting, self.__dict__["_has_fetched"] = governor.rewinds, governor.num_again, False
         batch = next(self._deliveries)
-        if governor.rollbacks != before:
-            self._progress.take_back(governor.num_again + 1)
+        if governor.rewinds != before:
+            # this one is the first that comes again, unless nothing was left to do so
+            self._progress.take_back(governor.num_again + (not self._has_fetched) - waiting)
         return batch
 
     def teardown(self) -> None:
@@ -149,9 +154,9 @@ class Progress:
             "manual": loop.manual_optimization.optim_step_progress.state_dict(),
             "schedulers": loop.scheduler_progress.state_dict(),
             "logger_step": loop._batches_that_stepped,
-            "results": {key: _read_metric(metric) for key, metric in loop._results.items()},
+            "results": {key: _read_metric(metric) for key, metric in loop._results.items() if not _is_ours(key)},
             "metrics": {name: _read_metric(metric) for name, metric in self._metrics()},
-            "connector": {name: dict(getattr(connector, name)) for name in _CONNECTOR_FIELDS},
+            "connector": {name: _split(getattr(connector, name))[1] for name in _CONNECTOR_FIELDS},
             "exchanged": [scheduler.state_dict() for scheduler in self._exchanged()],
             "stopping": [callback.state_dict() for callback in self._trainer.early_stopping_callbacks],
         }
@@ -163,14 +168,14 @@ class Progress:
         loop.manual_optimization.optim_step_progress.load_state_dict(saved["manual"])
         loop.scheduler_progress.load_state_dict(saved["schedulers"])
         loop._batches_that_stepped = saved["logger_step"]
-        for key in [key for key in loop._results if key not in saved["results"]]:
+        for key in [key for key in loop._results if key not in saved["results"] and not _is_ours(key)]:
             del loop._results[key]
         for key, metric in loop._results.items():
-            _write_metric(metric, saved["results"][key])
+            _write_metric(metric, saved["results"].get(key, {}))
         for name, metric in self._metrics():
             _write_metric(metric, saved["metrics"].get(name, {}))
         for name, values in saved["connector"].items():
-            setattr(connector, name, values)
+            setattr(connector, name, values | _split(getattr(connector, name))[0])
         for scheduler, kept in zip(self._exchanged(), saved["exchanged"], strict=False):
             scheduler.load_state_dict(kept)
         # a replay that passes a validation once more would else count it as one more without an improvement
@@ -188,30 +193,31 @@ class Progress:
 
     # ------------------------------------------------------------ after a rollback
 
-    def take_back(self, num_again: int) -> None:
+    def take_back(self, counted: int) -> None:
         """Correct the counters of batches after a rollback, so that the epoch ends with the last batch to come.
 
         Args:
-            num_again: Batches that come again; those that are dropped stay counted.
+            counted: Batches that come again and are counted already: not those that were still to come again when a
+                replay was broken off by the rollback. Those that are dropped stay counted.
         """
         loop = self._loop
         progress = loop.batch_progress
         progress.is_last_batch = loop.trainer.fit_loop._data_fetcher.done
-        if not num_again:
+        if not counted:
             return
-        left = progress.current.ready - num_again
+        left = progress.current.ready - counted
         # a replay begins with an accumulation window: only a dropped short window, at an epoch's end, disturbs that
         short = left % self._window
         for counter in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
-                setattr(counter, name, getattr(counter, name) - num_again - short)
+                setattr(counter, name, getattr(counter, name) - counted - short)
         self._shorten_epoch(short)
 
-    def after_batch(self, num_again: int) -> None:
+    def after_batch(self, counted: int) -> None:
         """The rest of a rollback inside `on_train_batch_end`: Lightning will still end the undone batch."""
         loop = self._loop
         loop._batches_that_stepped -= not loop._should_accumulate()  # will be counted up once more
-        if num_again:
+        if counted:
             loop._skip_next_val = True  # of an earlier batch, and it has run
         elif loop.batch_progress.is_last_batch:
             loop.update_lr_schedulers("epoch", update_plateau_schedulers=False)  # undone, and no batch will repeat it
@@ -242,6 +248,26 @@ class Progress:
 
     # ------------------------------------------------------------ epochs
 
+    def fence(self, governor: FollowingGovernor) -> None:
+        """`FollowingGovernor.fence`. Where it rolls back, what the end of the epoch has counted and logged stays."""
+        if self._keeps(governor, governor.fence):
+            self._loop.automatic_optimization.optim_progress.reset_on_run()  # as at the start of every epoch
+            governor.fence()
+
+    def finish(self, governor: FollowingGovernor) -> None:
+        """`FollowingGovernor.finish`, likewise."""
+        self._keeps(governor, governor.finish)
+
+    def _keeps(self, governor: FollowingGovernor, call: Callable[[], object]) -> bool:
+        """Whether there was a rollback, after which all but the number of steps was put back."""
+        kept, before = self.read(), governor.rewinds
+        call()
+        if governor.rewinds == before:
+            return False
+        now = self.read()
+        self.write(kept | {name: now[name] for name in ("optimizers", "manual", "logger_step")})
+        return True
+
     def _shorten_epoch(self, by: int) -> None:
         """Let the validation at the end of the epoch come although `by` batches are missing."""
         trainer = self._trainer
@@ -262,6 +288,16 @@ def averages(callbacks: list[Any]) -> Iterator[tuple[str, AveragedModel, Any]]:
         for name, value in vars(callback).items():
             if isinstance(value, AveragedModel):
                 yield f"{type(callback).__name__}[{index}].{name}", value, callback
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(LOGGED)
+
+
+def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What we have logged, and the rest."""
+    ours = {name: value for name, value in values.items() if _is_ours(name)}
+    return ours, {name: value for name, value in values.items() if name not in ours}
 
 
 def _read_metric(metric: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the same order as the trainer's own loop makes them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -44,8 +45,12 @@ class TrainerSteps:
         self._number = 0  # of the step whose micro-batches are trained now
         self._expected = 0  # micro-batches of it
         self._losses: dict[int, list[torch.Tensor]] = {}  # of every step since the last log, by its number
+        self._past: dict[int, list[float]] = {}  # the same of steps before it
+        self._logs: list[tuple[int, float]] = []  # at each log: the number of its step, the trainer's sum of losses
+        self._has_gaps = False  # some of the steps since the last log were dropped
+        self._lowest: float = math.inf  # number of the first step undone since the sums of losses were set right
         self._standing: deque[int] = deque(maxlen=_MOST_STANDING)  # numbers of the steps that no rollback has undone
-        self._lost = 0  # steps undone so far
+        self._lost = (0, 0)  # see `_num_undone`
         self._corrected: dict[str, Any] | None = None  # what the trainer will log of an undone step, set right
 
     # ------------------------------------------------------------ attach
@@ -54,10 +59,12 @@ class TrainerSteps:
         """Route batches through `watch`, and see losses and gradients."""
         self._governor = governor
         self._deliveries = governor.watch(self._fetch())
-        self._losses.clear()
-        self._standing.clear()
-        self._lost, self._corrected = governor.statistics().steps_lost, None
         trainer = self._trainer
+        self._losses.clear()
+        self._past.clear()
+        self._standing.clear()
+        self._logs, self._lowest, self._has_gaps = [(trainer.state.global_step, 0.0)], math.inf, False
+        self._lost, self._corrected = self._num_undone(governor), None
         trainer.get_batch_samples, trainer.training_step, trainer.log = self._next, self._train, self._log
 
     def detach(self) -> None:
@@ -85,6 +92,7 @@ class TrainerSteps:
             self._make_and_judge(unit, is_last=False)
             self._repeat(is_last=False)
             unit = self._deliver()
+        self._correct_losses()
         return unit[1], unit[2]
 
     def _deliver(self) -> Unit:
@@ -108,15 +116,15 @@ class TrainerSteps:
         return loss
 
     def _log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        now = self._trainer.state.global_step
+        if "loss" in logs and self._trainer._globalstep_last_logged == now > self._logs[-1][0]:
             for name, value in (self._corrected or {}).items():
                 if value is not None:
                     logs[name] = value
                 else:
                     logs.pop(name, None)
-            now = self._trainer.state.global_step
-            self._losses = {number: each for number, each in self._losses.items() if number > now}
             self._corrected = None
+            self._note_log(now, logs)
         if self._governor is not None:
             logs["tolaria/rollbacks"] = float(self._governor.rollbacks)
         self._originals["log"](logs, start_time)
@@ -136,12 +144,14 @@ class TrainerSteps:
             is_last: See `FollowingGovernor.stepped`.
         """
         if not self._stepped(is_last):
+            if is_last and self._has_gaps:  # the trainer may be about to end, and add what was not logged
+                self._sum_since_log()
             return
         number = self._trainer.state.global_step
         norm, rate = self._repeat(is_last)
         self._number = number
         self._corrected = {"grad_norm": norm, "learning_rate": rate or self._trainer._get_learning_rate()}
-        if not self._correct_loss():
+        if not self._correct_losses():
             self._corrected["loss"] = None
 
     def _stepped(self, is_last: bool) -> bool:
@@ -169,10 +179,20 @@ class TrainerSteps:
     def _forget_undone(self) -> None:
         """Rollbacks since the last look: the losses of the steps that they have undone count for nothing."""
         assert self._governor is not None
-        lost = self._governor.statistics().steps_lost
-        for _ in range(min(lost - self._lost, len(self._standing))):
-            self._losses.pop(self._standing.pop(), None)
-        self._lost = lost
+        lost, rolled_back = self._num_undone(self._governor)
+        for _ in range(min(lost - self._lost[0], len(self._standing))):
+            number = self._standing.pop()
+            self._losses.pop(number, None)
+            self._past.pop(number, None)
+            if rolled_back > self._lost[1]:  # else it was healthy, and comes to the same loss
+                self._lowest = min(self._lowest, number)
+        self._lost = lost, rolled_back
+
+    @staticmethod
+    def _num_undone(governor: FollowingGovernor) -> tuple[int, int]:
+        """Steps undone so far, whatever for; and those of them that were not just run again."""
+        statistics = governor.statistics()
+        return statistics.steps_lost + statistics.reexecuted_steps, statistics.steps_lost
 
     def _step(self, unit: Unit) -> tuple[float, float]:
         """One optimizer step: micro-batches, clip, optimizer, scheduler. Answers gradient norm and learning rate."""
@@ -198,23 +218,68 @@ class TrainerSteps:
         """Whether the schedule follows the evaluation, which is not made again."""
         return isinstance(self._trainer.lr_scheduler, (ReduceLROnPlateau, GreedyLR))
 
-    def _correct_loss(self) -> bool:
-        """Set the running sum of losses to that of the steps that stand; one that was dropped counts as their mean.
+    # ------------------------------------------------------------ sums of losses
+
+    def _note_log(self, now: int, logs: dict[str, float]) -> None:
+        """The trainer has added the losses since the last log to its sum, and waited for them. Keep them as numbers."""
+        last, total = self._logs[-1]
+        if self._has_gaps and "loss" in logs:
+            window = torch.zeros_like(self._trainer._tr_loss)
+            self._add_standing(window, last, now)
+            logs["loss"] = window.item() / (now - last)
+            self._trainer._total_loss_scalar = total + window.item()
+        self._has_gaps = False
+        numbers = [number for number, losses in self._losses.items() if number <= now and losses]
+        if numbers:
+            values = iter(torch.stack([loss for number in numbers for loss in self._losses[number]]).tolist())
+            self._past |= {number: [next(values) for _ in self._losses[number]] for number in numbers}
+        self._losses = {number: losses for number, losses in self._losses.items() if number > now}
+        self._past = {number: losses for number, losses in self._past.items() if number > now - _MOST_STANDING}
+        self._logs.append((now, self._trainer._total_loss_scalar))
+        while len(self._logs) > 2 and self._logs[1][0] <= now - _MOST_STANDING:
+            del self._logs[0]
+
+    def _correct_losses(self) -> bool:
+        """After a rollback, let the sums of losses, since the last log and up to it, be those of the steps that stand.
 
         Returns:
             False when none stands since the last log, so that there is no loss to be logged.
         """
-        trainer = self._trainer
-        total = trainer._tr_loss.zero_()
-        last = trainer._globalstep_last_logged
-        standing = [losses for number, losses in sorted(self._losses.items()) if number > last and losses]
+        if self._lowest == math.inf:
+            return True  # nothing was undone
+        trainer, logs = self._trainer, self._logs
+        undone = [index for index, (number, _) in enumerate(logs) if number >= self._lowest]
+        for index in filter(None, undone):  # of what lies before the first log that is kept nothing is known
+            (after, total), (upto, _) = logs[index - 1 : index + 1]
+            window = torch.zeros_like(trainer._tr_loss)
+            self._add_standing(window, after, upto)
+            logs[index] = upto, total + window.item()
+        if undone:
+            trainer._total_loss_scalar = logs[-1][1]
+        self._lowest = math.inf
+        return self._sum_since_log()
+
+    def _sum_since_log(self) -> bool:
+        trainer, after = self._trainer, self._logs[-1][0]
+        made = self._add_standing(trainer._tr_loss.zero_(), after, trainer.state.global_step)
+        self._has_gaps = made < trainer.state.global_step - after
+        return made > 0
+
+    def _add_standing(self, total: torch.Tensor, after: int, upto: int) -> int:
+        """Add the losses of the steps behind `after`, in their order; one that was dropped counts as their mean.
+
+        Returns:
+            How many stand.
+        """
+        made = [self._losses.get(number) or self._past.get(number) for number in range(after + 1, upto + 1)]
+        standing = [losses for losses in made if losses]
         for losses in standing:
             for loss in losses:
                 total += loss
-        dropped = trainer.state.global_step - last - len(standing)
+        dropped = len(made) - len(standing)
         if standing and dropped:
             total += total / len(standing) * dropped
-        return bool(standing)
+        return len(standing)
 
 
 def refuse_unsupported(args: Any) -> None:
