@@ -149,7 +149,7 @@ class Settlement:
         course, found = self._course, self._doubt()
         if found is None or not self.looks_again or course.feed.num_again:
             return None
-        if self._may_look(found):
+        if self._is_first_look():
             self._run_again(found)
             return None
         onset = self._onset(found)
@@ -170,7 +170,7 @@ class Settlement:
         found = self._doubt()
         if found is None:
             return None
-        if self._may_look(found):
+        if self._is_first_look():
             return found if self._run_again(found) else None
         self._let_pass(found)
         return None
@@ -185,15 +185,19 @@ class Settlement:
     def _onset(self, verdict: Verdict) -> int:
         return verdict.step if verdict.onset is None else verdict.onset
 
-    def _may_look(self, found: Verdict) -> bool:
-        """Whether its steps can be run again. Once: two suspicions would send each other back for ever."""
-        here, onset = self._course.feed.upcoming, self._onset(found)
-        if here in self._looked:
-            return False
+    def _is_first_look(self) -> bool:
+        """Whether no suspicion was looked at here yet: two of them would send each other back for ever."""
+        here = self._course.feed.upcoming
+        is_first = here not in self._looked
         self._looked.add(here)
-        return self._can_run_again(chooser(None, 0, onset)(self._course.keeper.ring, None), onset)
+        return is_first
 
     def _run_again(self, found: Verdict) -> bool:
+        """Go back and have the steps come again, where they can. Answers whether they do."""
+        onset = self._onset(found)
+        if not self._can_run_again(chooser(None, 0, onset)(self._course.keeper.ring, None), onset):
+            self._let_pass(found)
+            return False
         try:
             self._go_back(VitalSigns(step=found.step), found, range(0))
         except SafetyError as error:  # nothing was written
