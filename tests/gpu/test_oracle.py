@@ -112,6 +112,8 @@ def test_the_shipped_governor_has_no_race(subject):
 )
 def test_each_removed_edge_is_a_race(subject, monkeypatch, name, instead, first, second):
     monkeypatch.setattr(ContextDevice, name, instead)
+    if name == "host_wait":  # on a slow host the device may be done before it is asked, and then nothing need wait
+        monkeypatch.setattr(ContextDevice, "has_passed", lambda *_: False)
     second = named(subject.b) if second == "b" else second
     found = pairs(subject.run(whole=False))
     assert any(one == first and other.startswith(second) for one, other in found), found
