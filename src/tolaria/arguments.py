@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -49,32 +50,38 @@ def require_parts(
         raise UsageError(_ATTACHING, "an optimizer was given twice, and would step twice", "Give each once.")
 
 
-def require_ungoverned(model: nn.Module, acts: bool, others: Sequence[tuple[nn.Module, bool]]) -> None:
+def require_ungoverned(model: nn.Module, acts: bool, governed: Callable[[], Sequence[tuple[nn.Module, bool]]]) -> None:
     """Raise `UsageError` for a model that another governor has, or trains a part of.
 
     Args:
         model: To be governed.
-        acts: Whether its governor will roll back; so each of the `others`, the models that are governed now.
-        others: See `acts`.
+        acts: Whether its governor will roll back.
+        governed: Answers the models that are governed now, each with the same of its governor.
     """
+    if _conflict(model, acts, governed()) is not None:
+        gc.collect()  # a governor that was dropped may be part of a cycle, and wait to be collected
+        conflict = _conflict(model, acts, governed())
+        if conflict is not None:
+            raise conflict
+
+
+def _conflict(model: nn.Module, acts: bool, governed: Sequence[tuple[nn.Module, bool]]) -> UsageError | None:
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    for other, other_acts in others:
+    for other, other_acts in governed:
         if model is other:
-            raise UsageError(
+            return UsageError(
                 _ATTACHING,
                 "this model is governed already, expected one governor per model",
                 "Use the first one, or close() it.",
             )
-        if (
-            acts
-            and other_acts
-            and any(parameter.requires_grad and id(parameter) in trained for parameter in other.parameters())
-        ):
-            raise UsageError(
+        shares = any(parameter.requires_grad and id(parameter) in trained for parameter in other.parameters())
+        if acts and other_acts and shares:
+            return UsageError(
                 _ATTACHING,
                 "another governor trains some of this model's parameters, and its rollbacks would change them here",
                 "Govern both as one model, for example in a ModuleList, or close() the other governor.",
             )
+    return None
 
 
 def refuse_coordinator(coordinator: Any) -> None:

@@ -268,7 +268,7 @@ def _at_least(settings: object, name: str, least: int) -> None:
 
 def _a_number(settings: object, name: str) -> None:
     value = getattr(settings, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):  # NumPy has numbers of its own
         raise _bad(settings, name, "a number")
 
 

@@ -16,7 +16,9 @@ to another loop is left out when its turn comes.
 from __future__ import annotations
 
 import copy
+import os
 import sys
+import sysconfig
 import threading
 import weakref
 from collections import UserDict, deque
@@ -30,6 +32,8 @@ from torch.utils import _pytree
 
 from tolaria.report import logger
 from tolaria.state import rng
+
+_INSTALLED = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
 class _Pass:
@@ -56,11 +60,20 @@ class _Pass:
 
 
 def _place() -> tuple[Any, int] | None:
-    """Where in the program the loop stands that asks: outside of this library."""
+    """Where in the program the loop stands that asks.
+
+    Outside of this library, and of all that are installed (a progress bar, a framework), if there is such a place.
+    """
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    nearest = None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] != __package__:
+            place = frame.f_code, frame.f_lineno
+            if not frame.f_code.co_filename.startswith(_INSTALLED):
+                return place
+            nearest = nearest or place
         frame = frame.f_back
-    return None if frame is None else (frame.f_code, frame.f_lineno)
+    return nearest
 
 
 @dataclass(slots=True, eq=False)
@@ -341,9 +354,11 @@ class Feed:
 
     def _leave_out_others(self, loop: _Pass, loader: Any) -> None:
         """What comes before the next batch of this loop and belongs to another one, whose body will not run for it."""
-        others = []
+        others: list[int] = []
+        drew = False
         with self._lock:
             while self._queue and not loop.may_have(self._queue[0].loop, loader):
+                drew = drew or self._queue[0].drew
                 others.append(self._queue.popleft().index)
             if others:
                 gone = set(others)
@@ -359,6 +374,8 @@ class Feed:
                 others[0],
                 others[-1],
             )
+        if drew and self._track_draws():
+            rng.rekey(others[-1])  # random state is that of before their fetches, and would repeat their shuffle
         for _ in others:
             self.on_left_out()
 

@@ -83,8 +83,7 @@ class TolariaGovernor:
         if self.is_disabled:
             return
         arguments.refuse_coordinator(coordinator)
-        others = [(governor.model, governor.config.mode == "act") for governor in living.governors()]
-        arguments.require_ungoverned(model, self.config.mode == "act", others)
+        arguments.require_ungoverned(model, self.config.mode == "act", living.governed)
         course, config = self._course, self.config  # nothing inside may hold the governor, so that it can be dropped
 
         def follows() -> bool:

@@ -42,6 +42,11 @@ def governors() -> list[Living]:
     return [governor for reference in _live.valuerefs() if (governor := reference()) is not None]
 
 
+def governed() -> list[tuple[Any, bool]]:
+    """The models that are governed now, each with whether its governor rolls back."""
+    return [(governor.model, governor.config.mode == "act") for governor in governors()]
+
+
 def rng_policy(config: GovernorConfig) -> str:
     """The policy in force: global random state belongs to one acting governor, or to nobody."""
     return config.rng or ("restore" if sum(one.config.mode == "act" for one in governors()) <= 1 else "keep")

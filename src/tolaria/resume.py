@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tolaria.errors import UsageError
-from tolaria.judge import plain_state, state_from_json
+from tolaria.judge import plain_state, state_from_json, state_from_plain
 from tolaria.records import SCHEMA_VERSION, Statistics
 from tolaria.recover import RecoveryState
 
@@ -50,11 +50,13 @@ def from_json(saved: Any, judgement: Any) -> Bookkeeping:
         version = saved["schema_version"]
         if version != SCHEMA_VERSION:
             raise ValueError(f"schema_version {version!r}, expected {SCHEMA_VERSION}")
+        was_json = isinstance(saved["recovery"]["ticks"], list)  # a tuple otherwise
+        back = state_from_json if was_json else state_from_plain
         recovery = RecoveryState(**{name: state_from_json(value) for name, value in saved["recovery"].items()})
         return Bookkeeping(
             completed=int(saved["completed"]),
             tick=int(saved["tick"]),
-            judgement=state_from_json(saved["judgement"], judgement),
+            judgement=back(saved["judgement"], judgement),
             # batches are numbered afresh in a new process, so no panic here is the return of one there
             recovery=replace(recovery, attempt=0, first_batch=-1, last_batch=-1),
             statistics=Statistics(**saved["statistics"]),

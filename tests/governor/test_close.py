@@ -144,6 +144,20 @@ def test_a_second_governor_is_refused_and_the_first_goes_on(govern: Govern, kit:
     assert run.state(with_rng=False) == before
 
 
+def test_a_governor_that_was_dropped_in_a_cycle_is_in_nobodys_way(kit: Any) -> None:
+    """As where an exception of a notebook holds it."""
+    run = kit.Run()
+    gc.collect()
+    gc.disable()
+    try:
+        held: list[Any] = [TolariaGovernor(run.model, run.optimizer)]
+        held.append(held)
+        del held
+        TolariaGovernor(run.model, run.optimizer).close()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("kind", ["a part of it", "a whole around it", "another model with a shared layer"])
 def test_one_governor_trains_a_parameter(kind: str, govern: Govern, kit: Any) -> None:
     """A rollback of one would change weights under the other. What neither trains they may share."""

@@ -397,6 +397,38 @@ def test_a_detector_of_ones_own_finds_its_state_as_it_made_it(govern: Govern, ki
         assert (type(states[-1]), type(states[-1].losses)) == (Count, list)
 
 
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ({}, {"w": [1.0]}),
+        ({"w": None}, {"w": [1.0, 2.0]}),
+        ([], [[1], [2]]),
+        ([[]], [(1, 2)]),
+        ((), ((1.0, [2.0]), {3: [4]})),
+    ],
+    ids=str,
+)
+def test_a_state_that_grows_what_it_did_not_begin_with(
+    first: Any, later: Any, govern: Govern, kit: Any, tmp_path: Any
+) -> None:
+    """Directly and through a file of torch, which keep lists and tuples apart."""
+    seen = []
+
+    def update(state: Any, signs: VitalSigns) -> tuple[Any, Verdict]:
+        seen.append(state)
+        return later, Verdict(Health.HEALTHY, signs.step)
+
+    detector = Detector(lambda: first, update)
+    governor = govern(kit.Run().model, detector=detector)
+    governor.observe(loss=1.0)
+    torch.save(governor.state_dict(), tmp_path / "state.pt")
+    for saved in (governor.state_dict(), torch.load(tmp_path / "state.pt", weights_only=True)):
+        other = govern(kit.Run().model, detector=detector)
+        other.load_state_dict(saved)
+        other.observe(loss=1.0)
+        assert repr(seen[-1]) == repr(later)
+
+
 def test_a_checkpoint_is_read_without_being_trusted(govern: Govern, kit: Any, tmp_path: Any) -> None:
     """`torch.load` as it is by default; after a panic, so that there is something to remember."""
     run = kit.Run()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +23,9 @@ from tolaria import (
     Verdict,
     VitalSigns,
 )
+from tolaria.feed import Feed
 from tolaria.pace import Pace
+from tolaria.state import rng
 
 Govern = Callable[..., TolariaGovernor]
 
@@ -471,3 +476,68 @@ def test_one_lasting_incident_does_not_cool(govern: Govern, kit: Any) -> None:
     story.train(range(12), {5: ALWAYS})
     assert story.run.optimizer.param_groups[0]["lr"] in rates
     assert min(rates) > 0.05 * 0.7**4
+
+
+# ------------------------------------------------------------ whose batches they are
+
+
+def _installed(source: str) -> Any:
+    """A generator function as an installed package has it, such as a progress bar."""
+    names: dict[str, Any] = {}
+    exec(compile(source, str(Path(sysconfig.get_path("purelib")) / "bar.py"), "exec"), names)
+    return names["bar"]
+
+
+def test_a_progress_bar_around_two_loops_does_not_make_them_one(govern: Govern, kit: Any) -> None:
+    bar = _installed("def bar(loader):\n    for batch in loader:\n        yield batch\n")
+    story = Story(kit, govern, cadence=4, probation=0)
+    for number in bar(story.governor.watch(range(6))):
+        story.run.step(story.governor, story.run.batches[number])
+    arrived = []
+    for number in bar(story.governor.watch(range(6, 10))):
+        arrived.append(number)
+        batch = story.run.batches[number]
+        story.run.step(story.governor, kit.nan_batch(batch) if len(arrived) == 1 else batch)
+    assert arrived == [6, 6, 7, 8, 9]
+
+
+def test_two_loops_at_one_place_that_are_both_under_way_are_two() -> None:
+    """As in a `zip`; here the second asks first after the rollback."""
+    feed = Feed(10, [], lambda: False)
+    first, second = (feed.deliver(batches, lambda _: None) for batches in ("ab", "xy"))
+    assert (next(first), next(second)) == ("a", "x")
+    feed.consume()
+    feed.rewind(0, range(0), restores_random_state=False)
+    assert next(second) == "x"
+    assert next(first) == "b"
+
+
+def test_what_was_left_out_is_not_missed_later() -> None:
+    feed = Feed(10, [], lambda: False)
+    assert list(feed.deliver("ab", lambda _: None)) == ["a", "b"]
+    feed.consume()
+    feed.rewind(0, range(0), restores_random_state=False)
+    other = feed.deliver("xy", lambda _: None)
+    assert next(other) == "x"
+    feed.consume()
+    again = feed.rewind(0, range(0), restores_random_state=False)
+    assert (again.replayed, again.note) == (1, "")
+    assert next(other) == "x"
+
+
+def test_what_is_left_out_repeats_no_shuffle() -> None:
+    """The rollback has put random state back to before the first loop's shuffle; the second draws another one."""
+    torch.manual_seed(3)
+    random.seed(3)
+    before = rng.read([])
+    feed = Feed(10, [], lambda: True)
+
+    def shuffled(letters: str) -> Iterator[str]:
+        yield from [letters[index] for index in torch.randperm(len(letters)).tolist()]
+
+    letters = "abcdefgh"
+    first = list(feed.deliver(shuffled(letters), lambda _: None))
+    feed.consume()
+    rng.write(before)
+    feed.rewind(0, range(0), restores_random_state=True)
+    assert list(feed.deliver(shuffled(letters), lambda _: None)) != first

@@ -378,8 +378,12 @@ def test_what_is_refused(parameters, feed):
             kind(parameters(), differentiable=True)
         with pytest.raises(InvalidConfig, match="history=0"):
             kind(parameters(), history=0)
-    with pytest.raises(InvalidConfig, match="moment_dtype"):
-        AdamW(parameters(), moment_dtype=torch.int8)
+    for history in (1.5, "2", None, True):
+        with pytest.raises(InvalidConfig, match="history="):
+            AdamW(parameters(), history=history)
+    for dtype in (torch.int8, torch.float8_e4m3fn, "float32"):
+        with pytest.raises(InvalidConfig, match="moment_dtype"):
+            AdamW(parameters(), moment_dtype=dtype)
     mine = parameters()
     ours = AdamW(mine)
     feed(0, mine)

@@ -119,7 +119,8 @@ def test_the_table_says_what_was_tried(capsys):
 
 
 def test_wrong_usage(capsys):
-    assert main(["verify", "--budget", "0"]) == 2
+    for budget in ("0", "nan", "inf"):
+        assert main(["verify", "--budget", budget]) == 2
     assert main(["verify", "--replay", "nonsense"]) == 2
     assert "mistyped" in capsys.readouterr().err
 

@@ -1,5 +1,6 @@
 """Every value is checked before anything is built."""
 
+import numpy as np
 import pytest
 
 from tolaria import GovernorConfig, InvalidConfig, Recovery
@@ -41,6 +42,11 @@ def test_bad_values_are_named(name, value):
         GovernorConfig(**{name: value})
     assert isinstance(caught.value, ValueError)
     assert caught.value.state_intact
+
+
+def test_numbers_of_numpy_are_numbers():
+    recovery = Recovery(cool_lr=np.float32(0.5), widen=np.int64(2), damp=np.float64(0.25))
+    assert GovernorConfig(recovery=recovery, penalty=np.float32(-1.0), gate_timeout_s=np.int32(3)).penalty == -1.0
 
 
 @pytest.mark.parametrize("name", ["widen", "cool_lr", "damp"])

@@ -19,7 +19,7 @@ docs/detection.md says how well they do on recorded and made curves.
 
 from tolaria.judge.collapse import collapse
 from tolaria.judge.combine import all_of, any_of, default_detector, sustained
-from tolaria.judge.detector import RESOLUTION, Detector, plain_state, state_from_json
+from tolaria.judge.detector import RESOLUTION, Detector, plain_state, state_from_json, state_from_plain
 from tolaria.judge.drift import loss_drift
 from tolaria.judge.finite import non_finite
 from tolaria.judge.policy import rl_collapse
@@ -40,6 +40,7 @@ __all__ = [
     "plain_state",
     "rl_collapse",
     "state_from_json",
+    "state_from_plain",
     "surge",
     "sustained",
     "update_ratio_jump",

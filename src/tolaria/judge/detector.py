@@ -28,8 +28,9 @@ class Detector(Generic[S]):
         update: Takes the state and the signs of the next step; returns the next state and the verdict on this step.
             Pure: it changes neither argument, and equal arguments give equal results. Called once per step, in order.
 
-    A state that is made of numbers, strings, None, tuples, lists and dicts goes into a checkpoint and comes back out of
-    it (`plain_state`, `state_from_json`). So do named tuples, as far as `init` has them where they stand.
+    A state that is made of numbers, strings, None, tuples, lists and dicts goes into a checkpoint of torch's and comes
+    back out of it (`plain_state`, `state_from_plain`). So do named tuples, as far as `init` has them where they stand.
+    JSON knows no tuples and no keys but strings (`state_from_json`).
     """
 
     init: Callable[[], S]
@@ -55,21 +56,38 @@ def state_from_json(value: Any, like: Any = None) -> Any:
     """Turn what `json.loads` gives for a detector's state back into that state.
 
     Args:
-        value: A plain state, before or after a round trip through JSON.
-        like: What the detector's `init` makes: lists, and named tuples of as many fields, become what stands there.
-            Where it says nothing, a list becomes a tuple.
+        value: A plain state after a round trip through JSON.
+        like: What the detector's `init` makes. A list becomes what stands there: a list, or a tuple, a named one if it
+            has as many fields. Where it says nothing, a list becomes a tuple.
     """
     if isinstance(value, dict):
         known = like if isinstance(like, dict) else {}
         return {key: state_from_json(part, known.get(key)) for key, part in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    known = like if isinstance(like, (list, tuple)) and len(like) == len(value) else [None] * len(value)
-    parts = [state_from_json(part, its) for part, its in zip(value, known, strict=True)]
-    if isinstance(like, list):
-        return parts
-    make: Any = getattr(type(like), "_make", tuple) if known is like else tuple
-    return make(parts)
+    parts = [state_from_json(part, its) for part, its in zip(value, _beside(value, like), strict=True)]
+    return parts if isinstance(like, list) else _tuple(parts, like)
+
+
+def state_from_plain(value: Any, like: Any) -> Any:
+    """The inverse of `plain_state`: named tuples where `like`, which the detector's `init` makes, has them."""
+    if isinstance(value, dict):
+        known = like if isinstance(like, dict) else {}
+        return {key: state_from_plain(part, known.get(key)) for key, part in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    parts = [state_from_plain(part, its) for part, its in zip(value, _beside(value, like), strict=True)]
+    return parts if isinstance(value, list) else _tuple(parts, like)
+
+
+def _beside(value: Sequence[Any], like: Any) -> Sequence[Any]:
+    """What of `like` stands beside each element."""
+    return like if isinstance(like, (list, tuple)) and len(like) == len(value) else [None] * len(value)
+
+
+def _tuple(parts: Sequence[Any], like: Any) -> tuple[Any, ...]:
+    make: Any = getattr(type(like), "_make", tuple)
+    return make(parts) if make is not tuple and len(like) == len(parts) else tuple(parts)
 
 
 def median(values: Sequence[float]) -> float:

@@ -35,11 +35,14 @@ class Leaving(Optimizer):
     _KERNEL: ClassVar[str]
 
     def _remember(self, history: int, alternate: bool, moment_dtype: torch.dtype | None) -> None:
-        if history < 1:
-            raise InvalidConfig("building an optimizer", f"history={history}, expected 1 or more", "Keep one step.")
-        if moment_dtype is not None and not moment_dtype.is_floating_point:
+        if isinstance(history, bool) or not isinstance(history, int) or history < 1:
+            raise InvalidConfig("building an optimizer", f"history={history!r}, expected 1 or more", "Keep one step.")
+        is_type = isinstance(moment_dtype, torch.dtype) and moment_dtype.is_floating_point and moment_dtype.itemsize > 1
+        if moment_dtype is not None and not is_type:
             raise InvalidConfig(
-                "building an optimizer", f"moment_dtype={moment_dtype}, expected a floating-point type", "Use float32."
+                "building an optimizer",
+                f"moment_dtype={moment_dtype!r}, expected a floating-point type of two bytes or more",
+                "Use float32.",
             )
         self._past = Past(Options(history, alternate, moment_dtype))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -160,7 +161,7 @@ def main(device: str | None, budget_s: float, as_json: bool, replay: str | None)
     """
     if replay is not None:
         return _replay(replay, Console())
-    if budget_s <= 0:
+    if not 0 < budget_s < math.inf:
         raise UsageError("verifying", f"the budget is {budget_s:g} s, expected more than none", "Leave it out.")
     device = _device(device)
     console = Console()
