@@ -7,9 +7,6 @@ one whose data never held it.
 import contextlib
 import copy
 import io
-import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -588,26 +585,6 @@ def test_a_profiled_run_is_the_plain_one():
         check(Setup)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
-        "PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync",
-        "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-        "CUDA_LAUNCH_BLOCKING=1",
-        "CUDA_DEVICE_MAX_CONNECTIONS=1",
-        "TORCH_CUDA_SANITIZER=1",
-    ],
-)
-def test_in_a_process_with_another_setting(setting):
-    """In a process of its own: torch reads these once."""
-    name, value = setting.split("=")
-    done = subprocess.run(
-        [sys.executable, __file__], env={**os.environ, name: value}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_red_a_run_that_differs_is_seen():
     """One more draw in the governed run."""
 
@@ -624,7 +601,7 @@ def test_red_a_run_that_differs_is_seen():
         check(Restless)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # see `test_processes`
     torch.use_deterministic_algorithms(True, warn_only=True)
     for each in (Setup, InMainMemory, EveryStep):
         check(each)
