@@ -10,6 +10,7 @@ from torch import nn
 from tolaria import DeviceLost, RollbackFailed, TolariaInternalError
 from tolaria.cuda import STICKY_CODES, ContextDevice, device_lost, named
 from tolaria.errors import StateMismatch
+from tolaria.snapshot import Vault
 
 STICKY = {700: "illegal address", 710: "failed assert", 719: "launch failure"}
 
@@ -117,6 +118,22 @@ def test_a_device_that_is_lost_in_a_rollback(late, govern):
         governor.execute_rollback()
     assert isinstance(caught.value.__cause__, AcceleratorError)
     assert governor._keeper.driver.state.torn
+
+
+def test_a_device_that_is_lost_while_what_was_restored_is_read(late, govern, monkeypatch):
+    """No rollback that was merely not verified, as any other failure of that reading leaves it."""
+
+    def fails(*_):
+        raise lost_copy(code)
+
+    monkeypatch.setattr(Vault, "read_live", fails)
+    governor = govern(nn.Linear(2, 2))
+    governor.snapshot()
+    code = 1
+    assert governor.execute_rollback().success
+    code = 700
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        governor.execute_rollback()
 
 
 def test_a_device_that_is_lost_in_a_snapshot(late, govern):

@@ -51,6 +51,20 @@ class Life:
 # ------------------------------------------------------------ probation
 
 
+def test_probation_begins_again_after_a_rollback(govern: Govern, kit: Any) -> None:
+    """Also that of a candidate from before the snapshot restored: what the undone steps said of it counts no more."""
+    life = Life(kit, govern, cadence=4, probation=6, slots=4)
+    life.step(6)
+    assert life.ring == {0: "certified", 4: "sealed"}
+    manual = life.governor.snapshot()
+    life.step()
+    life.governor.execute_rollback(to=manual)
+    life.step(5)
+    assert life.ring[4] == "sealed"
+    life.step()
+    assert life.ring[4] == "certified"
+
+
 def test_a_candidate_is_certified_after_its_probation(govern: Govern, kit: Any) -> None:
     life = Life(kit, govern, cadence=4, probation=3)
     assert life.ring == {0: "certified"}
