@@ -60,24 +60,22 @@ def state_from_json(value: Any, like: Any = None) -> Any:
         like: What the detector's `init` makes. A list becomes what stands there: a list, or a tuple, a named one if it
             has as many fields. Where it says nothing, a list becomes a tuple.
     """
-    if isinstance(value, dict):
-        known = like if isinstance(like, dict) else {}
-        return {key: state_from_json(part, known.get(key)) for key, part in value.items()}
-    if not isinstance(value, (list, tuple)):
-        return value
-    parts = [state_from_json(part, its) for part, its in zip(value, _beside(value, like), strict=True)]
-    return parts if isinstance(like, list) else _tuple(parts, like)
+    return _rebuilt(value, like, lambda _, its: isinstance(its, list))
 
 
 def state_from_plain(value: Any, like: Any) -> Any:
     """The inverse of `plain_state`: named tuples where `like`, which the detector's `init` makes, has them."""
+    return _rebuilt(value, like, lambda found, _: isinstance(found, list))
+
+
+def _rebuilt(value: Any, like: Any, is_list: Callable[[Any, Any], bool]) -> Any:
     if isinstance(value, dict):
         known = like if isinstance(like, dict) else {}
-        return {key: state_from_plain(part, known.get(key)) for key, part in value.items()}
+        return {key: _rebuilt(part, known.get(key), is_list) for key, part in value.items()}
     if not isinstance(value, (list, tuple)):
         return value
-    parts = [state_from_plain(part, its) for part, its in zip(value, _beside(value, like), strict=True)]
-    return parts if isinstance(value, list) else _tuple(parts, like)
+    parts = [_rebuilt(part, its, is_list) for part, its in zip(value, _beside(value, like), strict=True)]
+    return parts if is_list(value, like) else _tuple(parts, like)
 
 
 def _beside(value: Sequence[Any], like: Any) -> Sequence[Any]:
